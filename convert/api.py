@@ -1,0 +1,128 @@
+"""The documented Python API: `convert`, `inspect`, `plan` and `verify`.
+
+Each returns an object with `to_json()` (plain data) and `lines()` (text for people); each raises an
+`AdaconvertError` whose message says what, where, expected, found and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaconvert.inspection import Inspection, inspect_source
+from adaconvert.reports import ConversionResult, PlanReport
+
+if TYPE_CHECKING:
+    from adaconvert.verification.report import VerificationReport
+
+__all__ = ["convert", "inspect", "plan", "verify"]
+
+PathLike = str | Path
+
+
+def convert(
+    *sources: PathLike,
+    destination: PathLike,
+    method: str = "upcycle",
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = True,
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    memory: str | int | None = None,
+    probe: PathLike | None = None,
+    allow_nonfinite: bool = False,
+    keep_config: tuple[str, ...] = (),
+    progress: bool = False,
+    **options: object,
+) -> ConversionResult:
+    """Return once `destination` holds the converted checkpoint, whole and verified.
+
+    Args:
+        sources: one checkpoint (folder, hub-cache snapshot or hub id), or several to mix.
+        destination: folder that must not exist, or be empty, unless `overwrite`.
+        method: registered name of the method.
+        overwrite: replace a folder adaconvert wrote; it stays in place until the new one is complete.
+        resume: continue a killed run of the same plan from its last complete shard.
+        verify: reload the result and hold it to its exactness class before it gets its name.
+        max_shard_size: cap of a shard in bytes, or text with a unit such as "5GB" or "500MiB".
+        revision: branch, tag or commit of hub ids.
+        memory: bytes verification may take; larger models are compared block by block.
+        probe: text file to compare on instead of the shipped text.
+        allow_nonfinite: accept NaN and infinities in source tensors; recorded in the manifest.
+        keep_config: further config.json keys of the source to carry over.
+        progress: show progress bars on a terminal.
+        options: the method's own options, see `methods.upcycle.config.UpcycleConfig`.
+
+    Raises:
+        OptionError: an option is wrong or the method does not support the source (exit code 2).
+        SourceError: a source is damaged or incomplete (3).
+        OutputConflictError: the destination is taken (4).
+        VerificationError: the result is not what its class promises; nothing is left behind (5).
+        ResourceError: disk, memory or permissions do not suffice (6).
+    """
+    from adaconvert.conversion import RunSettings, run
+
+    settings = RunSettings(
+        destination=Path(destination),
+        overwrite=overwrite,
+        resume=resume,
+        verify=verify,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        memory=memory,
+        probe=None if probe is None else Path(probe),
+        allow_nonfinite=allow_nonfinite,
+        keep_config=tuple(keep_config),
+        progress=progress,
+    )
+    return run([str(s) for s in sources], method, options, settings)
+
+
+def plan(
+    *sources: PathLike,
+    method: str = "upcycle",
+    revision: str | None = None,
+    max_shard_size: str | int = "5GB",
+    keep_config: tuple[str, ...] = (),
+    **options: object,
+) -> PlanReport:
+    """Return what a conversion would write, need and promise; reads headers and config only.
+
+    Args and errors as for `convert`.
+    """
+    from adaconvert.conversion import prepare_run
+
+    prepared = prepare_run([str(s) for s in sources], method, options, revision, keep_config)
+    return PlanReport.of(prepared.planned, max_shard_size)
+
+
+def inspect(source: PathLike, *, revision: str | None = None) -> Inspection:
+    """Return what a checkpoint is: family, sizes, costs, dtypes, ties and problems; reads no weights.
+
+    Raises:
+        SourceError: it cannot be read as a checkpoint at all (3).
+    """
+    return inspect_source(str(source), revision=revision)
+
+
+def verify(
+    *checkpoints: PathLike,
+    memory: str | int | None = None,
+    probe: PathLike | None = None,
+    progress: bool = False,
+) -> VerificationReport:
+    """Return the comparison of a converted checkpoint with its sources.
+
+    Args:
+        checkpoints: the source or sources, then the converted checkpoint.
+        memory: bytes the comparison may take; larger models are compared block by block.
+        probe: text file to compare on instead of the shipped text.
+        progress: show progress bars on a terminal.
+
+    Raises:
+        VerificationError: it differs from what its manifest and class promise; `report` is attached (5).
+    """
+    from adaconvert.conversion import verify_existing
+
+    return verify_existing([Path(c) for c in checkpoints], memory, probe, progress)

@@ -1,0 +1,63 @@
+"""`adaconvert plan METHOD SRC... [options]`: one sub-command for each conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaconvert.cli import options, output, versions
+from adaconvert.cli.framework import Command, LazyGroup, Verb
+from adaconvert.cli.settings import begin, verbosity_options
+
+METHODS = {
+    "upcycle": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_upcycle",
+        summary="Plan turning dense checkpoints into a Mixture-of-Experts checkpoint.",
+    ),
+}
+_RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
+
+
+@click.group("plan", cls=LazyGroup, verbs=METHODS)
+def plan() -> None:
+    """Say what a conversion would do.
+
+    Output size, disk and memory needed, parameters and FLOPs per token before and after, whether
+    the result is exact, and which runtimes compute it right. Reads no weights, writes nothing.
+    """
+
+
+@click.command("upcycle", cls=Command)
+@options.sources_argument()
+@options.upcycle_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_upcycle(sources: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert upcycle`, with the same arguments.
+
+    A DST that does not exist yet may stand at the end, and options that only matter to the run
+    itself are accepted too; neither changes the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    report = api.plan(*_without_destination(sources), method="upcycle", **settings)
+    output.show(report, as_json=as_json)
+
+
+def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the sources without a last one that can only be the DST of the same `upcycle` call.
+
+    Something that is neither there nor shaped like a hub id (org/name) cannot be a source.
+    """
+    last = sources[-1]
+    could_be_hub_id = last.count("/") == 1 and not last.startswith((".", "/", "~"))
+    if len(sources) > 1 and not could_be_hub_id and not Path(last).exists():
+        return sources[:-1]
+    return sources

@@ -1,0 +1,61 @@
+"""The oldest version of each dependency that is safe and right; checked when a command starts.
+
+A floor in pyproject.toml does not protect an environment that something else changed later.
+A test keeps the two lists equal.
+"""
+
+from __future__ import annotations
+
+import re
+
+from adaconvert.errors import ResourceError
+
+#: package -> (floor, why nothing older will do)
+FLOORS = {
+    "click": ("8.2", "the command line is built on it"),
+    "huggingface_hub": ("1.5", "older ones do not contain downloaded file names"),
+    "numpy": ("1.26", "routers are made with it"),
+    "safetensors": ("0.8", "older ones write in place"),
+    "torch": ("2.11", "older ones have open security advisories"),
+    "tqdm": ("4.66", "older ones have an open security advisory"),
+    "transformers": ("5.17", "older ones load the written checkpoints differently"),
+}
+READING = ("numpy",)
+COMPUTING = ("numpy", "safetensors", "torch", "transformers")
+
+
+def require(packages: tuple[str, ...]) -> None:
+    """Each of `packages` is installed and not older than its floor.
+
+    Raises:
+        ResourceError: one is missing or too old; says which, what was found and what is needed.
+    """
+    for package in packages:
+        floor, why = FLOORS[package]
+        found = installed_version(package)
+        if found is None or numbers(found) < numbers(floor):
+            raise ResourceError(
+                f"{'not installed' if found is None else 'too old'}: {why}",
+                where=f"package {package}",
+                expected=f">= {floor}",
+                found=found or "none",
+                hint=f"Run: pip install '{package}>={floor}'",
+            )
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version in the package's metadata, None when there is none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found: str | None = version(package)
+    except PackageNotFoundError:
+        return None
+    return found
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the release numbers of a version in four places, without rc1, +cpu and the like."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    found = [int(part) for part in match[0].split(".")] if match else [0]
+    return tuple([*found, 0, 0, 0, 0][:4])

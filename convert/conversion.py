@@ -1,0 +1,287 @@
+"""One conversion from start to end: open, plan, stage, write, verify, commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaconvert import __version__
+from adaconvert.errors import OptionError, SourceError, VerificationError
+from adaconvert.export.card import render_card
+from adaconvert.io import aux_files, manifest
+from adaconvert.io.commit import Staging, already_committed
+from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
+from adaconvert.methods.registry import Prepared, make_config, prepare
+from adaconvert.methods.sources import Described, check_agreement, check_ties, open_source
+from adaconvert.planning.digest import plan_digest
+from adaconvert.planning.execute import Execution, execute
+from adaconvert.planning.ops import Exactness, Plan
+from adaconvert.reports import ConversionResult, PlanReport
+
+if TYPE_CHECKING:
+    from adaconvert.verification.report import VerificationReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What a run needs besides its method's options; see `api.convert`."""
+
+    destination: Path
+    overwrite: bool = False
+    resume: bool = False
+    verify: bool = True
+    max_shard_size: str | int = "5GB"
+    revision: str | None = None
+    memory: str | int | None = None
+    probe: Path | None = None
+    allow_nonfinite: bool = False
+    keep_config: tuple[str, ...] = ()
+    progress: bool = False
+
+
+def prepare_run(
+    sources: Sequence[str],
+    method: str,
+    options: Mapping[str, object],
+    revision: str | None = None,
+    keep_config: Sequence[str] = (),
+) -> Prepared:
+    """Return the planned run; opens and audits the sources, reads no weights."""
+    config = make_config(method, options)
+    if not sources:
+        raise OptionError("no source given", where="SRC")
+    described = [open_source(where, revision=revision) for where in sources]
+    for item in described:
+        _check_dense(item)
+    check_agreement(described)
+    prepared = prepare(config, described)
+    if not keep_config:
+        return prepared
+    planned = prepared.planned
+    config_json = _kept(planned.plan.config, described[0], keep_config)
+    return replace(
+        prepared, planned=replace(planned, plan=replace(planned.plan, config=config_json))
+    )
+
+
+def _check_dense(item: Described) -> None:
+    if item.spec.num_experts:
+        raise SourceError(
+            f"is already a mixture of {item.spec.num_experts} experts ({item.spec.model_type})",
+            where=f"{item.source.label}/config.json",
+            hint="upcycle needs a dense model.",
+        )
+
+
+def _kept(config: dict[str, object], item: Described, keys: Sequence[str]) -> dict[str, object]:
+    """Return the target's config with keys of the source's carried over as they are."""
+    kept = dict(config)
+    for key in keys:
+        if key not in item.source.config:
+            raise OptionError(
+                "is not in the source's config.json", where=f"--keep-config {key}"
+            )
+        if key in config:
+            raise OptionError(
+                "is written by the conversion and cannot be kept", where=f"--keep-config {key}"
+            )
+        kept[key] = item.source.config[key]
+    return kept
+
+
+def run(
+    sources: Sequence[str], method: str, options: Mapping[str, object], settings: RunSettings
+) -> ConversionResult:
+    """Return once the destination is committed; see `api.convert` for the errors."""
+    cap = parse_size(settings.max_shard_size)
+    prepared = prepare_run(sources, method, options, settings.revision, settings.keep_config)
+    planned = prepared.planned
+    opened = [d.source for d in planned.described]
+    layouts = layout_shards(planned.plan.targets, cap)
+    report = PlanReport.of(planned, cap)
+    digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
+    with Staging.open(
+        settings.destination,
+        sources=[source.root for source in opened],
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        plan_digest=digest,
+        needed_bytes=sum(layout.nbytes for layout in layouts),
+        facts=_facts(planned.plan, cap),
+    ) as staging:
+        for item in planned.described:
+            check_ties(item)
+        done = execute(
+            planned.plan,
+            opened,
+            staging,
+            layouts,
+            fitted=prepared.fit(),
+            allow_nonfinite=settings.allow_nonfinite,
+            progress=settings.progress,
+        )
+        _write_side_files(staging, planned.plan, planned.described, layouts)
+        record = _manifest(planned.plan, planned.described, done, staging.files, digest)
+        checked = _verify(staging.path, planned.described, planned.plan, record, settings)
+        proof = checked.record_lines() if checked else None
+        staging.write_file("README.md", render_card(report, opened, proof, __version__).encode())
+        record["files"] = dict(staging.files)
+        record["verification"] = checked.record() if checked else None
+        for source in opened:
+            source.assert_unchanged()
+        staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
+        staging.commit()
+    return ConversionResult(
+        destination=settings.destination,
+        report=report,
+        manifest=record,
+        verification_lines=tuple(checked.lines()) if checked else ("not verified (--no-verify)",),
+    )
+
+
+def _facts(plan: Plan, cap: int) -> dict[str, object]:
+    """Return what decides the bytes written, to name what differs when a run cannot be resumed."""
+    return {
+        **plan.options,
+        "sources": list(plan.sources),
+        "max_shard_size": cap,
+        "adaconvert": __version__,
+    }
+
+
+def _write_side_files(
+    staging: Staging,
+    plan: Plan,
+    described: Sequence[Described],
+    layouts: Sequence[ShardLayout],
+) -> None:
+    """Write every file beside the weights: those of the first source byte for byte, then our own."""
+    source = described[0].source
+    for name in aux_files.classify(source).copied:
+        staging.copy_file(name, source.path(name))
+    text = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+    staging.write_file("config.json", text.encode())
+    index = index_json(layouts)
+    if index is not None:
+        staging.write_file("model.safetensors.index.json", index)
+
+
+def _manifest(
+    plan: Plan,
+    described: Sequence[Described],
+    done: Execution,
+    files: Mapping[str, str],
+    digest: str,
+) -> dict[str, object]:
+    """Return the content of adaconvert.json, not yet verified and sealed."""
+    notes = list(plan.notes)
+    notes += done.nonfinite
+    for item in described:
+        notes += [f"{item.source.label}: {note}" for note in (*item.source.notes, *item.audit.notes)]
+        notes += [
+            f"{item.source.label}: {name} not copied ({reason})"
+            for name, reason in sorted(aux_files.classify(item.source).dropped.items())
+        ]
+    return manifest.build(
+        method=plan.method,
+        options=plan.options,
+        sources=[
+            {
+                "label": item.source.label,
+                "revision": item.source.revision,
+                "fingerprint": item.source.fingerprint,
+                "digest": digest_of_source,
+            }
+            for item, digest_of_source in zip(described, done.sources, strict=True)
+        ],
+        plan_digest=digest,
+        exactness={"kind": plan.exactness.kind, "why": plan.exactness.why},
+        shards=done.shards,
+        files=files,
+        dropped=[
+            {"source": d.source, "tensor": d.tensor, "reason": d.reason} for d in plan.drops
+        ],
+        notes=notes,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages the bytes and the verification depend on."""
+    names = ("numpy", "safetensors", "torch", "transformers")
+    return {name: metadata.version(name) for name in names}
+
+
+def _verify(
+    folder: Path,
+    described: Sequence[Described],
+    plan: Plan,
+    record: dict[str, object],
+    settings: RunSettings,
+) -> VerificationReport | None:
+    """Return the verification of the staged checkpoint, None when it was switched off.
+
+    Raises:
+        VerificationError: the result is not what its class promises.
+    """
+    if not settings.verify:
+        return None
+    return _checked(
+        [item.source.root for item in described],
+        folder,
+        plan.exactness,
+        record,
+        settings.memory,
+        settings.probe,
+        settings.progress,
+        plan=plan,
+    )
+
+
+def _checked(
+    sources: Sequence[Path],
+    folder: Path,
+    exactness: Exactness | None,
+    record: dict[str, object],
+    memory: str | int | None,
+    probe: Path | None,
+    progress: bool,
+    plan: Plan | None = None,
+) -> VerificationReport:
+    from adaconvert.verification.report import verify_checkpoint
+    from adaconvert.verification.tokens import Probe
+
+    report = verify_checkpoint(
+        list(sources),
+        folder,
+        exactness=exactness,
+        manifest=record,
+        memory=None if memory is None else parse_size(memory),
+        probe=None if probe is None else Probe.from_file(probe, sources[0]),
+        progress=progress,
+        plan=plan,
+    )
+    if not report.ok:
+        raise VerificationError(report.problem(), where=folder.name)
+    return report
+
+
+def verify_existing(
+    checkpoints: Sequence[Path], memory: str | int | None, probe: Path | None, progress: bool
+) -> VerificationReport:
+    """Return the verification of a committed checkpoint against its sources; see `api.verify`."""
+    if len(checkpoints) < 2:
+        raise OptionError("needs a source and a converted checkpoint", where="verify")
+    *sources, target = checkpoints
+    opened = [open_source(os.fspath(source)) for source in sources]
+    record = manifest.read(target)
+    kind = record["exactness"]
+    assert isinstance(kind, dict)
+    exactness = Exactness(kind=str(kind["kind"]), why=str(kind["why"]))
+    roots = [item.source.root for item in opened]
+    return _checked(roots, target, exactness, record, memory, probe, progress)

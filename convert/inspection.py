@@ -1,0 +1,124 @@
+"""`inspect`: what a checkpoint is, from its headers and config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.check import audit
+from adaconvert.arch.registry import describe
+from adaconvert.errors import AdaconvertError
+from adaconvert.io.source import Source
+from adaconvert.planning.estimate import Costs, costs
+from adaconvert.units import human_bytes, human_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        label: hub id or folder name.
+        spec: description of the model; None when the family is unknown.
+        costs: None when the family is unknown.
+        dtypes: bytes by stored dtype.
+        problems: what a conversion would refuse, in the words it would use.
+    """
+
+    label: str
+    spec: ModelSpec | None
+    costs: Costs | None
+    dtypes: dict[str, int]
+    files: tuple[str, ...]
+    tensors: int
+    fingerprint: str
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the inspection as JSON data."""
+        spec = self.spec
+        return {
+            "label": self.label,
+            "model_type": spec.model_type if spec else None,
+            "architecture": spec.architecture if spec else None,
+            "layers": spec.layers if spec else None,
+            "hidden_size": spec.hidden if spec else None,
+            "intermediate_size": spec.intermediate if spec else None,
+            "num_experts": spec.num_experts if spec else None,
+            "top_k": spec.top_k if spec else None,
+            "tied": spec.traits.tied if spec else None,
+            "costs": self.costs.to_json() if self.costs else None,
+            "dtype_bytes": self.dtypes,
+            "files": list(self.files),
+            "tensors": self.tensors,
+            "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the inspection as text."""
+        rows = [f"{self.label}: {_family_line(self.spec)}"]
+        if self.spec is not None and self.costs is not None:
+            rows += _size_lines(self.spec, self.costs)
+        stored = ", ".join(f"{name} {human_bytes(size)}" for name, size in self.dtypes.items())
+        rows.append(f"stored        {stored} in {len(self.files)} files, {self.tensors} tensors")
+        rows.append(f"fingerprint   {self.fingerprint}")
+        rows += [f"note: {note}" for note in self.notes]
+        rows += [f"problem: {problem}" for problem in self.problems]
+        return rows
+
+
+def _family_line(spec: ModelSpec | None) -> str:
+    if spec is None:
+        return "not a model adaconvert can describe"
+    experts = f", {spec.num_experts} experts top-{spec.top_k}" if spec.num_experts else ", dense"
+    tied = ", tied embeddings" if spec.traits.tied else ""
+    return f"{spec.model_type} ({spec.architecture}){experts}{tied}"
+
+
+def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:
+    return [
+        f"shape         {spec.layers} layers, hidden {spec.hidden}, FFN {spec.intermediate}, "
+        f"{spec.heads} heads ({spec.kv_heads} KV) of {spec.head_dim}, vocabulary {spec.vocab}",
+        f"parameters    {human_count(cost.total_params)} total, "
+        f"{human_count(cost.active_params)} active per token",
+        f"FLOPs/token   {human_count(cost.flops)} at {cost.context} tokens of context, "
+        f"{human_count(cost.ffn_flops)} of them in FFNs",
+        f"bytes/token   {human_bytes(cost.weight_bytes)} of weights read at batch 1",
+    ]
+
+
+def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
+    """Return the inspection of a folder, hub-cache snapshot or hub id.
+
+    Raises:
+        SourceError: the files cannot be read as a checkpoint at all.
+    """
+    source = Source.open(where, revision=revision)
+    sizes: Counter[str] = Counter()
+    for ref in source.tensors.values():
+        sizes[ref.dtype] += ref.nbytes
+    spec, cost = None, None
+    notes, problems = list(source.notes), []
+    try:
+        spec = describe(source.config, source.tensors)
+        audited = audit(spec, source.tensors)
+        notes += audited.notes
+    except AdaconvertError as error:
+        problems.append(error.describe())
+    if spec is not None:
+        cost = costs(spec, {name: ref.dtype for name, ref in source.tensors.items()})
+    return Inspection(
+        label=source.label,
+        spec=spec,
+        costs=cost,
+        dtypes=dict(sorted(sizes.items())),
+        files=source.files,
+        tensors=len(source.tensors),
+        fingerprint=source.fingerprint,
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )

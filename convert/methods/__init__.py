@@ -1,0 +1,1 @@
+"""Conversion methods: each turns opened sources and options into a plan."""

@@ -1,0 +1,109 @@
+"""Opened, described and audited sources; what several of them must agree on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+
+from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.check import Audit, audit
+from adaconvert.arch.registry import describe
+from adaconvert.errors import OptionError, SourceError
+from adaconvert.io.reader import iter_chunks
+from adaconvert.io.source import Source
+
+#: side files that decide how text becomes token ids.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """One source, what it is, and which of its tensors are needed."""
+
+    source: Source
+    spec: ModelSpec
+    audit: Audit
+
+
+def open_source(where: str, *, revision: str | None = None) -> Described:
+    """Return a checkpoint whose config, files and tensors agree with each other.
+
+    Args:
+        where: folder, hub-cache snapshot or hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        SourceError: the checkpoint is damaged, incomplete or of an unknown family.
+    """
+    source = Source.open(where, revision=revision)
+    spec = describe(source.config, source.tensors)
+    return Described(source=source, spec=spec, audit=audit(spec, source.tensors))
+
+
+def check_ties(item: Described) -> None:
+    """Hold stored copies of tied tensors to their originals; reads both.
+
+    Raises:
+        SourceError: config.json says the tensors are tied and their bytes differ.
+    """
+    for first, second in item.audit.compare_ties:
+        refs = item.source.tensors[first], item.source.tensors[second]
+        pairs = zip_longest(*(iter_chunks(item.source, ref) for ref in refs))
+        if refs[0].dtype != refs[1].dtype or any(a != b for a, b in pairs):
+            raise SourceError(
+                f"tie_word_embeddings is true, yet {second!r} differs from {first!r}",
+                where=refs[1].file,
+                hint="Set tie_word_embeddings to false in config.json, or delete the stored head.",
+            )
+
+
+def _files_digest(source: Source, name: str) -> str | None:
+    if name not in source.side_files:
+        return None
+    return hashlib.sha256(source.path(name).read_bytes()).hexdigest()
+
+
+def check_agreement(described: Sequence[Described]) -> None:
+    """Hold several sources to the same shapes, features and tokenizer.
+
+    Raises:
+        OptionError: two sources differ; names the first difference.
+    """
+    first = described[0]
+    for other in described[1:]:
+        pair = f"{first.source.label} and {other.source.label}"
+        mine, theirs = _facts(first.spec), _facts(other.spec)
+        for key, value in mine.items():
+            if theirs[key] != value:
+                raise OptionError(
+                    f"{pair} differ in {key} ({value} and {theirs[key]})",
+                    where="sources",
+                    hint="Only models of one architecture and size can share a mixture.",
+                )
+        for name in _TOKENIZER_FILES:
+            if _files_digest(first.source, name) != _files_digest(other.source, name):
+                raise OptionError(
+                    f"{pair} differ in {name}",
+                    where="sources",
+                    hint="Experts must read the same token ids: use models of one tokenizer.",
+                )
+
+
+def _facts(spec: ModelSpec) -> dict[str, object]:
+    """Return what must agree, by the name it has in messages."""
+    facts: dict[str, object] = {
+        "model_type": spec.model_type,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.intermediate,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab,
+    }
+    facts.update(asdict(spec.traits))
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+        facts[key] = spec.config.get(key)
+    return facts

@@ -1,0 +1,348 @@
+"""From opened sources and options to the plan of an upcycling run; reads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from adaconvert.arch.base import Carry, HostLayout, HostRequest, HostTensor, ModelSpec
+from adaconvert.arch.host import Host, choose
+from adaconvert.dtypes import BY_NAME
+from adaconvert.errors import OptionError
+from adaconvert.io.source import Source
+from adaconvert.io.tensor_ref import TensorRef
+from adaconvert.methods.sources import Described
+from adaconvert.methods.upcycle.config import DTYPES, UpcycleConfig, parse_layers
+from adaconvert.methods.upcycle.experts import ExpertBuilder
+from adaconvert.planning.accounting import check_plan, pieces_of
+from adaconvert.planning.ops import (
+    Apply,
+    Bytes,
+    Drop,
+    Exactness,
+    Expr,
+    Init,
+    Param,
+    Piece,
+    Plan,
+    TargetTensor,
+)
+
+#: widest shared expert that is added for a host that cannot do without one.
+NEUTRAL_WIDTH = 64
+#: matrix widths the grouped GEMM of every backend takes: rows of 16 bytes in 16-bit dtypes.
+WIDTH_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpcyclePlan:
+    """A plan with what the estimate and the executor want to know beside it."""
+
+    plan: Plan
+    host: Host
+    layout: HostLayout
+    request: HostRequest
+    described: tuple[Described, ...]
+
+
+def host_request(config: UpcycleConfig, spec: ModelSpec) -> HostRequest:
+    """Return what the options ask of a host for this model.
+
+    Raises:
+        OptionError: the FFN's width does not divide as asked.
+    """
+    total = spec.intermediate
+    shared = 0
+    if config.shared_experts == "split":
+        shared = config.shared_width or total // 2 // WIDTH_MULTIPLE * WIDTH_MULTIPLE
+    elif config.shared_experts == "neutral":
+        shared = config.shared_width or min(NEUTRAL_WIDTH, total)
+    routed = total - (shared if config.shared_experts == "split" else 0)
+    if routed < 1:
+        raise OptionError(
+            "leaves no neurons for the routed experts",
+            where="--shared-width",
+            expected=f"less than {total}",
+            found=shared,
+        )
+    if routed % config.granularity:
+        raise OptionError(
+            f"{routed} neurons (intermediate_size {total}) do not divide into {config.granularity} equal experts",
+            where="--granularity",
+            expected=f"a divisor of {routed}",
+            found=config.granularity,
+        )
+    return HostRequest(
+        num_experts=config.experts,
+        top_k=config.top_k,
+        expert_width=routed // config.granularity,
+        shared_width=shared,
+        shared_kind=config.shared_experts,
+        moe_layers=parse_layers(config.layers, spec.layers),
+        aux_loss_coef=config.aux_loss_coef,
+    )
+
+
+def base_index(config: UpcycleConfig, sources: Sequence[Source]) -> int | None:
+    """Return the source everything outside FFNs is taken from, or None for the average of all.
+
+    Raises:
+        OptionError: `base` names none of the sources.
+    """
+    if len(sources) == 1:
+        return 0
+    if config.base == "average":
+        return None
+    for index, source in enumerate(sources):
+        if config.base in {source.label, str(source.root), source.root.name}:
+            return index
+    raise OptionError(
+        "is none of the sources",
+        where="--base",
+        expected="average or one of: " + ", ".join(s.label for s in sources),
+        found=config.base,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Carrier:
+    """Turns a host's `Carry` into an expression over one source or the average of all."""
+
+    stored: Sequence[Mapping[str, TensorRef]]
+    base: int | None
+
+    def build(self, carry: Carry, shape: tuple[int, ...]) -> Expr:
+        params: dict[str, Param] = dict(carry.params)
+        if carry.tensor is None:
+            return Init(kind="constant", shape=shape, params=tuple(sorted(params.items())))
+        indexes = range(len(self.stored)) if self.base is None else (self.base,)
+        parts = [self._read(index, carry) for index in indexes]
+        expr: Expr = parts[0]
+        if len(parts) > 1:
+            expr = Apply(fn="mean", shape=parts[0].shape, args=tuple(parts))
+        if carry.fn is not None:
+            expr = Apply(
+                fn=carry.fn, shape=shape, args=(expr,), params=tuple(sorted(params.items()))
+            )
+        return expr
+
+    def _read(self, index: int, carry: Carry) -> Bytes:
+        assert carry.tensor is not None
+        ref = self.stored[index][carry.tensor]
+        first, count = carry.rows or (0, ref.shape[0])
+        row = ref.nbytes // ref.shape[0]
+        piece = Piece(source=index, tensor=ref.name, start=first * row, nbytes=count * row)
+        return Bytes(dtype=ref.dtype, shape=(count, *ref.shape[1:]), pieces=(piece,))
+
+
+def _dtype_of(expr: Expr, asked: str | None, default: str) -> str:
+    """Return the stored dtype: the one asked for, else the source's, wider for small computed vectors.
+
+    A norm weight that is computed (w + 1, an average) would be rounded to 16 bits; it is stored in float32
+    instead, which costs nothing and stays exact.
+    """
+    if asked is not None:
+        return asked
+    own = default
+    current = expr
+    while isinstance(current, Apply) and current.args:
+        current = current.args[0]
+    if isinstance(current, Bytes):
+        own = current.dtype
+    if isinstance(expr, Apply) and len(expr.shape) == 1 and BY_NAME[own].nbytes < 4:
+        return "F32"
+    return own
+
+
+def _rounds(expr: Expr, dtype: str) -> bool:
+    """Return whether storing the expression in `dtype` may round a weight of the dense model."""
+    if isinstance(expr, Bytes):
+        return BY_NAME[expr.dtype].nbytes > BY_NAME[dtype].nbytes or (
+            expr.dtype != dtype and BY_NAME[expr.dtype].nbytes == BY_NAME[dtype].nbytes
+        )
+    if not isinstance(expr, Apply) or expr.fn == "router":
+        return False
+    inner = any(_rounds(arg, dtype) for arg in expr.args)
+    moves = expr.fn in {"scale", "concat", "interleave_rope"}
+    if expr.fn == "scale":
+        factor = float(dict(expr.params)["factor"])
+        moves = factor > 0 and (factor == 2.0 ** round(_log2(factor)))
+    return inner or (not moves and BY_NAME[dtype].nbytes < 4)
+
+
+def _log2(value: float) -> float:
+    import math
+
+    return math.log2(value)
+
+
+def exactness_of(config: UpcycleConfig, sources: int, rounds: bool) -> Exactness:
+    """Return what this variant promises about step 0."""
+    if config.drop > 0:
+        return Exactness(
+            kind="needs-training",
+            why=f"{config.drop:g} of every expert's neurons are re-drawn (Drop-Upcycling)",
+        )
+    if sources > 1:
+        return Exactness(
+            kind="needs-training",
+            why=f"experts of {sources} models behind untrained routers (Branch-Train-MiX)",
+        )
+    if config.noise > 0:
+        return Exactness(
+            kind="approximate", why=f"experts carry noise of {config.noise:g} standard deviations"
+        )
+    if rounds:
+        return Exactness(
+            kind="exact-fp32",
+            why="the same function before the stored dtype rounds the tensors that are computed",
+        )
+    why = "all experts hold the dense feed-forward network and their weights sum to 1"
+    if config.granularity > 1:
+        why = (
+            "every chosen group of experts holds the whole dense feed-forward network, in float32; "
+            "in bfloat16 equal router logits of two groups can break a group, verify counts how often"
+        )
+    return Exactness(kind="exact", why=why)
+
+
+def _notes(config: UpcycleConfig, layout: HostLayout) -> tuple[str, ...]:
+    notes = list(layout.notes)
+    if config.top_k == 1 and config.granularity == 1:
+        notes.append(
+            "top-1 with renormalised weights always weighs 1, so the language loss gives the router no gradient"
+        )
+    if config.router_init == "zeros" and config.top_k < config.experts:
+        notes.append("a zero router sends every token to the same experts until it is trained")
+    return tuple(notes)
+
+
+def _group(tensor: HostTensor) -> str:
+    if tensor.expert is None:
+        return tensor.name
+    return f"layer.{tensor.layer}.expert.{tensor.expert}"
+
+
+def _targets(
+    config: UpcycleConfig, layout: HostLayout, builder: ExpertBuilder, carrier: _Carrier
+) -> tuple[TargetTensor, ...]:
+    asked = DTYPES[config.dtype]
+    first = builder.specs[0].ffn_rows(0)["up"].tensor
+    default = builder.stored[0][first].dtype
+    targets = []
+    for tensor in layout.tensors:
+        if tensor.carry is not None:
+            expr = carrier.build(tensor.carry, tensor.shape)
+        else:
+            expr = builder.build(tensor)
+        targets.append(
+            TargetTensor(
+                name=tensor.name,
+                dtype=_dtype_of(expr, asked, default),
+                shape=tensor.shape,
+                expr=expr,
+                group=_group(tensor),
+                layer=tensor.layer,
+                expert=tensor.expert,
+            )
+        )
+    return tuple(targets)
+
+
+def _drops(described: Sequence[Described], targets: Sequence[TargetTensor], base: int | None) -> tuple[Drop, ...]:
+    """Return every source tensor no target reads, each with the reason it is not needed."""
+    used = {(p.source, p.tensor) for t in targets for p in pieces_of(t.expr)}
+    drops = []
+    for index, item in enumerate(described):
+        for name in item.source.tensors:
+            if (index, name) in used:
+                continue
+            reason = item.audit.dropped.get(name)
+            if reason is None and base is not None and index != base:
+                reason = f"taken from {described[base].source.label} (--base)"
+            if reason is not None:
+                drops.append(Drop(source=index, tensor=name, reason=reason))
+    return tuple(drops)
+
+
+def build_plan(
+    config: UpcycleConfig, described: Sequence[Described], prompts_digest: str = ""
+) -> UpcyclePlan:
+    """Return the complete, checked plan of one run.
+
+    Args:
+        config: the options.
+        described: opened and audited sources, already found to agree with each other.
+        prompts_digest: sha256 of the router prompts, "" unless `router_init` is "hidden".
+
+    Raises:
+        OptionError: the options do not fit the model, or no host holds it exactly.
+    """
+    spec = described[0].spec
+    sources = [d.source for d in described]
+    _check_sources(config, len(sources))
+    request = host_request(config, spec)
+    host = choose(spec, request, config.target)
+    base = base_index(config, sources)
+    first = described[0].source.tensors[spec.ffn_rows(0)["up"].tensor]
+    main_dtype = DTYPES[config.dtype] or first.dtype
+    layout = host.layout(spec, request, BY_NAME[main_dtype].config_name)
+    stored = [s.tensors for s in sources]
+    builder = ExpertBuilder(
+        config=config,
+        specs=[d.spec for d in described],
+        stored=stored,
+        layout=layout,
+        expert_width=request.expert_width,
+        first_routed=request.shared_width if config.shared_experts == "split" else 0,
+        prompts_digest=prompts_digest,
+    )
+    targets = _targets(config, layout, builder, _Carrier(stored=stored, base=base))
+    rounds = any(_rounds(t.expr, t.dtype) for t in targets)
+    plan = Plan(
+        method="upcycle",
+        options=_options(config, host, sources, base, prompts_digest),
+        sources=tuple(s.fingerprint for s in sources),
+        targets=targets,
+        drops=_drops(described, targets, base),
+        config=layout.config,
+        exactness=exactness_of(config, len(sources), rounds),
+        notes=_notes(config, layout),
+    )
+    check_plan(plan, stored)
+    return UpcyclePlan(
+        plan=plan, host=host, layout=layout, request=request, described=tuple(described)
+    )
+
+
+def _check_sources(config: UpcycleConfig, count: int) -> None:
+    groups = config.experts // config.granularity
+    if groups % count:
+        raise OptionError(
+            f"{count} sources cannot share {groups} full experts equally",
+            where="--experts",
+            expected=f"a multiple of {count * config.granularity}",
+            found=config.experts,
+        )
+    if count > 1 and config.shared_experts == "split":
+        raise OptionError(
+            "a shared part of the FFN cannot come from several sources",
+            where="--shared-experts",
+            expected="none or neutral",
+            found="split",
+        )
+
+
+def _options(
+    config: UpcycleConfig,
+    host: Host,
+    sources: Sequence[Source],
+    base: int | None,
+    prompts_digest: str,
+) -> dict[str, object]:
+    """Return the resolved options for the manifest: no paths, every default spelled out."""
+    options: dict[str, object] = asdict(config)
+    options["target"] = host.model_type
+    options["base"] = "average" if base is None else sources[base].label
+    options["router_prompts"] = prompts_digest or None
+    return options

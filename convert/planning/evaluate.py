@@ -1,0 +1,72 @@
+"""The value of one expression, computed with numpy in float32; one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from adaconvert.dtypes import BY_NAME, numpy_dtype
+from adaconvert.io.reader import read_bytes
+from adaconvert.io.source import Source
+from adaconvert.planning.arrays import from_float32, to_float32
+from adaconvert.planning.functions import FUNCTIONS
+from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Init, Piece, TargetTensor
+
+if TYPE_CHECKING:
+    import numpy
+
+    Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+
+def _read_piece(piece: Piece, sources: Sequence[Source], dtype: str) -> Array:
+    """Return the raw elements of one piece, flat."""
+    import numpy
+
+    source = sources[piece.source]
+    ref = source.tensors[piece.tensor]
+    if piece.count == 1:
+        raw = read_bytes(source, ref, piece.start, piece.nbytes)
+        return numpy.frombuffer(raw, dtype=numpy_dtype(dtype))
+    item = BY_NAME[dtype].nbytes
+    span = piece.stride * (piece.count - 1) + piece.nbytes
+    flat = numpy.frombuffer(read_bytes(source, ref, piece.start, span), dtype=numpy_dtype(dtype))
+    rows = numpy.lib.stride_tricks.as_strided(
+        flat, (piece.count, piece.nbytes // item), (piece.stride, item), writeable=False
+    )
+    return numpy.ascontiguousarray(rows).reshape(-1)
+
+
+def evaluate(expr: Expr, sources: Sequence[Source], fitted: Mapping[str, Array]) -> Array:
+    """Return the float32 value of an expression.
+
+    Args:
+        expr: any expression of a checked plan.
+        sources: the opened checkpoints its pieces point into.
+        fitted: the arrays of its `Fitted` leaves by key.
+    """
+    import numpy
+
+    if isinstance(expr, Bytes):
+        parts = [to_float32(_read_piece(p, sources, expr.dtype), expr.dtype) for p in expr.pieces]
+        flat = parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+        return flat.reshape(expr.shape)
+    if isinstance(expr, Fitted):
+        return fitted[expr.key].reshape(expr.shape)
+    if isinstance(expr, Init):
+        value = dict(expr.params)["value"]
+        return numpy.full(expr.shape, float(value), dtype=numpy.float32)
+    assert isinstance(expr, Apply)
+    args = [evaluate(arg, sources, fitted) for arg in expr.args]
+    return FUNCTIONS[expr.fn](args, dict(expr.params), expr.seed).reshape(expr.shape)
+
+
+def stored_bits(
+    target: TargetTensor, sources: Sequence[Source], fitted: Mapping[str, Array]
+) -> Array:
+    """Return what is written for a computed target: its bits in the target's dtype.
+
+    Raises:
+        SourceError: the cast makes finite values infinite.
+    """
+    values = evaluate(target.expr, sources, fitted)
+    return from_float32(values, target.dtype, target.name)

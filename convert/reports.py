@@ -1,0 +1,161 @@
+"""What the API returns: plain data for programs, lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaconvert.arch.base import RuntimeVerdict
+from adaconvert.arch.registry import describe
+from adaconvert.arch.runtimes import verdicts
+from adaconvert.io.writer import layout_shards, parse_size
+from adaconvert.methods.upcycle.plan import UpcyclePlan
+from adaconvert.planning.digest import plan_digest
+from adaconvert.planning.estimate import Costs, costs, output_bytes, working_memory
+from adaconvert.planning.ops import Exactness
+from adaconvert.units import human_bytes, human_count
+
+#: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash buffers.
+BASE_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """What a conversion would write, need and promise.
+
+    Attributes:
+        target: architecture of the result.
+        shards: weight files.
+        disk: bytes the destination takes; the run needs as much free space.
+        memory: bound on the memory of the conversion itself, verification not counted.
+        before, after: costs of the dense source and of the result.
+        runtimes: what each runtime will do with the result.
+        digest: identity of the plan.
+    """
+
+    method: str
+    target: str
+    options: dict[str, object]
+    exactness: Exactness
+    tensors: int
+    shards: int
+    disk: int
+    memory: int
+    before: Costs
+    after: Costs
+    runtimes: tuple[RuntimeVerdict, ...]
+    notes: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, planned: UpcyclePlan, max_shard_size: str | int) -> PlanReport:
+        """Return the report of a planned run."""
+        plan = planned.plan
+        spec, source = planned.described[0].spec, planned.described[0].source
+        target = describe(plan.config)
+        layouts = layout_shards(plan.targets, parse_size(max_shard_size))
+        return cls(
+            method=plan.method,
+            target=planned.host.model_type,
+            options=plan.options,
+            exactness=plan.exactness,
+            tensors=len(plan.targets),
+            shards=len(layouts),
+            disk=output_bytes(plan),
+            memory=BASE_MEMORY + working_memory(plan),
+            before=costs(spec, {n: r.dtype for n, r in source.tensors.items()}),
+            after=costs(target, {t.name: t.dtype for t in plan.targets}),
+            runtimes=verdicts(plan.config),
+            notes=plan.notes,
+            digest=plan_digest(plan),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON data."""
+        return {
+            "method": self.method,
+            "target": self.target,
+            "options": self.options,
+            "exactness": {"kind": self.exactness.kind, "why": self.exactness.why},
+            "tensors": self.tensors,
+            "shards": self.shards,
+            "disk_bytes": self.disk,
+            "memory_bytes": self.memory,
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "runtimes": [
+                {"runtime": v.runtime, "verdict": v.verdict, "why": v.why} for v in self.runtimes
+            ],
+            "notes": list(self.notes),
+            "plan_digest": self.digest,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the report as text."""
+        more = self.after.flops / self.before.flops
+        rows = [
+            f"{self.method} to {self.target}: {self.exactness.kind} ({self.exactness.why})",
+            f"writes      {self.tensors} tensors in {self.shards} files, {human_bytes(self.disk)}",
+            f"needs       {human_bytes(self.disk)} of disk, {human_bytes(self.memory)} of memory "
+            "(without verification)",
+            *cost_lines(self.before, self.after),
+            _flops_line(more),
+        ]
+        rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
+        rows += [f"note: {note}" for note in self.notes]
+        return rows
+
+
+def _flops_line(ratio: float) -> str:
+    if ratio > 1.005:
+        return (
+            f"each token costs {ratio:.2f}x the FLOPs of the dense model: upcycling adds capacity, "
+            "it does not save compute"
+        )
+    if ratio < 0.995:
+        return f"each token costs {ratio:.2f}x the FLOPs of the dense model"
+    return "each token costs the same FLOPs as the dense model"
+
+
+def cost_lines(before: Costs, after: Costs) -> list[str]:
+    """Return a small table of costs, dense and converted."""
+    table: Sequence[tuple[str, str, str]] = (
+        ("", "dense", "converted"),
+        ("parameters", human_count(before.total_params), human_count(after.total_params)),
+        ("active/token", human_count(before.active_params), human_count(after.active_params)),
+        ("FLOPs/token", human_count(before.flops), human_count(after.flops)),
+        ("  in FFNs", human_count(before.ffn_flops), human_count(after.ffn_flops)),
+        ("bytes/token", human_bytes(before.weight_bytes), human_bytes(after.weight_bytes)),
+    )
+    note = f"(FLOPs at {before.context} tokens of context; bytes of weights read at batch 1)"
+    return [*(f"{name:<14}{a:>12}{b:>12}" for name, a, b in table), note]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionResult:
+    """A finished conversion.
+
+    Attributes:
+        destination: the committed folder.
+        report: the plan it followed.
+        manifest: the content of its adaconvert.json.
+        verification_lines: the verification for people; one line when it was skipped.
+    """
+
+    destination: Path
+    report: PlanReport
+    manifest: dict[str, object]
+    verification_lines: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the result as JSON data."""
+        return {
+            "destination": self.destination.name,
+            "plan": self.report.to_json(),
+            "verification": self.manifest.get("verification"),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the result as text."""
+        return [*self.report.lines(), "", *self.verification_lines, f"wrote {self.destination}"]

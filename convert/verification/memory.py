@@ -1,0 +1,94 @@
+"""How much memory a comparison needs and how much there is; bytes throughout."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from adaconvert.io.source import Source
+from adaconvert.layerwise.names import block_of
+
+#: share of the available memory a verification may use unless it is told a number.
+SHARE = 0.6
+_FP32 = 4
+_GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
+
+
+def available_memory() -> int:
+    """Return the memory this process may still take: the system's or its control group's."""
+    limits = [_system_memory()]
+    group = Path("/sys/fs/cgroup")
+    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+    if limit is not None and used is not None:
+        # page cache counts as used although it is given back on demand
+        limits.append(max(limit - used + _cache_of(group), 0))
+    return min(limits)
+
+
+def _system_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _cache_of(group: Path) -> int:
+    try:
+        rows = dict(
+            line.split() for line in (group / "memory.stat").read_text("ascii").splitlines()
+        )
+        return int(rows.get("inactive_file", 0)) + int(rows.get("active_file", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _places(source: Source) -> dict[int | None, int]:
+    """Return the float32 size of every block, and under None that of everything outside them."""
+    places: dict[int | None, int] = {}
+    for name, ref in source.tensors.items():
+        place = block_of(name)
+        places[place] = places.get(place, 0) + math.prod(ref.shape) * _FP32
+    return places
+
+
+def whole_need(sources: Iterable[Source], *, tokens: int) -> int:
+    """Return what comparing whole models takes: the larger one in float32, and the caches.
+
+    While a block is loaded its experts exist up to twice more, as transformers stacks and joins
+    them.
+    """
+    return max(_whole(source, tokens) for source in sources)
+
+
+def _whole(source: Source, tokens: int) -> int:
+    places = _places(source)
+    hidden, layers = _size(source, "hidden_size"), _size(source, "num_hidden_layers")
+    # the states after each block, and with granular experts what each router received
+    cached = 2 * tokens * hidden * layers * _FP32 + _logits(source, tokens)
+    return sum(places.values()) + 2 * max(places.values()) + cached
+
+
+def layerwise_need(sources: Iterable[Source], *, tokens: int) -> int:
+    """Return what comparing block by block takes: one block of one model, and two caches."""
+    return max(3 * max(_places(s).values()) + _logits(s, tokens) for s in sources)
+
+
+def _logits(source: Source, tokens: int) -> int:
+    return 2 * tokens * _size(source, "vocab_size") * _FP32
+
+
+def _size(source: Source, key: str) -> int:
+    value = source.config.get(key, source.config.get(_GPT2_NAMES.get(key, key)))
+    return value if isinstance(value, int) else 0
