@@ -33,6 +33,7 @@ def convert(
     probe: PathLike | None = None,
     allow_nonfinite: bool = False,
     keep_config: tuple[str, ...] = (),
+    ignore_unindexed: bool = False,
     progress: bool = False,
     **options: object,
 ) -> ConversionResult:
@@ -51,6 +52,7 @@ def convert(
         probe: text file to compare on instead of the shipped text.
         allow_nonfinite: accept NaN and infinities in source tensors; recorded in the manifest.
         keep_config: further config.json keys of the source to carry over.
+        ignore_unindexed: leave out tensors the source's index does not list instead of refusing them.
         progress: show progress bars on a terminal.
         options: the method's own options, see `methods.upcycle.config.UpcycleConfig`.
 
@@ -74,6 +76,7 @@ def convert(
         probe=None if probe is None else Path(probe),
         allow_nonfinite=allow_nonfinite,
         keep_config=tuple(keep_config),
+        ignore_unindexed=ignore_unindexed,
         progress=progress,
     )
     return run([str(s) for s in sources], method, options, settings)
@@ -85,6 +88,7 @@ def plan(
     revision: str | None = None,
     max_shard_size: str | int = "5GB",
     keep_config: tuple[str, ...] = (),
+    ignore_unindexed: bool = False,
     **options: object,
 ) -> PlanReport:
     """Return what a conversion would write, need and promise; reads headers and config only.
@@ -93,7 +97,9 @@ def plan(
     """
     from adaconvert.conversion import prepare_run
 
-    prepared = prepare_run([str(s) for s in sources], method, options, revision, keep_config)
+    prepared = prepare_run(
+        [str(s) for s in sources], method, options, revision, keep_config, ignore_unindexed
+    )
     return PlanReport.of(prepared.planned, max_shard_size)
 
 

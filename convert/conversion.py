@@ -41,6 +41,7 @@ class RunSettings:
     probe: Path | None = None
     allow_nonfinite: bool = False
     keep_config: tuple[str, ...] = ()
+    ignore_unindexed: bool = False
     progress: bool = False
 
 
@@ -50,12 +51,16 @@ def prepare_run(
     options: Mapping[str, object],
     revision: str | None = None,
     keep_config: Sequence[str] = (),
+    ignore_unindexed: bool = False,
 ) -> Prepared:
     """Return the planned run; opens and audits the sources, reads no weights."""
     config = make_config(method, options)
     if not sources:
         raise OptionError("no source given", where="SRC")
-    described = [open_source(where, revision=revision) for where in sources]
+    described = [
+        open_source(where, revision=revision, ignore_unindexed=ignore_unindexed)
+        for where in sources
+    ]
     for item in described:
         _check_dense(item)
     check_agreement(described)
@@ -99,12 +104,27 @@ def run(
 ) -> ConversionResult:
     """Return once the destination is committed; see `api.convert` for the errors."""
     cap = parse_size(settings.max_shard_size)
-    prepared = prepare_run(sources, method, options, settings.revision, settings.keep_config)
+    prepared = prepare_run(
+        sources,
+        method,
+        options,
+        settings.revision,
+        settings.keep_config,
+        settings.ignore_unindexed,
+    )
     planned = prepared.planned
     opened = [d.source for d in planned.described]
     layouts = layout_shards(planned.plan.targets, cap)
     report = PlanReport.of(planned, cap)
     digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
+    found = already_committed(settings.destination, plan_digest=digest) if settings.resume else None
+    if found is not None:
+        return ConversionResult(
+            destination=settings.destination,
+            report=report,
+            manifest=found,
+            verification_lines=("an earlier run completed it; nothing was left to do",),
+        )
     with Staging.open(
         settings.destination,
         sources=[source.root for source in opened],
@@ -239,6 +259,7 @@ def _verify(
         settings.memory,
         settings.probe,
         settings.progress,
+        name=settings.destination.name,
         plan=plan,
     )
 
@@ -251,6 +272,8 @@ def _checked(
     memory: str | int | None,
     probe: Path | None,
     progress: bool,
+    *,
+    name: str,
     plan: Plan | None = None,
 ) -> VerificationReport:
     from adaconvert.verification.report import verify_checkpoint
@@ -267,7 +290,9 @@ def _checked(
         plan=plan,
     )
     if not report.ok:
-        raise VerificationError(report.problem(), where=folder.name)
+        error = VerificationError(report.problem(), where=name)
+        error.report = report
+        raise error
     return report
 
 
@@ -284,4 +309,6 @@ def verify_existing(
     assert isinstance(kind, dict)
     exactness = Exactness(kind=str(kind["kind"]), why=str(kind["why"]))
     roots = [item.source.root for item in opened]
-    return _checked(roots, target, exactness, record, memory, probe, progress)
+    return _checked(
+        roots, target, exactness, record, memory, probe, progress, name=target.name
+    )

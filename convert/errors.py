@@ -65,9 +65,14 @@ class OutputConflictError(AdaconvertError):
 
 
 class VerificationError(AdaconvertError):
-    """The converted checkpoint is not what it was declared to be (exit code 5)."""
+    """The converted checkpoint is not what it was declared to be (exit code 5).
+
+    Attributes:
+        report: the whole verification report, when it got that far.
+    """
 
     exit_code = 5
+    report: object | None = None
 
 
 class ResourceError(AdaconvertError):

@@ -15,13 +15,7 @@ from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, WEIGHT_DTYPES
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
 
-#: what training wrappers put in front of every name, and how to get rid of it.
-_WRAPPERS = {
-    "base_model.model.": "Merge the adapter into its base model first (peft: merge_and_unload).",
-    "module.": "Save the model inside the DataParallel or DDP wrapper (model.module).",
-    "_orig_mod.": "Save the model that torch.compile wrapped (model._orig_mod).",
-    "_fsdp_wrapped_module.": "Save a full state dict, with FSDP's own prefixes removed.",
-}
+#: names given in full before the rest is only counted.
 _SHOWN = 5
 
 
@@ -64,14 +58,13 @@ def audit(spec: ModelSpec, stored: Mapping[str, Stored]) -> Audit:
         SourceError: a tensor is missing, unknown, no float, or of another size than config.json
             implies.
     """
-    _refuse_wrapped(spec, stored)
     expected = {tensor.name: tensor for tensor in spec.tensors}
     extra = [name for name in stored if name not in expected]
     dropped = dict(_legacy(spec, extra))
     unknown = [name for name in extra if name not in dropped]
     missing = [name for name in expected if name not in stored and not expected[name].optional]
     _refuse_missing(spec, missing, unknown)
-    _refuse_unknown(spec, unknown)
+    _refuse_unknown(spec, unknown, stored)
     present = [tensor for tensor in spec.tensors if tensor.name in stored]
     for tensor in present:
         _check_dtype(tensor, stored[tensor.name])
@@ -85,17 +78,6 @@ def audit(spec: ModelSpec, stored: Mapping[str, Stored]) -> Audit:
         compare_ties=ties,
         notes=tuple(_notes(spec, [stored[name] for name in used])),
     )
-
-
-def _refuse_wrapped(spec: ModelSpec, stored: Mapping[str, Stored]) -> None:
-    for wrapper, hint in _WRAPPERS.items():
-        wrapped = [name for name in stored if name.startswith(wrapper)]
-        if wrapped and not any(tensor.name.startswith(wrapper) for tensor in spec.tensors):
-            raise SourceError(
-                f"{len(wrapped)} tensor names start with '{wrapper}', left by a training wrapper",
-                where=escape(wrapped[0]),
-                hint=hint,
-            )
 
 
 def _legacy(spec: ModelSpec, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -138,18 +120,17 @@ def _missing_hint(spec: ModelSpec, missing: list[str], unknown: list[str]) -> st
     return None
 
 
-def _refuse_unknown(spec: ModelSpec, unknown: list[str]) -> None:
+def _refuse_unknown(spec: ModelSpec, unknown: list[str], stored: Mapping[str, Stored]) -> None:
     if not unknown:
         return
     family = registry.FAMILIES[spec.model_type]
     reasons = {name: _why_unknown(spec, family, name) for name in unknown}
     first = next((why for why in reasons.values() if why), "")
     names = [name for name, why in reasons.items() if why == first]
-    what = f"{_are(names)} stored, but {first}" if first else f"{_are(names)} unknown to it"
+    contradicted = f", but {first}" if first else f" that a {spec.architecture} does not have"
     raise SourceError(
-        f"{_some(names)} {what}",
-        where=f"{spec.model_type} checkpoint",
-        hint=None if first else f"A {spec.architecture} has no such tensors.",
+        f"{_some(names)} {_are(names)} stored{contradicted}",
+        where=escape(getattr(stored[names[0]], "file", spec.model_type)),
     )
 
 
@@ -208,10 +189,10 @@ def _check_shapes(spec: ModelSpec, present: list[TensorSpec], stored: Mapping[st
         return
     tensor = wrong[0]
     found = stored[tensor.name]
-    others = f" ({len(wrong) - 1} more tensors do not fit either)" if len(wrong) > 1 else ""
+    others = f", as of {len(wrong) - 1} more," if len(wrong) > 1 else ""
     keys = _implied_by(spec, tensor, tuple(found.shape))
     raise SourceError(
-        f"shape does not fit config.json{others}",
+        f"shape{others} does not fit config.json",
         where=_where(tensor.name, found),
         expected=f"{list(tensor.shape)}" + (f" ({keys})" if keys else ""),
         found=f"{list(found.shape)}",

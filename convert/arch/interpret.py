@@ -16,6 +16,7 @@ from adaconvert.errors import SourceError
 _MAX_TENSORS = 2**20
 
 Masks = dict[str, tuple[bool, ...]]
+Shape = Callable[[], tuple[int, ...]]
 
 
 def interpret(
@@ -128,14 +129,32 @@ def _tensors(
         templates = [(template, _shapes(family, template, found)) for template in group]
         for layer in range(_size(found, "layers")) if in_block else (None,):
             names = found if layer is None else _at(found, layer_masks, layer)
-            for template, shape in templates:
-                if expressions.holds(template.when, names):
-                    yield from _copies(template, shape(), layer, prefix, names)
+            yield from _block(templates, layer, prefix, names)
 
 
-def _shapes(
-    family: Family, template: Template, found: values.Values
-) -> Callable[[], tuple[int, ...]]:
+def _block(
+    templates: list[tuple[Template, Shape]],
+    layer: int | None,
+    prefix: str,
+    names: Mapping[str, object],
+) -> Iterator[TensorSpec]:
+    for per_expert, group in groupby(templates, key=lambda pair: "{expert}" in pair[0].name):
+        present = [pair for pair in group if expressions.holds(pair[0].when, names)]
+        # all of one expert, then all of the next: what belongs together is stored together
+        for expert in range(_size(names, "experts")) if per_expert else (None,):
+            for template, shape in present:
+                yield TensorSpec(
+                    name=template.name.format(p=prefix, layer=layer, expert=expert),
+                    role=template.role,
+                    shape=shape(),
+                    layer=layer,
+                    expert=expert,
+                    optional=expressions.holds(template.optional, names),
+                    transposed=template.transposed,
+                )
+
+
+def _shapes(family: Family, template: Template, found: values.Values) -> Shape:
     # sizes of tensors that do not exist may make no sense, so they are computed when first needed
     @cache
     def shape() -> tuple[int, ...]:
@@ -150,26 +169,6 @@ def _check_count(family: Family, found: values.Values) -> None:
     if copies * len(family.tensors) > _MAX_TENSORS:
         stated = values.explain(family, ("layers", "experts"), found)
         raise SourceError(f"{stated}: more tensors than any model holds", where=values.WHERE)
-
-
-def _copies(
-    template: Template,
-    shape: tuple[int, ...],
-    layer: int | None,
-    prefix: str,
-    names: Mapping[str, object],
-) -> Iterator[TensorSpec]:
-    optional = expressions.holds(template.optional, names)
-    for expert in range(_size(names, "experts")) if "{expert}" in template.name else (None,):
-        yield TensorSpec(
-            name=template.name.format(p=prefix, layer=layer, expert=expert),
-            role=template.role,
-            shape=shape,
-            layer=layer,
-            expert=expert,
-            optional=optional,
-            transposed=template.transposed,
-        )
 
 
 def _respelled(

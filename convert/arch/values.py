@@ -43,6 +43,7 @@ def read(family: Family, config: Mapping[str, object], flags: tuple[str, ...] = 
     for check in ("heads/kv_heads", *family.checks):
         if all(name in values for name in expressions.names_in(check)):
             compute(family, check, values)
+    _check_top_k(family, values)
     _refuse(family, values)
     return values
 
@@ -81,6 +82,12 @@ def _flags(family: Family, flags: tuple[str, ...]) -> Values:
     return {flag: flag in flags for flag in every}
 
 
+def _check_top_k(family: Family, values: Values) -> None:
+    if "top_k" in values and expressions.holds("experts > 0 and top_k > experts", values):
+        stated = explain(family, ("experts", "top_k"), values)
+        raise SourceError(f"more experts per token than there are ({stated})", where=WHERE)
+
+
 def _refuse(family: Family, values: Values) -> None:
     for condition, why in family.refusals.items():
         if expressions.holds(condition, values):
@@ -95,10 +102,18 @@ def _value(
     if found is not None and not (type(found) is int and found == key.dead):
         return _checked(name, stated, key, found)
     if key.fallback:
-        return compute(family, key.fallback, values)
+        return _derived(family, key, values)
     if key.nullable:
         return None
     return key.default if key.kind == "list" else _checked(name, stated, key, None)
+
+
+def _derived(family: Family, key: Key, values: Values) -> int:
+    size = compute(family, key.fallback, values)
+    if key.kind == "size" and size < 1:
+        stated = explain(family, expressions.names_in(key.fallback), values)
+        raise SourceError(f"{stated} leaves nothing of {key.fallback}", where=WHERE)
+    return size
 
 
 def _stated(key: Key, config: Mapping[str, object]) -> tuple[str, object]:

@@ -257,4 +257,10 @@ _STORED = (
         metavar="KEY",
         help="Copy this key of the source's config.json too; may be repeated.",
     ),
+    option(
+        "checks",
+        "--ignore-unindexed",
+        is_flag=True,
+        help="Leave out tensors the source's index does not list, and record it.",
+    ),
 )

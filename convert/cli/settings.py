@@ -97,4 +97,11 @@ def begin(packages: tuple[str, ...]) -> Settings:
     settings = current(click.get_current_context())
     start_logging(settings)
     versions.require(packages)
+    _hide_hub_kernels()
     return settings
+
+
+def _hide_hub_kernels() -> None:
+    # transformers imports the package `kernels` when it finds one: a broken one breaks transformers,
+    # a good one computes with code fetched from a hub. None makes it look absent.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

@@ -19,24 +19,21 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from adaconvert.errors import (
-    AdaconvertError,
-    InterruptedRunError,
-    OutputConflictError,
-    SourceError,
-)
-from adaconvert.io import manifest
+from adaconvert.errors import InterruptedRunError, OutputConflictError, SourceError
+from adaconvert.io.claim import Claim, already_committed, claim
 from adaconvert.io.copying import Copier, Gatherer, Span
-from adaconvert.io.destination import Destination, make_parents, remove_parents
+from adaconvert.io.destination import remove_parents
 from adaconvert.io.digest import hash_tensors
-from adaconvert.io.fs import FileSystem, free_bytes, not_enough_space, reporting, resource_error
-from adaconvert.io.journal import CHECKPOINT_FOLDER, JOURNAL_FILE, Journal, Lock
+from adaconvert.io.fs import FileSystem, reporting, resource_error
+from adaconvert.io.journal import CHECKPOINT_FOLDER, JOURNAL_FILE
 from adaconvert.io.layout import ShardLayout, ShardRecord, digest_order, shard_digest
 from adaconvert.io.manifest import MANIFEST_FILE
 from adaconvert.io.names import escape
 from adaconvert.io.regular import open_regular
 from adaconvert.io.writer import Digests, ShardWriter
 from adaconvert.units import human_bytes
+
+__all__ = ["Staging", "already_committed"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,26 +47,16 @@ class Staging:
         resumed: an interrupted run of the same plan finished some shards.
     """
 
-    def __init__(
-        self,
-        fs: FileSystem,
-        destination: Destination,
-        lock: Lock,
-        journal: Journal,
-        *,
-        overwrite: bool,
-        made: Sequence[Path],
-        needed: int,
-    ) -> None:
-        self.path = lock.folder / CHECKPOINT_FOLDER
+    def __init__(self, fs: FileSystem, held: Claim, *, overwrite: bool, needed: int) -> None:
+        self.path = held.lock.folder / CHECKPOINT_FOLDER
         self.files: dict[str, str] = {}
-        self.resumed = bool(journal.records)
+        self.resumed = bool(held.journal.records)
         self._fs = fs
-        self._destination = destination
-        self._lock = lock
-        self._journal = journal
+        self._destination = held.destination
+        self._lock = held.lock
+        self._journal = held.journal
+        self._made = held.made
         self._overwrite = overwrite
-        self._made = tuple(made)
         self._needed = needed
         self._records: dict[str, ShardRecord] = {}
         self._copier = Copier(fs)
@@ -108,27 +95,17 @@ class Staging:
             ResourceError: it cannot be written, or the disk is too small.
         """
         fs = FileSystem() if fs is None else fs
-        destination = Destination.resolve(dst)
-        destination.check_apart(sources)
-        if not os.path.lexists(destination.old):
-            destination.check_free(overwrite=overwrite)
-        made: list[Path] = []
-        lock: Lock | None = None
-        kept = resume and (destination.staging / JOURNAL_FILE).is_file()
-        try:
-            with reporting(destination.given, folder=destination.path.parent, needed=needed_bytes):
-                make_parents(fs, destination.path, made)
-                lock = Lock.claim(fs, destination.staging, destination.given)
-                destination.settle(fs)
-                destination.check_free(overwrite=overwrite)
-                journal = _open_journal(fs, destination, lock, plan_digest, facts or {}, resume)
-                _check_space(destination, journal, needed_bytes)
-        except BaseException:
-            _undo(fs, lock, made, remove=not kept)
-            raise
-        return cls(
-            fs, destination, lock, journal, overwrite=overwrite, made=made, needed=needed_bytes
+        held = claim(
+            fs,
+            dst,
+            sources=sources,
+            plan_digest=plan_digest,
+            overwrite=overwrite,
+            resume=resume,
+            needed_bytes=needed_bytes,
+            facts=facts or {},
         )
+        return cls(fs, held, overwrite=overwrite, needed=needed_bytes)
 
     def completed_shards(self, layouts: Sequence[ShardLayout]) -> dict[str, ShardRecord]:
         """Return the shards an interrupted run finished whose bytes still have their hash.
@@ -350,78 +327,3 @@ class Staging:
 
     def _reporting(self, where: str, nbytes: int | None = None) -> AbstractContextManager[None]:
         return reporting(where, folder=self._lock.folder, needed=nbytes or self._needed or None)
-
-
-def already_committed(
-    dst: str | Path, *, plan_digest: str, fs: FileSystem | None = None
-) -> dict[str, object] | None:
-    """Return the manifest of `dst` if a run of the same plan completed it, None otherwise.
-
-    A run killed after its last rename has nothing left to resume: this is how the next one knows.
-    What such a run left beside the destination is removed.
-
-    Raises:
-        OutputConflictError: another run is writing there.
-    """
-    fs = FileSystem() if fs is None else fs
-    destination = Destination.resolve(dst)
-    try:
-        found = manifest.read(destination.path)
-    except AdaconvertError:
-        return None
-    if found["plan_digest"] != plan_digest:
-        return None
-    if os.path.lexists(destination.staging) or os.path.lexists(destination.old):
-        with reporting(destination.given):
-            lock = Lock.claim(fs, destination.staging, destination.given)
-            try:
-                destination.settle(fs)
-            finally:
-                lock.release(remove=True)
-    return found
-
-
-def _open_journal(
-    fs: FileSystem,
-    destination: Destination,
-    lock: Lock,
-    plan: str,
-    facts: Mapping[str, object],
-    resume: bool,
-) -> Journal:
-    path = lock.folder / JOURNAL_FILE
-    journal = Journal.reopen(fs, path, plan, facts, destination.given) if resume else None
-    if journal is not None:
-        _remove_unfinished(fs, lock.folder / CHECKPOINT_FOLDER, journal)
-        return journal
-    if os.path.lexists(path):
-        logger.warning("%s: an unfinished run is discarded", destination.given)
-    lock.clear()
-    fs.mkdir(lock.folder / CHECKPOINT_FOLDER)
-    return Journal.start(fs, path, plan, facts)
-
-
-def _remove_unfinished(fs: FileSystem, folder: Path, journal: Journal) -> None:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name not in journal.records:
-            fs.unlink(folder / entry.name)
-
-
-def _check_space(destination: Destination, journal: Journal, needed: int) -> None:
-    left = needed - sum(record.nbytes for record in journal.records.values())
-    free = free_bytes(destination.path.parent)
-    if free is not None and left > free:
-        raise not_enough_space(
-            "the disk is too small for the output",
-            destination.given,
-            needed=left,
-            free=free,
-            hint="Free some space or choose a destination on another disk.",
-        )
-
-
-def _undo(fs: FileSystem, lock: Lock | None, made: Sequence[Path], *, remove: bool) -> None:
-    if lock is not None:
-        with suppress(OSError):
-            lock.release(remove=remove)
-    remove_parents(fs, made)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -170,12 +170,15 @@ class FileSystem:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return how many bytes an ordinary user may still write below `folder`; None when unknown."""
-    try:
-        stat = os.statvfs(folder)
-    except OSError:
-        return None
-    return stat.f_bavail * stat.f_frsize
+    """Return how many bytes an ordinary user may still write at `folder`; None when unknown.
+
+    Where the folder does not exist yet, the nearest one above it tells.
+    """
+    for place in (folder, *folder.parents):
+        with suppress(OSError):
+            stat = os.statvfs(place)
+            return stat.f_bavail * stat.f_frsize
+    return None
 
 
 def resource_error(

@@ -29,6 +29,7 @@ class Lock:
         self._fs = fs
         self.folder = folder
         self._fd = fd
+        self._spare = -1
 
     @classmethod
     def claim(cls, fs: FileSystem, folder: Path, where: str) -> Lock:
@@ -59,6 +60,8 @@ class Lock:
                 raise _held(self._fd, where)
             mine = _is_still(self._fd, self.folder / LOCK_FILE)
             if mine:
+                # given back before removal, which needs a descriptor even when there is no other.
+                self._spare = os.dup(self._fd)
                 holder = f"{os.getpid()} {socket.gethostname()}\n".encode()
                 self._fs.truncate(self._fd, 0)
                 self._fs.write_at(self._fd, holder, 0)
@@ -72,6 +75,8 @@ class Lock:
 
     def release(self, *, remove: bool) -> None:
         """Let the folder go, removed with everything in it or as it is."""
+        if self._spare >= 0:
+            os.close(self._spare)
         try:
             if remove:
                 self._remove()

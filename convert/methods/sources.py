@@ -27,17 +27,20 @@ class Described:
     audit: Audit
 
 
-def open_source(where: str, *, revision: str | None = None) -> Described:
+def open_source(
+    where: str, *, revision: str | None = None, ignore_unindexed: bool = False
+) -> Described:
     """Return a checkpoint whose config, files and tensors agree with each other.
 
     Args:
         where: folder, hub-cache snapshot or hub id.
         revision: branch, tag or commit of a hub id.
+        ignore_unindexed: leave out tensors the index does not list instead of refusing them.
 
     Raises:
         SourceError: the checkpoint is damaged, incomplete or of an unknown family.
     """
-    source = Source.open(where, revision=revision)
+    source = Source.open(where, revision=revision, ignore_unindexed=ignore_unindexed)
     spec = describe(source.config, source.tensors)
     return Described(source=source, spec=spec, audit=audit(spec, source.tensors))
 

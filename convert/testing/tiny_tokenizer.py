@@ -51,6 +51,8 @@ def _roles() -> dict[str, object]:
         "bos_token": SPECIAL_TOKENS[0],
         "eos_token": SPECIAL_TOKENS[2],
         "pad_token": SPECIAL_TOKENS[0],
+        # what Qwen2Tokenizer, which some model types force, takes for granted
+        "unk_token": SPECIAL_TOKENS[0],
     }
 
 

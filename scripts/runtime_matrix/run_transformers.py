@@ -17,14 +17,14 @@ def answer(job: Job) -> Outcome:
     model, problems = load(job)
     continuations: list[list[int]] = []
     likeliest: list[list[Position]] = []
-    logits: dict[str, np.ndarray] = {}
-    for number, prompt in enumerate(job.prompts.prompts):
+    logits: list[np.ndarray] = []
+    for prompt in job.prompts.prompts:
         ids, positions, of_prompt = _continue(model, prompt.ids)
         kept = until_end(ids, job.prompts.end)
         continuations.append(kept)
         likeliest.append(positions[: len(kept)])
-        logits[str(number)] = of_prompt
-    np.savez(job.out.with_suffix(".npz"), **logits)
+        logits.append(of_prompt)
+    np.savez(job.out.with_suffix(".npz"), *logits)
     cut, why = _cut_texts(job)
     return Outcome(
         version=transformers.__version__,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adaconvert.io.aux_files import classify
 from adaconvert.io.source import Source
 from adaconvert.testing.faults import (
     DENSE_CONFIG,
@@ -192,6 +193,29 @@ def test_c21_nested_models(tmp_path: Path, key: str) -> None:
         f"config.json: {key}: model_type 'llava\\n' wraps a language model with other parts: "
         "not supported; expected the config of one plain model"
     )
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        ('{"temperature": NaN}', "is not usable: is not valid JSON"),
+        ("[]", "is not usable: is not a JSON object"),
+        (
+            '{"custom_generate": "org/evil\\u001b"}',
+            "asks for code: custom_generate is 'org/evil\\x1b'",
+        ),
+    ],
+)
+def test_c23_generation_config_that_is_not_copied(tmp_path: Path, raw: str, reason: str) -> None:
+    (write_dense(tmp_path) / "generation_config.json").write_text(raw)
+    side = classify(Source.open(tmp_path))
+    assert side.copied == ()
+    assert side.dropped == {"generation_config.json": reason}
+
+
+def test_c23_a_good_generation_config_is_copied(tmp_path: Path) -> None:
+    (write_dense(tmp_path) / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert classify(Source.open(tmp_path)).copied == ("generation_config.json",)
 
 
 def test_notes_escape_hostile_keys(tmp_path: Path) -> None:

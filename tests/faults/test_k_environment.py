@@ -146,18 +146,22 @@ def test_k4_options_are_refused_under_optimisation(crafted: Path, tmp_path: Path
 
 
 def test_k5_locale_without_utf8(model: Path, tmp_path: Path) -> None:
+    env = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert upcycle(model, tmp_path / "out", env=env).isascii()
+    upcycle(model, tmp_path / "plain")
+    assert tree(tmp_path / "plain") == tree(tmp_path / "out")
+
+
+def test_k5_names_outside_ascii(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "mod\u00e8le"
     shutil.copytree(model, source)
-    env = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    done = adaconvert("upcycle", source, tmp_path / "out", *SMALL, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.isascii()
-    plain = tmp_path / "plain"
-    upcycle(source, plain)
-    assert tree(plain) == tree(tmp_path / "out")
-    done = adaconvert("inspect", tmp_path / "abs\u00ebnt", env=env)
-    assert done.returncode == 3
+    out = upcycle(source, tmp_path / "sortie-\u00e9", env=environment(LC_ALL="C"))
+    assert "wrote" in out
+    strict = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    done = adaconvert("inspect", tmp_path / "abs\u00ebnt", env=strict)
+    assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.isascii()
+    assert "Traceback" not in done.stderr
 
 
 # K6: stdout closed, not a terminal, narrow
@@ -230,8 +234,8 @@ def limit(kind: int, value: int) -> Any:
 def test_k7_thirty_two_open_files(tmp_path: Path) -> None:
     source = faults.write_sharded(tmp_path / "source", shards=20)
     few = limit(resource.RLIMIT_NOFILE, 32)
-    upcycle(source, tmp_path / "out", "--no-verify", "--max-shard-size", "2KB", preexec_fn=few)
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
+    upcycle(source, tmp_path / "out", "--no-verify", "--max-shard-size", "1KB", preexec_fn=few)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
 
 
 def big_llama(folder: Path, layers: int = 4, hidden: int = 1024, inner: int = 8192) -> Path:
@@ -278,13 +282,13 @@ def test_k8_home_unset(model: Path, tmp_path: Path) -> None:
 
 AS_NOBODY = """
 import os, sys
-from adaconvert.cli import versions
+import functools, importlib.metadata
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 from adaconvert.cli.main import run
 source, warm, free, closed = sys.argv[1:]
 rest = ["--experts", "4", "--no-verify", "-q"]
 # the interpreter may lie where the other user cannot read: load everything that is needed first
 assert run(["upcycle", source, warm, *rest]) == 0
-versions.require = lambda packages: None
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -355,9 +359,10 @@ def test_k10_in_the_repository_root(model: Path, tmp_path: Path) -> None:
         (None, "raise RuntimeError('broken kernels')\n"),
         (None, ""),
         ("0.1.0", "raise RuntimeError('broken kernels')\n"),
+        ("0.18.9", "raise RuntimeError('broken kernels')\n"),
         ("99.0", "raise RuntimeError('broken kernels')\n"),
     ],
-    ids=["broken", "empty", "too-old", "too-new"],
+    ids=["broken", "empty", "too-old", "accepted-and-broken", "too-new"],
 )
 def test_k11_hugging_face_kernels(
     model: Path, tmp_path: Path, version: str | None, content: str

@@ -115,7 +115,7 @@ def test_j4_the_commit_is_noted_when_no_revision_was_given(tmp_path: Path, cache
 
 @pytest.mark.skipif(
     not hasattr(errors, "IncompleteSnapshotError"),
-    reason="huggingface_hub before 2 does not know what a snapshot lacks",
+    reason="this huggingface_hub does not know what a snapshot lacks",
 )
 def test_j5_an_incomplete_snapshot_lists_what_is_missing(tmp_path: Path, cache: Path) -> None:
     plain = write_sharded(tmp_path / "plain", 3)

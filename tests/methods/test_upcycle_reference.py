@@ -151,7 +151,7 @@ def test_routers_from_prompts_choose_their_own_expert(llama: Path, tmp_path: Pat
     )
     _, router = ReferenceMoE(out)._experts("model.layers.1")
     assert router is not None
-    assert np.linalg.matrix_rank(router) == 3
+    assert np.linalg.matrix_rank(router, tol=1e-4) == 3
     assert np.isfinite(router).all()
     reference = ReferenceMoE(out).logits(IDS)
     assert np.abs(stock_logits(out, IDS) - reference).max() <= 2e-5 * np.abs(reference).max()

@@ -23,13 +23,15 @@ def decoder_keys(
     positions: int,
     kv_heads: int | None = None,
     head_dim: int | None = None,
-    eps: float = 1e-6,
+    eps: float | None = 1e-6,
     act: str = "silu",
     tied: bool = False,
     act_key: str = "hidden_act",
 ) -> dict[str, Key]:
     """Return the keys of a Llama-like decoder, with the defaults of one family."""
+    norm_eps = {} if eps is None else {"eps": number("rms_norm_eps", eps)}
     return {
+        **norm_eps,
         "vocab": Key(name="vocab_size", default=vocab),
         "hidden": Key(name="hidden_size", default=hidden),
         "intermediate": Key(name="intermediate_size", default=intermediate),
@@ -38,7 +40,6 @@ def decoder_keys(
         "kv_heads": Key(name="num_key_value_heads", default=kv_heads, fallback="heads"),
         "head_dim": Key(name="head_dim", default=head_dim, fallback="hidden/heads"),
         "positions": Key(name="max_position_embeddings", default=positions),
-        "eps": Key(name="rms_norm_eps", kind="number", default=eps),
         "act": Key(name=act_key, kind="text", default=act),
         "tied": flag("tie_word_embeddings", default=tied),
     }

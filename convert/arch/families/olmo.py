@@ -14,6 +14,7 @@ FAMILY = Family(
             layers=32,
             heads=32,
             positions=2048,
+            eps=None,
         ),
         "attention_bias": common.flag("attention_bias"),
         "clip_qkv": common.optional_number("clip_qkv"),

@@ -52,6 +52,7 @@ class Host:
         shared: its shared expert, None when it has none.
         fixed_width: every FFN has the width `intermediate_size`, so the routed experts get it.
         combine: as in `HostLayout`.
+        router_in_float32: router logits are computed in float32 whatever the model's dtype.
         min_experts: smallest number of experts its router can choose from.
         config: keys beyond the common ones.
     """
@@ -71,6 +72,7 @@ class Host:
     shared: SharedExpert | None = None
     fixed_width: bool = False
     combine: str = "renorm"
+    router_in_float32: bool = False
     min_experts: int = 1
     config: Mapping[str, object] = field(default_factory=dict)
 

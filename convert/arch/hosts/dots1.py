@@ -15,6 +15,7 @@ HOST = Host(
     shared=SharedExpert(required=True, in_units=True),
     combine="sigmoid",
     min_experts=2,
+    router_in_float32=True,
     config={
         **SIGMOID_ROUTER,
         "sliding_window": "$window",

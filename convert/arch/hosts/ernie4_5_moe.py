@@ -13,6 +13,7 @@ HOST = Host(
     interleaved=True,
     moe_layers="range",
     shared=SharedExpert(in_units=True),
+    router_in_float32=True,
     config={
         "moe_intermediate_size": "$expert_width",
         "moe_num_experts": "$experts",

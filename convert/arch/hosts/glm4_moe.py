@@ -31,6 +31,7 @@ HOST = Host(
     combine="sigmoid",
     # the best group is found by its two best experts
     min_experts=2,
+    router_in_float32=True,
     config={
         **SIGMOID_ROUTER,
         "use_qk_norm": "$qk_norm",

@@ -68,12 +68,17 @@ def read_prompts(path: str, groups: int) -> tuple[tuple[tuple[str, ...], ...], s
 def routers_from_means(means: Array, repeat: int) -> Array:
     """Return router rows [P * repeat, H] from mean FFN inputs [P, H].
 
-    The mean over groups is subtracted (it is common to all prompts and would saturate every router), rows get
-    unit length, and one factor brings the logits of the means themselves to standard deviation 1.
+    What all groups share, their mean, is subtracted and also projected out of the rows: a router has no bias that
+    could take it back. Rows get unit length, so each group's mean scores highest on its own row
+    (Cauchy-Schwarz), and one factor brings the logits of the means to standard deviation 1.
     """
     import numpy
 
-    centred = means.astype(numpy.float64) - means.mean(axis=0, dtype=numpy.float64)
+    common = means.mean(axis=0, dtype=numpy.float64)
+    centred = means.astype(numpy.float64) - common
+    square = float(common @ common)
+    if square > 0:
+        centred -= numpy.outer(centred @ common / square, common)
     length = numpy.linalg.norm(centred, axis=1, keepdims=True)
     rows = centred / numpy.where(length > 0, length, 1.0)
     logits = means.astype(numpy.float64) @ rows.T

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from adaconvert.arch.base import Carry, HostLayout, HostRequest, HostTensor, ModelSpec
-from adaconvert.arch.host import Host, choose
+from adaconvert.arch.host import HOSTS, Host, choose
 from adaconvert.dtypes import BY_NAME
 from adaconvert.errors import OptionError
 from adaconvert.io.source import Source
@@ -206,8 +206,13 @@ def exactness_of(config: UpcycleConfig, sources: int, rounds: bool) -> Exactness
     return Exactness(kind="exact", why=why)
 
 
-def _notes(config: UpcycleConfig, layout: HostLayout) -> tuple[str, ...]:
+def _notes(config: UpcycleConfig, host: Host, layout: HostLayout) -> tuple[str, ...]:
     notes = list(layout.notes)
+    if config.granularity > 1 and not host.router_in_float32:
+        notes.append(
+            f"{host.model_type} computes router logits in the model's dtype: in 16 bits two groups can tie and "
+            f"break; {_float32_routers()} compute them in float32"
+        )
     if config.top_k == 1 and config.granularity == 1:
         notes.append(
             "top-1 with renormalised weights always weighs 1, so the language loss gives the router no gradient"
@@ -215,6 +220,10 @@ def _notes(config: UpcycleConfig, layout: HostLayout) -> tuple[str, ...]:
     if config.router_init == "zeros" and config.top_k < config.experts:
         notes.append("a zero router sends every token to the same experts until it is trained")
     return tuple(notes)
+
+
+def _float32_routers() -> str:
+    return ", ".join(name for name, host in HOSTS.items() if host.router_in_float32)
 
 
 def _group(tensor: HostTensor) -> str:
@@ -281,8 +290,7 @@ def build_plan(
     spec = described[0].spec
     sources = [d.source for d in described]
     _check_sources(config, len(sources))
-    request = host_request(config, spec)
-    host = choose(spec, request, config.target)
+    request, host = _choose_host(config, spec)
     base = base_index(config, sources)
     first = described[0].source.tensors[spec.ffn_rows(0)["up"].tensor]
     main_dtype = DTYPES[config.dtype] or first.dtype
@@ -307,12 +315,32 @@ def build_plan(
         drops=_drops(described, targets, base),
         config=layout.config,
         exactness=exactness_of(config, len(sources), rounds),
-        notes=_notes(config, layout),
+        notes=_notes(config, host, layout),
     )
     check_plan(plan, stored)
     return UpcyclePlan(
         plan=plan, host=host, layout=layout, request=request, described=tuple(described)
     )
+
+
+def _choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:
+    """Return the host and what it is asked for.
+
+    Some hosts count their shared expert in routed-expert widths; a neutral one whose width the user left open
+    takes that width when no host takes the narrow one.
+    """
+    request = host_request(config, spec)
+    try:
+        return request, choose(spec, request, config.target)
+    except OptionError:
+        if config.shared_experts != "neutral" or config.shared_width is not None:
+            raise
+        wide = replace(request, shared_width=request.expert_width)
+        try:
+            return wide, choose(spec, wide, config.target)
+        except OptionError:
+            pass
+        raise
 
 
 def _check_sources(config: UpcycleConfig, count: int) -> None:

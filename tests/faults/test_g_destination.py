@@ -1,0 +1,313 @@
+"""G1, G2, G3, G13, G14, G16, G17, G21: where an output may go, and what is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adaconvert.errors import AdaconvertError, OutputConflictError, ResourceError
+from adaconvert.io.destination import Destination
+from adaconvert.testing.writing import (
+    RecordingFileSystem,
+    TinyConversion,
+    in_child,
+    tiny_source,
+    tree_digest,
+)
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def conversion(tmp_path: Path) -> TinyConversion:
+    return TinyConversion(source=tiny_source(tmp_path / "src"), destination=tmp_path / "out")
+
+
+def refused(conversion: TinyConversion, message: str) -> None:
+    """Check that nothing on the disk changes when the destination is refused."""
+    fs = RecordingFileSystem()
+    before = tree_digest(conversion.source.parent)
+    with pytest.raises(OutputConflictError, match=message) as caught:
+        conversion.run(fs)
+    assert caught.value.exit_code == 4
+    assert fs.steps == []
+    assert tree_digest(conversion.source.parent) == before
+
+
+def a_full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+def a_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def a_link(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to("elsewhere")
+
+
+def a_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (a_full_folder, "out: exists and is not empty. .*--overwrite"),
+        (a_file, "out: exists and is not a folder"),
+        (a_link, "out: exists and is a symbolic link"),
+        (a_dangling_link, "out: exists and is a symbolic link"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_g1_taken(
+    conversion: TinyConversion, make: Callable[[Path], None], message: str, overwrite: bool
+) -> None:
+    make(conversion.destination)
+    if make is a_full_folder and overwrite:
+        message = "out: holds no adaconvert.json, so adaconvert did not write it"
+    refused(replace(conversion, overwrite=overwrite), message)
+
+
+def test_g1_empty_folder_is_used(conversion: TinyConversion) -> None:
+    conversion.destination.mkdir()
+    conversion.run()
+    assert (conversion.destination / "adaconvert.json").is_file()
+
+
+def test_g1_below_a_file(conversion: TinyConversion, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(replace(conversion, destination=tmp_path / "file" / "out"), "out: lies below a file")
+
+
+@pytest.mark.parametrize(
+    ("destination", "message"),
+    [
+        ("src", "src: is the source itself"),
+        ("src/../src", "src: is the source itself"),
+        ("src/out", "out: lies inside the source"),
+        ("src/deep/er/out", "out: lies inside the source"),
+        ("link/out", "out: lies inside the source"),
+        (".", r": contains the source"),
+        ("link", "link: is the source itself"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_g2_overlap(
+    conversion: TinyConversion, tmp_path: Path, destination: str, message: str, overwrite: bool
+) -> None:
+    (tmp_path / "link").symlink_to("src")
+    refused(replace(conversion, destination=tmp_path / destination, overwrite=overwrite), message)
+
+
+def test_g2_source_given_through_a_link(conversion: TinyConversion, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("src")
+    through = replace(conversion, source=tmp_path / "link", destination=tmp_path / "src" / "out")
+    refused(through, "out: lies inside the source")
+
+
+def test_g2_source_in_the_reserved_neighbour(conversion: TinyConversion, tmp_path: Path) -> None:
+    inside = tiny_source(tmp_path / ".out.adaconvert-partial" / "checkpoint")
+    refused(replace(conversion, source=inside), "out: contains the source")
+
+
+def test_g2_bind_mount(conversion: TinyConversion, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    script = 'mount --bind "$1" "$2" 2>/dev/null || exit 77; shift 2; exec "$@"'
+    code = (
+        "import sys; from pathlib import Path; from adaconvert.testing.writing import *\n"
+        "TinyConversion(source=Path(sys.argv[1]), destination=Path(sys.argv[2])).run()"
+    )
+    run = ["python3", "-c", code, str(conversion.source), str(other / "out")]
+    import sys
+
+    run[0] = sys.executable
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", str(conversion.source), str(other), *run],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("mounting needs root")
+    assert "out: lies inside the source" in done.stderr
+    assert not (conversion.source / "out").exists()
+
+
+def test_g1_a_mount_point_is_refused(conversion: TinyConversion) -> None:
+    at_proc = replace(conversion, destination=Path("/proc"))
+    refused(at_proc, "proc: is a mount point. Name a new folder inside it instead")
+
+
+def test_g3_missing_parents_are_made(conversion: TinyConversion, tmp_path: Path) -> None:
+    deep = replace(conversion, destination=tmp_path / "a" / "b" / "out")
+    deep.run()
+    assert (tmp_path / "a" / "b" / "out" / "adaconvert.json").is_file()
+    assert os.listdir(tmp_path / "a" / "b") == ["out"]
+
+
+@pytest.mark.parametrize("below", ["out", "new/out"])
+def test_g3_parent_not_writable(conversion: TinyConversion, tmp_path: Path, below: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        source = tiny_source(home / "src")
+        home.chmod(0o755)
+        locked = home / "locked"
+        locked.mkdir(mode=0o555)
+
+        def as_nobody() -> None:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            try:
+                replace(conversion, source=source, destination=locked / below).run()
+            except AdaconvertError as error:
+                message = f"{type(error).__name__}: {error}"
+                assert "permission denied. Choose a destination you may write to" in message
+                os._exit(error.exit_code)
+
+        assert in_child(as_nobody) == ResourceError.exit_code
+        assert os.listdir(locked) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with some spaces",
+        "modèle-混合-🙂",
+        "new\nline",
+        "-leading-dash",
+        "'quotes\" and $HOME",
+        "n" * 255,
+        "é" * 127,
+        ".hidden",
+        "trailing.",
+    ],
+)
+def test_g16_names(conversion: TinyConversion, tmp_path: Path, name: str) -> None:
+    target = replace(conversion, destination=tmp_path / name)
+    target.run()
+    assert sorted(os.listdir(tmp_path)) == sorted(["src", name])
+    again = replace(target, overwrite=True, plan_digest="2" * 64)
+    again.run()
+    assert sorted(os.listdir(tmp_path)) == sorted(["src", name])
+    with pytest.raises(OutputConflictError, match="exists and is not empty") as caught:
+        target.run()
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n" * 256, "is longer than the 255 bytes a name may have"),
+        ("é" * 128, "is longer than the 255 bytes a name may have"),
+        ("/".join(["d" * 200] * 25), "the path is too long for this file system"),
+        ("nul\0", "is no name for a folder"),
+        ("\ud800", "is no name for a folder"),
+    ],
+)
+def test_g16_impossible_names(
+    conversion: TinyConversion, tmp_path: Path, name: str, message: str
+) -> None:
+    with pytest.raises(OutputConflictError, match=message) as caught:
+        replace(conversion, destination=tmp_path / name).run()
+    assert caught.value.exit_code == 4
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_g16_root_of_the_file_system(conversion: TinyConversion) -> None:
+    with pytest.raises(OutputConflictError, match="/: is the root of the file system"):
+        replace(conversion, destination=Path("/")).run()
+
+
+def test_g16_neighbours_stay_apart(tmp_path: Path) -> None:
+    long = [Destination.resolve(tmp_path / ("n" * 254 + end)) for end in "ab"]
+    assert long[0].staging != long[1].staging
+    assert all(len(os.fsencode(d.staging.name)) <= 255 for d in long)
+    assert all(d.staging.parent == d.path.parent == d.old.parent for d in long)
+
+
+def test_g17_staging_is_beside_the_destination(
+    conversion: TinyConversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc/none")
+    fs = RecordingFileSystem()
+    conversion.run(fs)
+    folder = str(conversion.destination.parent)
+    assert {step.subject[: len(folder)] for step in fs.steps} == {folder}
+
+
+def test_g13_g14_replacing_leaves_nothing_of_the_old(conversion: TinyConversion) -> None:
+    conversion.run()
+    target = conversion.destination
+    for name in ("pytorch_model.bin", "model-00009-of-00009.safetensors", "extra.txt"):
+        (target / name).write_text("left over")
+    assert (target / "model.safetensors.index.json").is_file()
+    replace(conversion, overwrite=True, cap=None).run()
+    assert sorted(os.listdir(target)) == [
+        "adaconvert.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_g12_replacing_an_edited_output_of_ours(conversion: TinyConversion) -> None:
+    conversion.run()
+    manifest = conversion.destination / "adaconvert.json"
+    manifest.write_text(manifest.read_text().replace("tiny", "edited"))
+    replace(conversion, overwrite=True).run()
+    assert "edited" not in manifest.read_text()
+
+
+def test_g10_a_strange_folder_under_the_reserved_name(conversion: TinyConversion) -> None:
+    strange = conversion.destination.with_name(".out.adaconvert-partial")
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("mine")
+    message = "holds 'thesis.tex', which is not adaconvert's. Move it away"
+    with pytest.raises(OutputConflictError, match=message):
+        conversion.run()
+    assert (strange / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".out.adaconvert-partial", ".out.adaconvert-old"])
+def test_g10_a_file_under_a_reserved_name(conversion: TinyConversion, name: str) -> None:
+    taken = conversion.destination.with_name(name)
+    taken.write_text("mine")
+    with pytest.raises(OutputConflictError, match="is in the way and is not a folder"):
+        conversion.run()
+    assert taken.read_text() == "mine"
+    assert sorted(os.listdir(taken.parent)) == sorted(["src", name])
+
+
+def test_something_appears_while_writing(conversion: TinyConversion) -> None:
+    def appear(index: int) -> None:
+        if index == 0:
+            a_full_folder(conversion.destination)
+
+    with pytest.raises(OutputConflictError, match="exists and is not empty|appeared while"):
+        replace(conversion, after_shard=appear).run()
+    assert os.listdir(conversion.destination) == ["notes.txt"]
+    assert sorted(os.listdir(conversion.destination.parent)) == ["out", "src"]
+
+
+def test_g21_links_are_not_needed(conversion: TinyConversion) -> None:
+    fs = RecordingFileSystem()
+    conversion.run(fs)
+    assert {step.action for step in fs.steps} <= {
+        *("mkdir", "create", "allocate", "write", "copy", "truncate"),
+        *("fsync", "fsync_dir", "rename", "unlink", "rmdir"),
+    }
+    names = [p.name.lower() for p in conversion.destination.iterdir()]
+    assert len(names) == len(set(names))
