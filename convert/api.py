@@ -43,7 +43,8 @@ def convert(
         sources: one checkpoint (folder, hub-cache snapshot or hub id), or several to mix.
         destination: folder that must not exist, or be empty, unless `overwrite`.
         method: registered name of the method.
-        overwrite: replace a folder adaconvert wrote; it stays in place until the new one is complete.
+        overwrite: replace a folder adaconvert wrote; it stays in place until the new one is
+            complete.
         resume: continue a killed run of the same plan from its last complete shard.
         verify: reload the result and hold it to its exactness class before it gets its name.
         max_shard_size: cap of a shard in bytes, or text with a unit such as "5GB" or "500MiB".
@@ -52,7 +53,8 @@ def convert(
         probe: text file to compare on instead of the shipped text.
         allow_nonfinite: accept NaN and infinities in source tensors; recorded in the manifest.
         keep_config: further config.json keys of the source to carry over.
-        ignore_unindexed: leave out tensors the source's index does not list instead of refusing them.
+        ignore_unindexed: leave out tensors the source's index does not list instead of refusing
+            them.
         progress: show progress bars on a terminal.
         options: the method's own options, see `methods.upcycle.config.UpcycleConfig`.
 
@@ -104,7 +106,8 @@ def plan(
 
 
 def inspect(source: PathLike, *, revision: str | None = None) -> Inspection:
-    """Return what a checkpoint is: family, sizes, costs, dtypes, ties and problems; reads no weights.
+    """Return what a checkpoint is: family, sizes, costs, dtypes, ties and problems; reads no
+    weights.
 
     Raises:
         SourceError: it cannot be read as a checkpoint at all (3).
@@ -127,8 +130,10 @@ def verify(
         progress: show progress bars on a terminal.
 
     Raises:
-        VerificationError: it differs from what its manifest and class promise; `report` is attached (5).
+        VerificationError: it differs from what its manifest and class promise; `report` is attached
+            (5).
     """
     from adaconvert.conversion import verify_existing
 
-    return verify_existing([Path(c) for c in checkpoints], memory, probe, progress)
+    text = None if probe is None else Path(probe)
+    return verify_existing([Path(c) for c in checkpoints], memory, text, progress)

@@ -88,9 +88,7 @@ def _kept(config: dict[str, object], item: Described, keys: Sequence[str]) -> di
     kept = dict(config)
     for key in keys:
         if key not in item.source.config:
-            raise OptionError(
-                "is not in the source's config.json", where=f"--keep-config {key}"
-            )
+            raise OptionError("is not in the source's config.json", where=f"--keep-config {key}")
         if key in config:
             raise OptionError(
                 "is written by the conversion and cannot be kept", where=f"--keep-config {key}"
@@ -180,7 +178,8 @@ def _write_side_files(
     described: Sequence[Described],
     layouts: Sequence[ShardLayout],
 ) -> None:
-    """Write every file beside the weights: those of the first source byte for byte, then our own."""
+    """Write every file beside the weights: those of the first source byte for byte, then our
+    own."""
     source = described[0].source
     for name in aux_files.classify(source).copied:
         staging.copy_file(name, source.path(name))
@@ -202,7 +201,9 @@ def _manifest(
     notes = list(plan.notes)
     notes += done.nonfinite
     for item in described:
-        notes += [f"{item.source.label}: {note}" for note in (*item.source.notes, *item.audit.notes)]
+        notes += [
+            f"{item.source.label}: {note}" for note in (*item.source.notes, *item.audit.notes)
+        ]
         notes += [
             f"{item.source.label}: {name} not copied ({reason})"
             for name, reason in sorted(aux_files.classify(item.source).dropped.items())
@@ -223,9 +224,7 @@ def _manifest(
         exactness={"kind": plan.exactness.kind, "why": plan.exactness.why},
         shards=done.shards,
         files=files,
-        dropped=[
-            {"source": d.source, "tensor": d.tensor, "reason": d.reason} for d in plan.drops
-        ],
+        dropped=[{"source": d.source, "tensor": d.tensor, "reason": d.reason} for d in plan.drops],
         notes=notes,
         versions=_versions(),
     )
@@ -309,6 +308,4 @@ def verify_existing(
     assert isinstance(kind, dict)
     exactness = Exactness(kind=str(kind["kind"]), why=str(kind["why"]))
     roots = [item.source.root for item in opened]
-    return _checked(
-        roots, target, exactness, record, memory, probe, progress, name=target.name
-    )
+    return _checked(roots, target, exactness, record, memory, probe, progress, name=target.name)

@@ -65,7 +65,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def numpy_dtype(name: str) -> numpy.dtype[numpy.generic]:
-    """Return the numpy dtype that holds the same bits; BF16 and fp8 come back as unsigned integers."""
+    """Return the numpy dtype that holds the same bits; BF16 and fp8 come back as unsigned
+    integers."""
     import numpy
 
     raw = {"BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "u1"}

@@ -16,7 +16,8 @@ from adaconvert.planning.estimate import Costs, costs, output_bytes, working_mem
 from adaconvert.planning.ops import Exactness
 from adaconvert.units import human_bytes, human_count
 
-#: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash buffers.
+#: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash
+#: buffers.
 BASE_MEMORY = 64 << 20
 
 

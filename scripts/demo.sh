@@ -21,7 +21,6 @@ say model
 
 say convert
 mkdir -p "$(dirname "$moe")"
-.venv/bin/adaconvert plan upcycle "$dense" --experts 8 --top-k 2
 .venv/bin/adaconvert upcycle "$dense" "$moe" --experts 8 --top-k 2 --overwrite
 say verify
 .venv/bin/adaconvert verify "$dense" "$moe"

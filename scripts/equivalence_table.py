@@ -2,9 +2,10 @@
 
     python scripts/equivalence_table.py DENSE --probe TEXT --csv scripts/bench/equivalence.csv
 
-Each row is one `adaconvert upcycle`, verified against the dense model in float32 on the probe text: the largest
-difference of any logit, relative to the largest logit, and the share of tokens with the same most likely next
-token. TEXT is a text file, or JSON lines with a "text" field of which the first document is used.
+Each row is one `adaconvert upcycle`, verified against the dense model in float32 on the probe text:
+the largest difference of any logit, relative to the largest logit, and the share of tokens with the
+same most likely next token. TEXT is a text file, or JSON lines with a "text" field of which the
+first document is used.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def commit() -> str:
     """Return the commit the working tree stands at."""
     folder = Path(__file__).parent
     run = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return run.stdout.strip() or "unknown"
 
@@ -61,7 +66,9 @@ def measure(dense: Path, probe: Path, work: Path, name: str) -> dict[str, object
     row: dict[str, object] = {"variant": name, "model": dense.name, "commit": commit()}
     row |= {package: metadata.version(package) for package in ("transformers", "torch")}
     try:
-        result = adaconvert.convert(dense, destination=out, verify=False, overwrite=True, **VARIANTS[name])
+        result = adaconvert.convert(
+            dense, destination=out, verify=False, overwrite=True, **VARIANTS[name]
+        )
         report = adaconvert.verify(dense, out, probe=probe)
     except AdaconvertError as error:
         return row | {"class": f"refused: {error}"}

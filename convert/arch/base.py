@@ -1,4 +1,4 @@
-"""The vocabulary of `arch`: what a model family is, what one checkpoint of it is, and what a host wants.
+"""The vocabulary of `arch`: what one checkpoint of a model family is, and what a host wants.
 
 Everything here is data about names and shapes: no tensors, no torch, no files.
 
@@ -7,8 +7,11 @@ Roles name what a tensor is for, the same in every family:
   attn_norm, attn_norm_bias, ffn_norm, ffn_norm_bias, post_attn_norm, post_ffn_norm
   q, k, v, o, qkv (fused rows q|k|v) and q_bias, k_bias, v_bias, o_bias, qkv_bias, q_norm, k_norm
   gate, up, down, gate_up (fused rows gate|up) and gate_bias, up_bias, down_bias
-  router, expert_gate, expert_up, expert_down, expert_gate_up (fused over experts), expert_downs (fused),
+  router, expert_gate, expert_up, expert_down, expert_gate_up and expert_downs (fused over experts),
   shared_gate, shared_up, shared_down, shared_gate_up, shared_router, score_bias
+  qkv_by_head (GPT-NeoX: rows q|k|v of head 0, then of head 1, ...), type_embed, embed_norm, pooler,
+  class_token, mask_token, patch_embed, and heads of encoders: head_transform, head_norm, pair_head,
+  span_head, classifier, pixel_head; each with its _bias
 A plain (ungated) FFN has `up` and `down` only.
 """
 
@@ -47,17 +50,20 @@ class Traits:
 
     Attributes:
         norm: "rms", "rms_plus_one" (weight stored minus one), "layernorm", "layernorm_no_params".
-        norm_placement: "pre", "post" (OLMo-2: norm on the branch output), "sandwich" (both), "parallel".
+        norm_placement: "pre", "post" (OLMo-2: norm on the branch output), "sandwich" (both),
+            "parallel" (GPT-NeoX), "post_residual" (BERT: norm on the sum).
         activation: transformers name of the FFN activation.
         ffn: "glu" or "plain".
         qk_norm: "none", "head" (per head), "full" (over all heads at once).
         sliding: "none", "uniform" (one window in every layer), "per_layer".
         partial_rotary: fraction of head_dim that is rotated.
-        rope: "none", "one" (one base for all layers), "two" (local and global base), "nope" (some layers without).
+        rope: "none", "one" (one base for all layers), "two" (local and global base), "nope" (some
+            layers without).
         rope_type: "default", "llama3", "longrope", "linear", "dynamic", "yarn".
         embed_scale: factor on the embedding output (Gemma: sqrt(hidden_size)).
-        residual_scale, logits_scale, attention_scale: Granite's multipliers; attention_scale is the factor on
-            q.k, head_dim**-0.5 unless the family sets another; logits are divided by logits_scale.
+        residual_scale, logits_scale, attention_scale: Granite's multipliers; attention_scale is the
+            factor on q.k, head_dim**-0.5 unless the family sets another; logits are divided by
+            logits_scale.
         softcap: attention or final logits are soft-capped.
         clip_qkv: q, k, v are clipped to this magnitude, None when not.
         tied: the head is the embedding.
@@ -105,7 +111,8 @@ class ModelSpec:
         hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: sizes (H, I, L, ...).
         max_positions: longest sequence the config states, 0 when it states none.
         tensors: every tensor, in the family's natural order (embedding, blocks, norm, head).
-        legacy: regular expressions of buffers that old files hold and no model reads (dropped with a reason).
+        legacy: regular expressions of buffers that old files hold and no model reads (dropped with
+            a reason).
         num_experts, top_k: 0 for a dense model.
     """
 
@@ -154,7 +161,8 @@ class HostRequest:
         top_k: routed experts per token.
         expert_width: neurons of each routed expert.
         shared_width: neurons of the shared expert, 0 for none.
-        shared_kind: "none", "neutral" (contributes zero), "split" (holds the neurons the routed ones lack).
+        shared_kind: "none", "neutral" (contributes zero), "split" (holds the neurons the routed
+            ones lack).
         moe_layers: converted blocks; the others stay dense.
         aux_loss_coef: balance-loss coefficient written to the config.
     """
@@ -173,12 +181,13 @@ class Carry:
     """How a host tensor that is no part of an FFN is made from the source.
 
     Attributes:
-        tensor: source tensor; None when the host needs a tensor the source lacks (then `fn` is "constant").
+        tensor: source tensor; None when the host needs a tensor the source lacks (then `fn` is
+            "constant").
         rows: (start, count) of its rows, None for the whole tensor.
-        fn: None for a plain copy, else a name in `planning.functions`: "plus_one" (w + 1), "scale" (factor),
-            "center_rows" (subtract each row's mean), "center_out" (subtract each column's mean over rows),
-            "interleave_rope" (heads, head_dim: reorder the rows of q or k from half-split to interleaved
-            rotary layout), "constant" (value).
+        fn: None for a plain copy, else a name in `planning.functions`: "plus_one" (w + 1), "scale"
+            (factor), "center_rows" (subtract each row's mean), "center_out" (subtract each column's
+            mean over rows), "interleave_rope" (heads, head_dim: reorder the rows of q or k from
+            half-split to interleaved rotary layout), "constant" (value).
     """
 
     tensor: str | None
@@ -189,12 +198,14 @@ class Carry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostTensor:
-    """One tensor of the target: either carried over, or an FFN, expert, shared or router tensor the method fills.
+    """One tensor of the target: either carried over, or an FFN, expert, shared or router tensor the
+    method fills.
 
     Attributes:
-        role: as in `ModelSpec`; "expert_gate_up" is [N, 2m, H] (gate rows, then up rows) and "expert_downs"
-            [N, H, m] for hosts whose experts are fused on disk.
-        carry: set for every role a method does not fill. Dense FFNs of unconverted blocks are carried too.
+        role: as in `ModelSpec`; "expert_gate_up" is [N, 2m, H] (gate rows, then up rows) and
+            "expert_downs" [N, H, m] for hosts whose experts are fused on disk.
+        carry: set for every role a method does not fill. Dense FFNs of unconverted blocks are
+            carried too.
     """
 
     name: str
@@ -212,8 +223,8 @@ class HostLayout:
     Attributes:
         config: the complete config.json of the target, old and new spellings of every key.
         tensors: every target tensor, in the order to write.
-        combine: "renorm" (weights of the chosen experts sum to 1) or "sigmoid" (scores divided by their sum,
-            times routed_scaling_factor, which is written as 1).
+        combine: "renorm" (weights of the chosen experts sum to 1) or "sigmoid" (scores divided by
+            their sum, times routed_scaling_factor, which is written as 1).
         shared_gated: the shared expert is multiplied by sigmoid(shared_router . x).
         down_fn: function every `down` matrix passes through (OLMo-1's centring), None for none.
         rounds: some carried tensor is computed, so a 16-bit dtype rounds it.

@@ -66,7 +66,7 @@ class _Escaped(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         from adaconvert.cli.output import printable
 
-        return printable(super().format(record))
+        return printable(f"{record.levelname.lower()}: {super().format(record)}")
 
 
 def start_logging(settings: Settings) -> None:
@@ -75,7 +75,7 @@ def start_logging(settings: Settings) -> None:
     if settings.quiet:
         level = logging.ERROR
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Escaped("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Escaped())
     logger = logging.getLogger("adaconvert")
     logger.handlers[:] = [handler]
     logger.setLevel(level)
@@ -102,6 +102,6 @@ def begin(packages: tuple[str, ...]) -> Settings:
 
 
 def _hide_hub_kernels() -> None:
-    # transformers imports the package `kernels` when it finds one: a broken one breaks transformers,
-    # a good one computes with code fetched from a hub. None makes it look absent.
+    # transformers imports the package `kernels` when it finds one: a broken one breaks it, and a
+    # good one computes with code fetched from a hub. None makes it look absent.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""The model card (README.md) of a converted checkpoint: what it is, what was proven, what to do next."""
+"""The model card (README.md) of a converted checkpoint: what it is, what was proven, what to do
+next."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def _license_lines(source: Source) -> list[str]:
         return []
     lines = []
     for key in _LICENSE_KEYS:
-        found = re.search(rf"^{key}:[ \t]*([\w .:/+-]{{1,200}})$", front[1], re.MULTILINE | re.ASCII)
+        found = re.search(
+            rf"^{key}:[ \t]*([\w .:/+-]{{1,200}})$", front[1], re.MULTILINE | re.ASCII
+        )
         if found is not None:
             lines.append(f"{key}: {found[1].strip()}")
     return lines
@@ -47,9 +50,10 @@ def _training(report: PlanReport) -> list[str]:
     return [
         "## Training it",
         "",
-        "The routers are **not trained yet**, and copies of one expert only become different experts by "
-        "training. The load-balancing loss is switched off for serving (`output_router_logits: false`). "
-        "When you train with `transformers`, TRL or another trainer, switch it on, or experts will starve:",
+        "The routers are **not trained yet**, and copies of one expert only become different "
+        "experts by training. The load-balancing loss is switched off for serving "
+        "(`output_router_logits: false`). When you train with `transformers`, TRL or another "
+        "trainer, switch it on, or experts will starve:",
         "",
         "```python",
         'model = AutoModelForCausalLM.from_pretrained("path", output_router_logits=True)',
@@ -109,7 +113,8 @@ def render_card(
 def _verification(lines: Sequence[str] | None) -> list[str]:
     if lines is None:
         return [
-            "**Not verified**: the conversion ran with `--no-verify`. Run `adaconvert verify SOURCE THIS`."
+            "**Not verified**: the conversion ran with `--no-verify`. "
+            "Run `adaconvert verify SOURCE THIS`."
         ]
     return ["```text", *lines, "```"]
 

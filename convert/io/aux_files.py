@@ -16,7 +16,8 @@ _MAX_JSON: Final = 16 << 20
 
 _COPIED: Final = re.compile(
     r"""
-    tokenizer[\w.-]*\.(json|model|txt)  | [\w.-]*\.tiktoken | tekken\.json
+    tokenizer[\w.-]*\.(json|txt)     | tokenizer[\w.-]*\.model(\.v\d+)?
+    | [\w.-]*\.tiktoken               | tekken\.json
     | vocab[\w.-]*\.(json|txt|model)    | merges[\w.-]*\.txt
     | (spiece|sentencepiece[\w.-]*)\.model | sentencepiece\.bpe\.model
     | special_tokens_map\.json | added_tokens\.json | normalizer\.json

@@ -262,7 +262,7 @@ class Staging:
     @contextmanager
     def _side_file(self, name: str, nbytes: int) -> Iterator[int]:
         self._check_not_sealed(name)
-        if Path(name).name != name:
+        if Path(name).name != name or name in {"", ".", ".."}:
             raise ValueError(f"{name!r} is not the name of a file")
         path = self.path / name
         with self._reporting(escape(name), nbytes):

@@ -47,10 +47,13 @@ class Destination:
         shown = escape(str(given))
         with reporting(shown):
             try:
+                # also refuses what cannot be encoded.
+                if b"\0" in os.fsencode(given):
+                    raise ValueError("it holds a null byte")
                 path = _without_links(Path(given).expanduser())
-                limit = _longest_name(path)
             except (ValueError, RuntimeError) as error:
-                raise _conflict(shown, f"is no name for a folder: {error}") from error
+                raise _conflict(shown, f"is no name for a folder: {escape(error)}") from error
+            limit = _longest_name(path)
         if not path.name:
             raise _conflict(shown, "is the root of the file system")
         if len(os.fsencode(path.name)) > limit:

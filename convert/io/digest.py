@@ -252,8 +252,8 @@ class DigestPool:
         """Return what was found so far with NaN or infinity, by source and name."""
         with self._lock:
             found = dict(self._found)
-        done = {key: future.result() for key, future in found.items() if future.done()}
-        return {key: digest for key, digest in done.items() if not digest.finite}
+        done = {key: _result(future) for key, future in found.items()}
+        return {key: digest for key, digest in done.items() if digest and not digest.finite}
 
     def source_digest(self, source: int) -> str:
         """Return one sha256 over names and hashes of all tensors of a source, waiting for them.
@@ -320,6 +320,11 @@ class DigestPool:
                 except EndOfSourceError as error:
                     raise source_changed(escape(ref.file)) from error
         return hasher.hexdigest()
+
+
+def _result(future: Future[TensorDigest]) -> TensorDigest | None:
+    good = future.done() and not future.cancelled() and future.exception() is None
+    return future.result() if good else None
 
 
 def digest_of_digests(digests: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -215,7 +215,7 @@ def reporting(
     where: str,
     *,
     folder: Path | None = None,
-    needed: int | Callable[[], int] | None = None,
+    needed: int | None = None,
 ) -> Iterator[None]:
     """Turn an OSError of the body into a ResourceError that names `where`, needed and free bytes.
 
@@ -226,5 +226,4 @@ def reporting(
     try:
         yield
     except OSError as error:
-        amount = needed() if callable(needed) else needed
-        raise resource_error(error, where, needed=amount, folder=folder) from error
+        raise resource_error(error, where, needed=needed, folder=folder) from error

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A planned run: the plan, and how to compute its `Fitted` leaves when it comes to executing it."""
+    """A planned run: the plan, and how to compute its `Fitted` leaves when it comes to executing
+    it."""
 
     planned: UpcyclePlan
     fit: Callable[[], Mapping[str, Array]]

@@ -51,13 +51,13 @@ def check_ties(item: Described) -> None:
     Raises:
         SourceError: config.json says the tensors are tied and their bytes differ.
     """
-    for first, second in item.audit.compare_ties:
-        refs = item.source.tensors[first], item.source.tensors[second]
+    for head, embedding in item.audit.compare_ties:
+        refs = item.source.tensors[head], item.source.tensors[embedding]
         pairs = zip_longest(*(iter_chunks(item.source, ref) for ref in refs))
         if refs[0].dtype != refs[1].dtype or any(a != b for a, b in pairs):
             raise SourceError(
-                f"tie_word_embeddings is true, yet {second!r} differs from {first!r}",
-                where=refs[1].file,
+                f"tie_word_embeddings is true, yet {head!r} differs from {embedding!r}",
+                where=refs[0].file,
                 hint="Set tie_word_embeddings to false in config.json, or delete the stored head.",
             )
 

@@ -1,1 +1,2 @@
-"""Plans: what every target tensor is made of, checked for completeness and sized before any work."""
+"""Plans: what every target tensor is made of, checked for completeness and sized before any
+work."""

@@ -1,4 +1,5 @@
-"""The proof that a plan loses nothing: sources used or dropped, targets made once, sizes that add up."""
+"""The proof that a plan loses nothing: sources used or dropped, targets made once, sizes that add
+up."""
 
 from __future__ import annotations
 
@@ -64,8 +65,8 @@ def check_plan(plan: Plan, stored: Sequence[Mapping[str, TensorRef]]) -> None:
         stored: for each source, its tensors by name.
 
     Raises:
-        PlanError: a target is made twice or with the wrong size, or a source tensor is neither used nor
-            dropped, or is both.
+        PlanError: a target is made twice or with the wrong size, or a source tensor is neither used
+            nor dropped, or is both.
     """
     used: set[tuple[int, str]] = set()
     names: set[str] = set()

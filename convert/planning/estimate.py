@@ -1,8 +1,8 @@
 """What a model costs to hold and to run, and what a run needs; from shapes alone.
 
-1 multiply-add = 2 FLOPs. Per token: every weight matrix a token passes through costs 2 FLOPs per entry
-(embedding look-ups cost none, a tied head costs as a head), and attention over a context of n tokens costs
-4 * heads * head_dim * min(n, window) per block.
+1 multiply-add = 2 FLOPs. Per token: every weight matrix a token passes through costs 2 FLOPs per
+entry (embedding look-ups cost none, a tied head costs as a head), and attention over a context of n
+tokens costs 4 * heads * head_dim * min(n, window) per block.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     if not head and spec.kind == "decoder":
         matrices += 2 * spec.vocab * spec.hidden
         active += spec.vocab * spec.hidden
-        read += sum(
-            nbytes_of(dtypes[t.name], t.shape) for t in spec.tensors if t.role == "embed"
-        )
+        read += sum(nbytes_of(dtypes[t.name], t.shape) for t in spec.tensors if t.role == "embed")
     window = spec.traits.sliding_window if spec.traits.sliding == "uniform" else None
     length = min(context, window or context)
     attention = 4 * spec.layers * spec.heads * spec.head_dim * length
@@ -109,7 +107,8 @@ def output_bytes(plan: Plan) -> int:
 
 
 def _float_bytes(expr: Expr) -> int:
-    """Return a bound on the float32 memory evaluating an expression takes: its tree, all alive at once."""
+    """Return a bound on the float32 memory evaluating an expression takes: its tree, all alive at
+    once."""
     own = 4 * _count(expr.shape)
     if isinstance(expr, Bytes):
         return own + nbytes_of(expr.dtype, expr.shape)

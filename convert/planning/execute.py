@@ -1,7 +1,8 @@
 """Run a plan: shard by shard into a staging folder, without knowing any method or model family.
 
-Copies go from file to file inside the kernel while a worker thread hashes and scans each source tensor once; a
-tensor that is a copy of a whole source tensor reuses that digest, however often it is copied.
+Copies go from file to file inside the kernel while a worker thread hashes and scans each source
+tensor once; a tensor that is a copy of a whole source tensor reuses that digest, however often it
+is copied.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
-#: routing is neither tied nor saturated while the standard deviation of router logits lies in this range.
+#: routing is neither tied nor saturated while the standard deviation of router logits lies in this
+#: range.
 LOGIT_STD_RANGE = (0.25, 1.0)
 #: standard deviation of a freshly drawn router, as in the published upcycling recipes.
 ROUTER_STD = 0.02
@@ -62,18 +63,27 @@ def _plus_one(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     return args[0] + 1.0
 
 
+def _subtract(left: Array, right: Array) -> Array:
+    """Return left - right."""
+    difference: Array = left - right
+    return difference
+
+
 def _center_rows(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     """Return x [O, C] with the mean of each row subtracted: embeddings of a LayerNorm model."""
-    return args[0] - args[0].mean(axis=-1, keepdims=True, dtype="float64").astype("float32")
+    mean: Array = args[0].mean(axis=-1, keepdims=True, dtype="float64").astype("float32")
+    return _subtract(args[0], mean)
 
 
 def _center_out(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     """Return W [O, C] whose outputs have mean zero: each column's mean over O subtracted."""
-    return args[0] - args[0].mean(axis=0, keepdims=True, dtype="float64").astype("float32")
+    mean: Array = args[0].mean(axis=0, keepdims=True, dtype="float64").astype("float32")
+    return _subtract(args[0], mean)
 
 
 def _interleave_rope(args: list[Array], params: dict[str, Param], seed: int) -> Array:
-    """Return q or k rows [heads * head_dim, ...] moved from half-split to interleaved rotary order."""
+    """Return q or k rows [heads * head_dim, ...] moved from half-split to interleaved rotary
+    order."""
     heads = int(params["heads"])
     x = args[0]
     head_dim = x.shape[0] // heads
@@ -118,9 +128,10 @@ def drop_indices(neurons: int, ratio: float, index_seed: int) -> Array:
 def _drop(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     """Return x with a share of its neurons re-drawn from N(mean, std) of the replaced values.
 
-    Neurons are rows of gate and up (axis 0) and columns of down (axis 1). A shared `index_seed` makes the
-    three matrices of an expert lose the same neurons.
-    Source: Drop-Upcycling, 2502.19261, section 3; the published script draws one set per matrix instead.
+    Neurons are rows of gate and up (axis 0) and columns of down (axis 1). A shared `index_seed`
+    makes the three matrices of an expert lose the same neurons.
+    Source: Drop-Upcycling, 2502.19261, section 3; the published script draws one set per matrix
+        instead.
     """
     import numpy
 
@@ -129,7 +140,9 @@ def _drop(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     if not len(chosen):
         return x
     old = numpy.take(x, chosen, axis=axis)
-    new = normal(old.shape, seed) * float(old.std(dtype="float64")) + float(old.mean(dtype="float64"))
+    new = normal(old.shape, seed) * float(old.std(dtype="float64")) + float(
+        old.mean(dtype="float64")
+    )
     view = numpy.moveaxis(x, axis, 0)
     view[chosen] = numpy.moveaxis(new, axis, 0)
     return x
@@ -138,8 +151,9 @@ def _drop(args: list[Array], params: dict[str, Param], seed: int) -> Array:
 def router_std(norm: Array | None) -> float:
     """Return the standard deviation of router entries for logits that neither tie nor saturate.
 
-    The router reads x * w with x of unit mean square and w the norm weight [H], so logits have standard
-    deviation std * |w|. 0.02 is kept where that lies inside `LOGIT_STD_RANGE` and moved to its edge elsewhere.
+    The router reads x * w with x of unit mean square and w the norm weight [H], so logits have
+    standard deviation std * |w|. 0.02 is kept where that lies inside `LOGIT_STD_RANGE` and moved to
+    its edge elsewhere.
     """
     if norm is None:
         return ROUTER_STD

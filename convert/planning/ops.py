@@ -1,9 +1,10 @@
 """What a plan is made of: frozen data that says where every byte of the target comes from.
 
 Shapes: sizes outermost first, row-major. Offsets and lengths are bytes.
-An expression tree has three kinds of leaves (`Bytes`, `Init`, `Fitted`) and one kind of node (`Apply`).
-A target whose expression is a bare `Bytes` of its own dtype is copied by the kernel, file to file,
-and never enters the process; everything else is computed with numpy in float32, one tensor at a time.
+An expression tree has three kinds of leaves (`Bytes`, `Init`, `Fitted`) and one kind of node
+(`Apply`). A target whose expression is a bare `Bytes` of its own dtype is copied by the kernel,
+file to file, and never enters the process; everything else is computed with numpy in float32, one
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ class Exactness:
     """What a conversion promises about step 0 against the dense model.
 
     Attributes:
-        kind: "exact" (<= 1e-5 x max|logit| in float32 as stored), "exact-fp32" (exact before the stored
-            dtype rounds computed tensors), "approximate" (quality is measured), "needs-training".
+        kind: "exact" (<= 1e-5 x max|logit| in float32 as stored), "exact-fp32" (exact before the
+            stored dtype rounds computed tensors), "approximate" (quality is measured),
+            "needs-training".
         why: one sentence for the card.
     """
 

@@ -84,9 +84,7 @@ def write_manifest(
         exactness={"kind": kind, "why": "by hand"},
         shards=shards,
         files={
-            p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in side
-            if p.name not in shards
+            p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in side if p.name not in shards
         },
     )
     (target / manifest.MANIFEST_FILE).write_bytes(manifest.dump(manifest.seal(values)))
@@ -94,9 +92,7 @@ def write_manifest(
 
 def _record(path: Path) -> ShardRecord:
     digest, tensors = shard_digest_of_file(path)
-    return ShardRecord(
-        file=path.name, nbytes=path.stat().st_size, digest=digest, tensors=tensors
-    )
+    return ShardRecord(file=path.name, nbytes=path.stat().st_size, digest=digest, tensors=tensors)
 
 
 def _read(folder: Path) -> Tensors:

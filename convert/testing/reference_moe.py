@@ -1,8 +1,10 @@
-"""A mixture-of-experts decoder written from the papers in plain numpy, to hold converted checkpoints against.
+"""A mixture-of-experts decoder written from the papers in plain numpy, to hold converted
+checkpoints against.
 
-It shares no code with transformers or with the converter: it reads the on-disk names itself, works in float64,
-and computes every expert on its own. Identical experts hide routing mistakes; this is what distinct experts
-are compared with. It covers the Llama-like hosts: mixtral, qwen2_moe, granitemoe and granitemoeshared.
+It shares no code with transformers or with the converter: it reads the on-disk names itself, works
+in float64, and computes every expert on its own. Identical experts hide routing mistakes; this is
+what distinct experts are compared with. It covers the Llama-like hosts: mixtral, qwen2_moe,
+granitemoe and granitemoeshared.
 
 Shapes: T tokens of one sequence, H hidden size, D head size, N experts, k experts per token.
 """
@@ -15,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+# float64 arrays; numpy types arithmetic on them too loosely for anything narrower
+Array = Any
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -102,7 +105,9 @@ class ReferenceMoE:
     def _ffn(self, name: str, x: Array) -> Array:
         experts, router = self._experts(name)
         if router is None:
-            return self._glu(x, *(self.tensors[f"{name}.mlp.{p}_proj.weight"] for p in ("gate", "up", "down")))
+            return self._glu(
+                x, *(self.tensors[f"{name}.mlp.{p}_proj.weight"] for p in ("gate", "up", "down"))
+            )
         k = self.config["num_experts_per_tok"]
         p = softmax(x @ router.T)
         out = np.zeros_like(x)

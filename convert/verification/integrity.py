@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adaconvert.arch.registry import describe
 from adaconvert.dtypes import WEIGHT_DTYPES
-from adaconvert.errors import AdaconvertError
+from adaconvert.errors import AdaconvertError, ResourceError
 from adaconvert.io.digest import TensorDigest, digest_tensor
 from adaconvert.io.layout import ShardRecord, shard_digest, shard_digest_of_file
 from adaconvert.io.manifest import MANIFEST_FILE, records
@@ -104,6 +104,8 @@ def check(
     loadable = False
     try:
         target = Source.open(folder)
+    except ResourceError:
+        raise
     except AdaconvertError as error:
         problems.append(Problem(file=escape(folder.name), what=f"cannot be opened: {error}"))
         problems += _shards_one_by_one(folder, written)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 #: tokens compared at a time: in float64 a large vocabulary takes a megabyte per token.
-_ROWS = 32
+_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

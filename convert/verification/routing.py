@@ -88,10 +88,10 @@ class RouterWatch:
             hook.remove()
 
     def _on_router(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
-        self._logits.append(logits.reshape(-1, logits.shape[-1]).float())
+        inputs = args[0].reshape(-1, args[0].shape[-1])
+        self._logits.append(_logits(module, inputs))
         if self._granularity > 1:
-            self._inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+            self._inputs.append(inputs)
 
     def _on_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chosen = _integers([*args, *kwargs.values()])
@@ -177,6 +177,18 @@ def _integers(values: Any) -> torch.Tensor | None:
         ):
             return value
     return None
+
+
+def _logits(router: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the router's logits [T, N] for its inputs [T, H].
+
+    Computed here: the order of what routers return differs between versions of transformers.
+    """
+    from torch.nn.functional import linear
+
+    weight, bias = router._parameters["weight"], router._parameters.get("bias")
+    assert weight is not None
+    return linear(inputs.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _distribution(router: nn.Module, logits: torch.Tensor) -> torch.Tensor:

@@ -67,11 +67,16 @@ class Work:
 
     def model(self, case: Case, kind: str) -> Path:
         """Return the folder of a case's model."""
-        return self.folder / "models" / f"{case.name}.{kind}"
+        return self.folder / "models" / _stem(case, kind)
 
     def outcome(self, runtime: str, case: Case, kind: str) -> Path:
         """Return the path of what a runtime made of a case's model."""
-        return self.folder / "outcomes" / runtime.replace(" ", "-") / f"{case.name}.{kind}.json"
+        return self.folder / "outcomes" / runtime.replace(" ", "-") / f"{_stem(case, kind)}.json"
+
+
+def _stem(case: Case, kind: str) -> str:
+    # the cases with one source share its dense model
+    return f"{case.source if kind == DENSE else case.name}.{kind}"
 
 
 def main() -> int:
@@ -143,17 +148,19 @@ def _make_prompts(work: Work, case: Case) -> Prompts:
 
 def _ask(work: Work, runtime: str, cases: Sequence[Case]) -> None:
     """Return when there is an outcome of every model, a crash of the runtime being one."""
-    waiting = [(case, kind) for case in cases for kind in (DENSE, SAME, DISTINCT)]
-    for case, kind in waiting:
-        work.outcome(runtime, case, kind).unlink(missing_ok=True)
+    pairs = [(case, kind) for case in cases for kind in (DENSE, SAME, DISTINCT)]
+    waiting = {work.outcome(runtime, *pair): work.model(*pair) for pair in pairs}
+    for path in waiting:
+        path.unlink(missing_ok=True)
     while waiting:
-        code = _call(work, runtime, [work.model(case, kind) for case, kind in waiting])
-        waiting = [pair for pair in waiting if not work.outcome(runtime, *pair).exists()]
+        code = _call(work, runtime, list(waiting.values()))
+        waiting = {path: model for path, model in waiting.items() if not path.exists()}
         if waiting:
             # the models are asked in order: the first without an outcome is the one it died of
+            path = next(iter(waiting))
             detail = f"the process ended with {code}"
-            crash = Outcome(version="", status=outcome.REFUSED, detail=detail)
-            outcome.write(work.outcome(runtime, *waiting.pop(0)), crash)
+            outcome.write(path, Outcome(version="", status=outcome.REFUSED, detail=detail))
+            del waiting[path]
 
 
 def _call(work: Work, runtime: str, folders: Sequence[Path]) -> int:

@@ -1,6 +1,6 @@
 """The models of the matrix: dense sources, and what adaconvert makes of them.
 
-Each case is a source and a host. It yields three folders: `<case>.dense`, `<case>.same` (identical
+Each case is a source and a host. There are three folders: `<source>.dense`, `<case>.same` (identical
 experts: must compute what the dense model computes) and `<case>.distinct` (experts that differ by
 noise: only a runtime that routes right agrees with another one).
 """
@@ -38,7 +38,7 @@ class Case:
         source: REAL, or a family or variant of `adaconvert.testing.tiny_models`.
         target: the host, as `--target` takes it.
         options: of the conversion, beside the target.
-        overrides: config values of a tiny source.
+        overrides: config values of a tiny source, the same in all cases with this source.
     """
 
     name: str
@@ -87,7 +87,7 @@ def make_source(case: Case, sources: Path, real: Path | None) -> Path:
         if real is None:
             raise ValueError(f"{case.name} needs the folder of {REAL}")
         return real
-    folder = sources / case.name
+    folder = sources / case.source
     if not (folder / "complete").exists():
         _make_tiny(case, folder, real)
         (folder / "complete").touch()

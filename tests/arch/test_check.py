@@ -143,7 +143,7 @@ def test_a_tensor_of_no_family_member_is_refused() -> None:
     spec, stored = llama()
     stored["model.vision_tower.weight\x1b[2J"] = Ref("F32", (1,))
     message = (
-        r"1 tensor \(model\.vision_tower\.weight\\x1b\[2J\) is unknown.*LlamaForCausalLM has no"
+        r"1 tensor \(model\.vision_tower\.weight\\x1b\[2J\) is stored that a Llama\w+ does not"
     )
     with pytest.raises(SourceError, match=message):
         audit(spec, stored)
@@ -192,7 +192,7 @@ def test_a_size_that_does_not_fit_names_the_keys(
     with pytest.raises(SourceError) as caught:
         audit(spec, stored)
     message = str(caught.value)
-    assert f"{name}': shape does not fit config.json" in message
+    assert f"{name}': shape, as of " in message
     assert (
         f"expected {expected}, found {list(stored[next(n for n in stored if name in n)].shape)}"
         in message
@@ -202,7 +202,10 @@ def test_a_size_that_does_not_fit_names_the_keys(
 def test_a_size_with_the_wrong_number_of_axes() -> None:
     spec, stored = llama()
     stored["model.norm.weight"] = Ref("F32", (1, 32))
-    with pytest.raises(SourceError, match=r"expected \[32\] \(hidden_size=32\), found \[1, 32\]"):
+    message = (
+        r"': shape does not fit config\.json; expected \[32\] \(hidden_size=32\), found \[1, 32\]"
+    )
+    with pytest.raises(SourceError, match=message):
         audit(spec, stored)
 
 

@@ -115,10 +115,21 @@ def test_defaults_are_those_of_the_config_class(name: str) -> None:
             assert found[ours] == stated, key.name
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_aliases_are_those_of_the_config_class(name: str) -> None:
+    truth = AutoConfig.for_model(name, **NO_DEFAULTS.get(name, {})).attribute_map
+    for key in registry.FAMILIES[name].keys.values():
+        if key.name in {"", "id2label"}:
+            continue
+        # an alias works in both directions, whichever of the two the class calls its own
+        known = {other for pair in truth.items() if key.name in pair for other in pair}
+        assert set(key.aliases) == known - {key.name}, key.name
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_rotary_defaults_are_those_of_the_config_class(name: str) -> None:
     family = registry.FAMILIES[name]
-    truth = getattr(class_defaults(name), "rope_parameters", None)
+    truth: Any = getattr(class_defaults(name), "rope_parameters", None)
     if family.rope is None:
         assert truth is None
         return
@@ -153,8 +164,8 @@ def test_sliding_layers_are_those_of_the_config_class(name: str, stated: dict[st
     spec = registry.describe({"model_type": name, **stated})
     slides = registry.layer_mask(spec, "sliding")
     assert slides == tuple(kind == "sliding_attention" for kind in truth.layer_types)
-    kinds = {(True,): "uniform", (False,): "none"}
-    assert spec.traits.sliding == kinds.get(tuple(set(slides)), "per_layer")
+    kind = "uniform" if all(slides) else "per_layer" if any(slides) else "none"
+    assert spec.traits.sliding == kind
     assert spec.traits.sliding_window == (truth.sliding_window if any(slides) else None)
     if name == "smollm3":
         roped = registry.layer_mask(spec, "roped")
@@ -337,7 +348,7 @@ def test_gemma_reads_its_first_config_as_the_tanh_approximation() -> None:
     assert registry.describe(config).traits.activation == "gelu_pytorch_tanh"
 
 
-#: what the config.json of well-known checkpoints says, as far as it matters -> (name, shape) to find.
+#: what config.json of well-known checkpoints says, as far as it matters; a name and its shape.
 PUBLISHED: list[tuple[dict[str, object], str, tuple[int, ...]]] = [
     (
         {

@@ -1,4 +1,5 @@
-"""Group D: values. NaN and overflow stop a run before anything has a name; odd but finite values survive."""
+"""Group D: values. NaN and overflow stop a run before anything has a name; odd but finite values
+survive."""
 
 from __future__ import annotations
 
@@ -35,12 +36,17 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"],
+)
 def test_d1_non_finite_values_stop_the_run(
     source: Path, tmp_path: Path, name: str, value: float
 ) -> None:
     shard = patch(source, name, 17, value)
-    with pytest.raises(SourceError, match=rf"{shard.name}.*'{name}' holds 1 non-finite value.*index 17"):
+    with pytest.raises(
+        SourceError, match=rf"{shard.name}.*'{name}' holds 1 non-finite value.*index 17"
+    ):
         adaconvert.convert(source, destination=tmp_path / "out", verify=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
@@ -65,7 +71,9 @@ def test_d2_zero_tensors_and_dead_neurons_work(source: Path, tmp_path: Path) -> 
 
 def test_d4_a_cast_that_overflows_is_refused(source: Path, tmp_path: Path) -> None:
     patch(source, "model.layers.0.self_attn.q_proj.weight", 5, 1e6)
-    with pytest.raises(SourceError, match=r"q_proj.weight: cast to float16 makes 1 values infinite"):
+    with pytest.raises(
+        SourceError, match=r"q_proj.weight: cast to float16 makes 1 values infinite"
+    ):
         adaconvert.convert(source, destination=tmp_path / "out", dtype="float16", verify=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
@@ -78,7 +86,9 @@ def test_d6_odd_bits_are_copied_exactly(source: Path, tmp_path: Path) -> None:
     adaconvert.convert(source, destination=tmp_path / "out", verify=False)
     want = read_folder(source)[1][name]
     got = read_folder(tmp_path / "out")[1]["model.layers.0.block_sparse_moe.experts.7.w1.weight"]
-    assert np.array_equal(want.astype(np.float32).view(np.uint32), got.astype(np.float32).view(np.uint32))
+    assert np.array_equal(
+        want.astype(np.float32).view(np.uint32), got.astype(np.float32).view(np.uint32)
+    )
 
 
 def test_c9_a_head_that_differs_from_its_tie_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_g7_nothing_complete_nothing_kept(conversion: TinyConversion, tmp_path: 
 
 def test_other_errors_keep_nothing(conversion: TinyConversion) -> None:
     error = SourceError("is damaged", where="model.safetensors")
-    with pytest.raises(SourceError, match="model.safetensors: is damaged"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: is damaged"):
         replace(conversion, after_shard=stop(error, 1)).run()
     assert os.listdir(conversion.destination.parent) == ["src"]
 

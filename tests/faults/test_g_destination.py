@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,10 +128,7 @@ def test_g2_bind_mount(conversion: TinyConversion, tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from adaconvert.testing.writing import *\n"
         "TinyConversion(source=Path(sys.argv[1]), destination=Path(sys.argv[2])).run()"
     )
-    run = ["python3", "-c", code, str(conversion.source), str(other / "out")]
-    import sys
-
-    run[0] = sys.executable
+    run = [sys.executable, "-c", code, str(conversion.source), str(other / "out")]
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", str(conversion.source), str(other), *run],
         capture_output=True,
@@ -296,7 +294,7 @@ def test_something_appears_while_writing(conversion: TinyConversion) -> None:
         if index == 0:
             a_full_folder(conversion.destination)
 
-    with pytest.raises(OutputConflictError, match="exists and is not empty|appeared while"):
+    with pytest.raises(OutputConflictError, match="exists and is not empty"):
         replace(conversion, after_shard=appear).run()
     assert os.listdir(conversion.destination) == ["notes.txt"]
     assert sorted(os.listdir(conversion.destination.parent)) == ["out", "src"]

@@ -116,7 +116,9 @@ def test_a_run_resumes_from_saved_states(tmp_path: Path) -> None:
     states = [model.embed(IDS)]
     for block in model.blocks():
         states.append(block(states[-1]))
-    resumed = [block(state) for block, state in zip(model.blocks(start=1), states[1:], strict=False)]
+    resumed = [
+        block(state) for block, state in zip(model.blocks(start=1), states[1:], strict=False)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(resumed, states[2:], strict=True))
 
 

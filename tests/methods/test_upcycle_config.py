@@ -21,10 +21,19 @@ from adaconvert.methods.upcycle.hidden import read_prompts, routers_from_means
         ({"top_k": True}, r"--top-k: wrong type; expected int"),
         ({"experts": 8.0}, r"--experts: wrong type; expected int"),
         ({"granularity": 3, "experts": 9, "top_k": 3}, r"--granularity: .*power of two"),
-        ({"granularity": 4, "experts": 8, "top_k": 2}, r"--top-k: must be a multiple .*of 4, found 2"),
+        (
+            {"granularity": 4, "experts": 8, "top_k": 2},
+            r"--top-k: must be a multiple .*of 4, found 2",
+        ),
         ({"granularity": 4, "experts": 6, "top_k": 4}, r"--experts: must be a multiple"),
-        ({"granularity": 2, "router_init": "zeros"}, r"--router-init: a zero router ties all groups"),
-        ({"shared_experts": "yes"}, r"--shared-experts: unknown choice; expected none or neutral or split"),
+        (
+            {"granularity": 2, "router_init": "zeros"},
+            r"--router-init: a zero router ties all groups",
+        ),
+        (
+            {"shared_experts": "yes"},
+            r"--shared-experts: unknown choice; expected none or neutral or split",
+        ),
         ({"shared_width": 8}, r"--shared-width: only means something with"),
         ({"shared_width": 0, "shared_experts": "split"}, r"--shared-width: must be at least 1"),
         ({"noise": float("nan")}, r"--noise: out of range"),
@@ -42,7 +51,9 @@ def test_wrong_options_are_refused(options: dict[str, object], match: str) -> No
 
 
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(OptionError, match="method: unknown method; expected upcycle, found 'os.system'"):
+    with pytest.raises(
+        OptionError, match=r"method: unknown method; expected upcycle, found 'os\.system'"
+    ):
         make_config("os.system", {})
 
 

@@ -1,4 +1,5 @@
-"""Every family with an exact host, converted end to end: default verification must hold it to exactness."""
+"""Every family with an exact host, converted end to end: default verification must hold it to
+exactness."""
 
 from __future__ import annotations
 
@@ -32,7 +33,11 @@ EXACT: dict[str, list[tuple[dict[str, object], str]]] = {
     "llama-head-dim": [({}, "mixtral")],
     "llama-attention-bias": [({}, "granitemoe")],
     "mistral-sliding": [({}, "mixtral")],
-    "qwen2": [({}, "qwen2_moe"), ({"shared_experts": "split"}, "qwen2_moe"), ({"target": "glm4_moe"}, "glm4_moe")],
+    "qwen2": [
+        ({}, "qwen2_moe"),
+        ({"shared_experts": "split"}, "qwen2_moe"),
+        ({"target": "glm4_moe"}, "glm4_moe"),
+    ],
     "qwen2-tied": [({}, "qwen2_moe")],
     "qwen2-sliding": [({}, "qwen2_moe")],
     "qwen3": [({}, "qwen3_moe"), ({"layers": "1"}, "qwen3_moe"), ({"target": "dots1"}, "dots1")],
@@ -52,11 +57,11 @@ def tiny(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "host"), CASES, ids=[f"{c[0]}-{c[2]}-{len(c[1])}-{i}" for i, c in enumerate(CASES)]
+    ("name", "options", "host"),
+    CASES,
+    ids=[f"{c[0]}-{c[2]}-{len(c[1])}-{i}" for i, c in enumerate(CASES)],
 )
-def test_converts_exactly(
-    name: str, options: dict[str, object], host: str, tmp_path: Path
-) -> None:
+def test_converts_exactly(name: str, options: dict[str, object], host: str, tmp_path: Path) -> None:
     source = tiny(name, tmp_path / "dense")
     result = adaconvert.convert(source, destination=tmp_path / "out", **{"experts": 4, **options})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -128,7 +133,9 @@ def test_sources_must_share_the_experts_equally(tmp_path: Path) -> None:
     sources = [make("llama", tmp_path / str(i), seed=i) for i in range(3)]
     with pytest.raises(OptionError, match="3 sources cannot share 8 full experts"):
         adaconvert.plan(*sources)
-    with pytest.raises(OptionError, match=r"--base: is none of the sources; expected average or one of"):
+    with pytest.raises(
+        OptionError, match=r"--base: is none of the sources; expected average or one of"
+    ):
         adaconvert.plan(*sources, experts=3, base="nowhere")
 
 
@@ -140,5 +147,7 @@ def test_plan_says_what_it_costs(tmp_path: Path) -> None:
     granular = adaconvert.plan(source, experts=8, top_k=2, granularity=2)
     router = 2 * 2 * 8 * 32
     assert granular.after.flops == report.before.flops + router
-    assert granular.after.total_params == report.before.total_params + 2 * (3 * 3 * 32 * 64 + 8 * 32)
+    assert granular.after.total_params == report.before.total_params + 2 * (
+        3 * 3 * 32 * 64 + 8 * 32
+    )
     assert {v.runtime for v in report.runtimes} >= {"vllm", "llama.cpp"}

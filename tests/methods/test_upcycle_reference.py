@@ -1,4 +1,5 @@
-"""Variants whose experts differ, against a decoder written independently; and what their weights must be."""
+"""Variants whose experts differ, against a decoder written independently; and what their weights
+must be."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "granite-fused-noise": {"target": "granitemoe", "noise": 0.5, "experts": 4},
     "granite-shared-split": {"shared_experts": "split", "noise": 0.5, "experts": 4},
     "qwen-neutral-noise": {"target": "qwen2_moe", "shared_experts": "neutral", "noise": 0.5},
-    "qwen-split-noise": {"target": "qwen2_moe", "shared_experts": "split", "shared_width": 16, "noise": 0.5},
+    "qwen-split-noise": {
+        "target": "qwen2_moe",
+        "shared_experts": "split",
+        "shared_width": 16,
+        "noise": 0.5,
+    },
     "qwen-some-layers": {"target": "qwen2_moe", "layers": "1", "noise": 0.5},
     "qwen-split-granular": {
         "target": "qwen2_moe",
@@ -139,7 +145,9 @@ def test_equal_parents_give_the_parent(llama: Path, tmp_path: Path) -> None:
 
 def test_routers_from_prompts_choose_their_own_expert(llama: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("alpha beta gamma\n\n12345 67890 13579\n\n!!! ??? ;;;\n\nThe river is wide.\n")
+    prompts.write_text(
+        "alpha beta gamma\n\n12345 67890 13579\n\n!!! ??? ;;;\n\nThe river is wide.\n"
+    )
     out = tmp_path / "out"
     adaconvert.convert(
         llama,

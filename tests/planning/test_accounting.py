@@ -17,7 +17,9 @@ def ref(name: str, *shape: int, dtype: str = "F32") -> TensorRef:
     size = 4
     for n in shape:
         size *= n
-    return TensorRef(name=name, dtype=dtype, shape=shape, file="model.safetensors", start=0, nbytes=size)
+    return TensorRef(
+        name=name, dtype=dtype, shape=shape, file="model.safetensors", start=0, nbytes=size
+    )
 
 
 STORED = [{"a": ref("a", 4, 2), "b": ref("b", 3)}]
@@ -62,17 +64,25 @@ def shifted(**changes: int) -> Bytes:
     [
         (broken(drops=()), "b: tensor of source 0 is neither used nor dropped"),
         (broken(targets=PLAN.targets * 2), "x: made twice"),
-        (broken(targets=(target("x", whole("a")), target("y", whole("b")))), "b: both used and dropped"),
+        (
+            broken(targets=(target("x", whole("a")), target("y", whole("b")))),
+            "b: both used and dropped",
+        ),
         (broken(targets=(target("x", shifted(nbytes=28)),)), "expected 32 bytes, found 28 bytes"),
         (broken(targets=(target("x", shifted(start=4)),)), "reads outside 'a'"),
-        (broken(targets=(target("x", shifted(count=2, nbytes=16, stride=20)),)), "reads outside 'a'"),
+        (
+            broken(targets=(target("x", shifted(count=2, nbytes=16, stride=20)),)),
+            "reads outside 'a'",
+        ),
         (broken(targets=(replace(PLAN.targets[0], shape=(2, 4)),)), "x: wrong shape"),
         (
             broken(targets=(target("x", replace(whole("a"), dtype="BF16", shape=(4, 4))),)),
             "or as another dtype",
         ),
         (
-            broken(targets=(target("x", Apply(fn="scale", shape=(4, 2), args=(shifted(start=4),))),)),
+            broken(
+                targets=(target("x", Apply(fn="scale", shape=(4, 2), args=(shifted(start=4),))),)
+            ),
             "reads outside 'a'",
         ),
     ],

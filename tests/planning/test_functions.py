@@ -37,7 +37,9 @@ def test_centring_makes_outputs_mean_free() -> None:
 
 
 def test_interleaving_moves_pair_i_of_each_head_to_rows_2i_and_2i_plus_1() -> None:
-    x = np.arange(2 * 4, dtype=np.float32).reshape(8, 1)  # 2 heads of 4: halves (0 1 | 2 3), (4 5 | 6 7)
+    x = np.arange(2 * 4, dtype=np.float32).reshape(
+        8, 1
+    )  # 2 heads of 4: halves (0 1 | 2 3), (4 5 | 6 7)
     assert call("interleave_rope", x, heads=2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
@@ -64,7 +66,9 @@ def test_drop_redraws_exactly_the_share_and_keeps_the_rest_bitwise(axis: int) ->
     assert np.array_equal(np.take(got, kept, axis), np.take(x, kept, axis))
     redrawn, old = np.take(got, lost, axis), np.take(x, lost, axis)
     assert not np.isin(redrawn, old).any()
-    assert redrawn.mean() == pytest.approx(float(old.mean()), abs=float(5 * old.std() / math.sqrt(old.size)))
+    assert redrawn.mean() == pytest.approx(
+        float(old.mean()), abs=float(5 * old.std() / math.sqrt(old.size))
+    )
     assert redrawn.std() == pytest.approx(float(old.std()), rel=0.1)
 
 

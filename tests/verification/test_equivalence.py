@@ -83,7 +83,7 @@ def break_norm(tensors: Tensors) -> None:
 
 
 def distinct_experts(tensors: Tensors) -> None:
-    # both experts of a token get the same weight only when the router ties: one changed expert must show
+    # whatever a token's weights are, one changed expert must show
     tensors["model.layers.0.block_sparse_moe.experts.3.w1.weight"] *= -1
 
 

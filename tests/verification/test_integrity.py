@@ -176,7 +176,9 @@ def test_a_reshape_that_keeps_all_bytes_is_noticed_in_the_header(target: Path) -
             rewrite(target / file, lambda t: t.update({name: t[name].reshape(32, 16)}))
             found = checked(target)
             assert f"{file}: has another header than was written" in text(found)
-            assert f"tensor '{name}' has shape [32, 16], config.json implies [16, 32]" in text(found)
+            assert f"tensor '{name}' has shape [32, 16], config.json implies [16, 32]" in text(
+                found
+            )
             return
     pytest.fail("the tensor is in no shard")
 

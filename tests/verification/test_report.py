@@ -60,7 +60,12 @@ def test_a_good_conversion_is_ok(dense: Path, tmp_path: Path) -> None:
     assert len(equivalence["routing"]) == 2
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     lines = "\n".join(report.lines())
-    for part in ("every byte as written", "the same tokens", "100 % of 512 tokens", "verdict      ok"):
+    for part in (
+        "every byte as written",
+        "the same tokens",
+        "100 % of 512 tokens",
+        "verdict      ok",
+    ):
         assert part in lines
 
 
@@ -150,13 +155,6 @@ def test_logits_that_are_no_numbers_fail_every_promise(
     assert report.record()["relative_difference_below"] is None
 
 
-def rounding(tensors: Tensors) -> None:
-    """Change every second matrix by one unit in the last place of bfloat16."""
-    for number, name in enumerate(sorted(tensors)):
-        if number % 2 and tensors[name].dim() == 2 and "gate" not in name:
-            tensors[name] *= 1 + 2**-7
-
-
 def test_rounding_of_the_stored_dtype_is_allowed_where_it_was_announced(tmp_path: Path) -> None:
     source = make("llama", tmp_path / "d", dtype="bfloat16")
 
@@ -203,7 +201,9 @@ def test_an_unknown_promise_is_refused(dense: Path, tmp_path: Path) -> None:
 
 def test_a_manifest_without_a_promise_promises_nothing() -> None:
     assert promised({}) is None
-    assert promised({"exactness": {"kind": "exact", "why": "x"}}) == Exactness(kind="exact", why="x")
+    assert promised({"exactness": {"kind": "exact", "why": "x"}}) == Exactness(
+        kind="exact", why="x"
+    )
 
 
 @pytest.mark.parametrize("change", ["template", "tokens"])
@@ -297,9 +297,7 @@ def test_the_promise_and_manifest_of_a_run_in_progress_are_used(
     target = upcycle_by_hand(dense, tmp_path / "t", kind="approximate")
     record = manifest.read(target)
     (target / manifest.MANIFEST_FILE).unlink()
-    report = verified(
-        dense, target, manifest=record, exactness=Exactness(kind="exact", why="plan")
-    )
+    report = verified(dense, target, manifest=record, exactness=Exactness(kind="exact", why="plan"))
     assert report.ok
     assert report.verdict is not None
     assert report.verdict.kind == "exact"

@@ -39,7 +39,17 @@ def drop_tokenizer(folder: Path) -> None:
 def test_the_shipped_text_is_varied() -> None:
     text = shipped_text()
     assert 600 <= len(text.split()) <= 1000
-    scripts = ("def running_mean", "SELECT", "утром", "καφενείο", "في الصباح", "今朝", "오늘", "सुबह", "🙂")
+    scripts = (
+        "def running_mean",
+        "SELECT",
+        "утром",
+        "καφενείο",
+        "في الصباح",
+        "今朝",
+        "오늘",
+        "सुबह",
+        "🙂",
+    )
     assert all(part in text for part in scripts)
 
 
@@ -149,7 +159,9 @@ def test_a_model_type_that_replaces_the_pre_tokenizer_is_noticed(tmp_path: Path)
     assert (source / "tokenizer.json").read_bytes() == (target / "tokenizer.json").read_bytes()
     found = compare_tokenizers(source, target, "more good words too")
     assert found is not None
-    assert re.search(r"token \d+ differs, after .*: the source has \d+ \(.*\), the target \d+", found)
+    assert re.search(
+        r"token \d+ differs, after .*: the source has \d+ \(.*\), the target \d+", found
+    )
 
 
 def test_a_missing_tokenizer_is_noticed(dense: Path, copied: Path) -> None:

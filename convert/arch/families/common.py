@@ -94,12 +94,12 @@ def count(name: str, default: int | None) -> Key:
     return Key(name=name, kind="count", default=default)
 
 
-def qwen_moe_keys(*, experts: int, top_k: int, width: int) -> dict[str, Key]:
+def qwen_moe_keys(
+    *, experts: int, top_k: int, width: int, aliases: tuple[str, ...] = ()
+) -> dict[str, Key]:
     """Return the keys by which the Qwen families say which blocks are sparse, and how."""
     return {
-        "experts": Key(
-            name="num_experts", kind="count", default=experts, aliases=("num_local_experts",)
-        ),
+        "experts": Key(name="num_experts", kind="count", default=experts, aliases=aliases),
         "top_k": Key(name="num_experts_per_tok", default=top_k),
         "expert_width": Key(name="moe_intermediate_size", default=width),
         "sparse_step": Key(name="decoder_sparse_step", default=1),

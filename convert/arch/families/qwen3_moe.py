@@ -18,7 +18,7 @@ FAMILY = Family(
             kv_heads=4,
             positions=32768,
         ),
-        **common.qwen_moe_keys(experts=128, top_k=8, width=768),
+        **common.qwen_moe_keys(experts=128, top_k=8, width=768, aliases=("num_local_experts",)),
         "use_window": common.flag("use_sliding_window"),
         "window": common.window_key(4096),
         "attention_bias": common.flag("attention_bias"),

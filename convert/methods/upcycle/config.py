@@ -27,21 +27,24 @@ class UpcycleConfig:
         target: host architecture, or "auto" for the one that holds the source exactly.
         granularity: G; each expert holds 1/G of the FFN's neurons and N/G groups hold them all
             (2410.07524, virtual groups). A power of two, so that scaling stays exact in 16 bits.
-        shared_experts: "none"; "neutral" adds a shared expert that contributes zero; "split" moves part of
-            the FFN into a shared expert so that shared + routed is the dense FFN.
-        shared_width: neurons of the shared expert; None for I/2 ("split") or 64 at most ("neutral").
+        shared_experts: "none"; "neutral" adds a shared expert that contributes zero; "split" moves
+            part of the FFN into a shared expert so that shared + routed is the dense FFN.
+        shared_width: neurons of the shared expert; None for I/2 ("split") or 64 at most
+            ("neutral").
         layers: blocks to convert, None for all.
-        noise: standard deviation of the noise added to expert matrices, in standard deviations of each.
+        noise: standard deviation of the noise added to expert matrices, in standard deviations of
+            each.
         drop: share of each expert's neurons that is re-drawn (2502.19261; 0.5 is best there).
-        drop_index: "shared" draws one index set per expert (the paper), "per-matrix" one for each matrix
-            (the published script).
-        router_init: "small" (normal, std 0.02 kept inside the range where logits neither tie nor saturate),
-            "zeros", "orthogonal", "hidden" (mean FFN inputs of `router_prompts`).
+        drop_index: "shared" draws one index set per expert (the paper), "per-matrix" one for each
+            matrix (the published script).
+        router_init: "small" (normal, std 0.02 kept inside the range where logits neither tie nor
+            saturate), "zeros", "orthogonal", "hidden" (mean FFN inputs of `router_prompts`).
         router_prompts: text file; see `methods.upcycle.hidden.read_prompts`.
-        base: with several sources, where everything outside the FFNs comes from: "average" (2403.07816) or the
-            path of one of the sources.
+        base: with several sources, where everything outside the FFNs comes from: "average"
+            (2403.07816) or the path of one of the sources.
         dtype: stored dtype, "keep" for that of the source.
-        aux_loss_coef: balance-loss coefficient in config.json. Default 0.01 (2410.07524: 1e-3 to 1e-2 good).
+        aux_loss_coef: balance-loss coefficient in config.json. Default 0.01 (2410.07524: 1e-3 to
+            1e-2 good).
         seed: of every random choice.
     """
 
@@ -124,7 +127,9 @@ class UpcycleConfig:
                     "must be at least 1", where=_option(name), found=getattr(self, name)
                 )
         if self.experts > 4096:
-            raise OptionError("out of range", where="--experts", expected="1 to 4096", found=self.experts)
+            raise OptionError(
+                "out of range", where="--experts", expected="1 to 4096", found=self.experts
+            )
         if self.shared_width is not None and self.shared_width < 1:
             raise OptionError("must be at least 1", where="--shared-width", found=self.shared_width)
         if self.top_k > self.experts:
@@ -156,7 +161,8 @@ class UpcycleConfig:
                 )
         if self.router_init == "zeros":
             raise OptionError(
-                "a zero router ties all groups and picks incomplete ones when granularity is above 1",
+                "a zero router ties all groups and picks incomplete ones when granularity is "
+                "above 1",
                 where="--router-init",
                 expected="small, orthogonal or hidden",
                 found="zeros",

@@ -1,8 +1,9 @@
 """Where the bytes of experts, shared experts and routers come from.
 
-Shapes: H hidden size, I neurons of the dense FFN, m neurons of one expert, s of the shared expert, N experts.
-gate and up are [neurons, H], down is [H, neurons]; neurons of the dense FFN are cut as
-[0, s) shared (only "split") | shard 0 | shard 1 | ... | shard G-1, and expert e holds shard e mod G.
+Shapes: H hidden size, I neurons of the dense FFN, m neurons of one expert, s of the shared expert,
+N experts. gate and up are [neurons, H], down is [H, neurons]; neurons of the dense FFN are cut as
+[0, s) shared (only "split") | shard 0 | shard 1 | ... | shard G-1, and expert e holds shard e mod
+G.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _PARTS = {"gate": ("gate",), "up": ("up",), "down": ("down",), "gate_up": ("gate
 def scales(granularity: int) -> dict[str, float]:
     """Return the factor on each matrix of a granular expert; their product on the linear path is G.
 
-    The k chosen experts' weights sum to 1 while k/G copies of every shard are chosen, so the sum of experts
-    is 1/G of the dense FFN before scaling. The gate stays untouched because SiLU is not homogeneous.
-    Source: 2410.07524, section 3.2, for the total; up and down instead of its cube root on all three.
+    The k chosen experts' weights sum to 1 while k/G copies of every shard are chosen, so the sum of
+    experts is 1/G of the dense FFN before scaling. The gate stays untouched because SiLU is not
+    homogeneous.
+    Source: 2410.07524, section 3.2, for the total; up and down instead of its cube root on all
+        three.
     """
     power = granularity.bit_length() - 1
     return {"gate": 1.0, "up": 2.0 ** math.ceil(power / 2), "down": 2.0 ** (power // 2)}
@@ -75,11 +78,13 @@ class ExpertBuilder:
             return self._shared(tensor, role.removeprefix("shared_"))
         if role in {"expert_gate_up", "expert_downs"}:
             return self._fused(tensor)
-        assert tensor.expert is not None and role.startswith("expert_"), role
+        assert tensor.expert is not None, role
+        assert role.startswith("expert_"), role
         return self._expert(tensor, role.removeprefix("expert_"), tensor.expert)
 
     def source_of(self, expert: int) -> int:
-        """Return the source whose FFN becomes this expert: equal, consecutive shares for every source."""
+        """Return the source whose FFN becomes this expert: equal, consecutive shares for every
+        source."""
         group, groups = (
             expert // self.config.granularity,
             self.config.experts // self.config.granularity,
@@ -165,18 +170,17 @@ class ExpertBuilder:
     def _shared(self, tensor: HostTensor, role: str) -> Expr:
         """Return one matrix of the shared expert.
 
-        A neutral one holds the first neurons' gate and up and a zero down, so that it contributes nothing
-        and still receives gradients. A split one holds neurons of its own; where the host multiplies it by
-        sigmoid(shared_router . x), the zero shared_router gives 1/2, which a factor 2 on down takes back.
+        A neutral one holds the first neurons' gate and up and a zero down, so that it contributes
+        nothing and still receives gradients. A split one holds neurons of its own; where the host
+        multiplies it by sigmoid(shared_router . x), the zero shared_router gives 1/2, which a
+        factor 2 on down takes back.
         """
         assert tensor.layer is not None
         split = self.config.shared_experts == "split"
         if role == "down" and not split:
             return Init(kind="constant", shape=tensor.shape, params=(("value", 0.0),))
         width = tensor.shape[1] if role == "down" else tensor.shape[0] // len(_PARTS[role])
-        exprs: list[Expr] = [
-            self._slice(0, tensor.layer, part, 0, width) for part in _PARTS[role]
-        ]
+        exprs: list[Expr] = [self._slice(0, tensor.layer, part, 0, width) for part in _PARTS[role]]
         expr = concat(exprs, tensor.shape)
         if role != "down":
             return expr

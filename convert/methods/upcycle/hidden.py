@@ -26,7 +26,8 @@ MAX_PROMPT_BYTES = 1 << 20
 def read_prompts(path: str, groups: int) -> tuple[tuple[tuple[str, ...], ...], str]:
     """Return the prompts of each group and the sha256 of the file.
 
-    One prompt a line; a blank line ends a group. A file without blank lines holds one prompt per group.
+    One prompt a line; a blank line ends a group. A file without blank lines holds one prompt per
+    group.
 
     Args:
         path: UTF-8 text file.
@@ -68,7 +69,8 @@ def read_prompts(path: str, groups: int) -> tuple[tuple[tuple[str, ...], ...], s
 def routers_from_means(means: Array, repeat: int) -> Array:
     """Return router rows [P * repeat, H] from mean FFN inputs [P, H].
 
-    What all groups share, their mean, is subtracted and also projected out of the rows: a router has no bias that
+    What all groups share, their mean, is subtracted and also projected out of the rows: a router
+        has no bias that
     could take it back. Rows get unit length, so each group's mean scores highest on its own row
     (Cauchy-Schwarz), and one factor brings the logits of the means to standard deviation 1.
     """
@@ -87,7 +89,8 @@ def routers_from_means(means: Array, repeat: int) -> Array:
         raise OptionError("the prompts give non-finite hidden states", where="--router-prompts")
     if spread > 0:
         rows *= LOGIT_STD_RANGE[1] / spread
-    return rows.astype(numpy.float32).repeat(repeat, axis=0)
+    routers: Array = rows.astype(numpy.float32).repeat(repeat, axis=0)
+    return routers
 
 
 def fit_routers(
@@ -95,7 +98,8 @@ def fit_routers(
 ) -> dict[str, Array]:
     """Return the router [N, H] of every converted block, keyed as `ops.Fitted` names it.
 
-    The dense model is streamed block by block, so memory holds one block and the prompts' hidden states.
+    The dense model is streamed block by block, so memory holds one block and the prompts' hidden
+    states.
 
     Args:
         folder: the dense checkpoint.

@@ -67,7 +67,8 @@ def host_request(config: UpcycleConfig, spec: ModelSpec) -> HostRequest:
         )
     if routed % config.granularity:
         raise OptionError(
-            f"{routed} neurons (intermediate_size {total}) do not divide into {config.granularity} equal experts",
+            f"{routed} neurons (intermediate_size {total}) do not divide into "
+            f"{config.granularity} equal experts",
             where="--granularity",
             expected=f"a divisor of {routed}",
             found=config.granularity,
@@ -136,10 +137,11 @@ class _Carrier:
 
 
 def _dtype_of(expr: Expr, asked: str | None, default: str) -> str:
-    """Return the stored dtype: the one asked for, else the source's, wider for small computed vectors.
+    """Return the stored dtype: the one asked for, else the source's, wider for small computed
+    vectors.
 
-    A norm weight that is computed (w + 1, an average) would be rounded to 16 bits; it is stored in float32
-    instead, which costs nothing and stays exact.
+    A norm weight that is computed (w + 1, an average) would be rounded to 16 bits; it is stored in
+    float32 instead, which costs nothing and stays exact.
     """
     if asked is not None:
         return asked
@@ -201,7 +203,8 @@ def exactness_of(config: UpcycleConfig, sources: int, rounds: bool) -> Exactness
     if config.granularity > 1:
         why = (
             "every chosen group of experts holds the whole dense feed-forward network, in float32; "
-            "in bfloat16 equal router logits of two groups can break a group, verify counts how often"
+            "in bfloat16 equal router logits of two groups can break a group, verify counts how "
+            "often"
         )
     return Exactness(kind="exact", why=why)
 
@@ -210,12 +213,13 @@ def _notes(config: UpcycleConfig, host: Host, layout: HostLayout) -> tuple[str, 
     notes = list(layout.notes)
     if config.granularity > 1 and not host.router_in_float32:
         notes.append(
-            f"{host.model_type} computes router logits in the model's dtype: in 16 bits two groups can tie and "
-            f"break; {_float32_routers()} compute them in float32"
+            f"{host.model_type} computes router logits in the model's dtype: in 16 bits two groups "
+            f"can tie and break; {_float32_routers()} compute them in float32"
         )
     if config.top_k == 1 and config.granularity == 1:
         notes.append(
-            "top-1 with renormalised weights always weighs 1, so the language loss gives the router no gradient"
+            "top-1 with renormalised weights always weighs 1, so the language loss gives the "
+            "router no gradient"
         )
     if config.router_init == "zeros" and config.top_k < config.experts:
         notes.append("a zero router sends every token to the same experts until it is trained")
@@ -258,7 +262,9 @@ def _targets(
     return tuple(targets)
 
 
-def _drops(described: Sequence[Described], targets: Sequence[TargetTensor], base: int | None) -> tuple[Drop, ...]:
+def _drops(
+    described: Sequence[Described], targets: Sequence[TargetTensor], base: int | None
+) -> tuple[Drop, ...]:
     """Return every source tensor no target reads, each with the reason it is not needed."""
     used = {(p.source, p.tensor) for t in targets for p in pieces_of(t.expr)}
     drops = []
@@ -326,8 +332,8 @@ def build_plan(
 def _choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:
     """Return the host and what it is asked for.
 
-    Some hosts count their shared expert in routed-expert widths; a neutral one whose width the user left open
-    takes that width when no host takes the narrow one.
+    Some hosts count their shared expert in routed-expert widths; a neutral one whose width the user
+    left open takes that width when no host takes the narrow one.
     """
     request = host_request(config, spec)
     try:
