@@ -125,7 +125,7 @@ class ReferenceMoE:
                 tuple(t[f"{block}.experts.{e}.{w}.weight"] for w in ("w1", "w3", "w2"))
                 for e in range(c["num_local_experts"])
             ]
-            return triples, t[f"{block}.gate.weight"]  # type: ignore[return-value]
+            return triples, t[f"{block}.gate.weight"]
         if self.kind.startswith("granite"):
             block = f"{name}.block_sparse_moe"
             fused, down = t[f"{block}.input_linear.weight"], t[f"{block}.output_linear.weight"]
@@ -140,7 +140,7 @@ class ReferenceMoE:
             for e in range(c["num_experts"])
         ]
         assert c["norm_topk_prob"] is True
-        return triples, t[f"{name}.mlp.gate.weight"]  # type: ignore[return-value]
+        return triples, t[f"{name}.mlp.gate.weight"]
 
     def _shared(self, name: str, x: Array) -> Array:
         t = self.tensors
