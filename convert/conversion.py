@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaconvert import __version__
-from adaconvert.errors import OptionError, SourceError, VerificationError
+from adaconvert.errors import AdaconvertError, OptionError, SourceError, VerificationError
 from adaconvert.export.card import render_card
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
 from adaconvert.methods.registry import Prepared, make_config, prepare
 from adaconvert.methods.sources import Described, check_agreement, check_ties, open_source
+from adaconvert.methods.upcycle.plan import build_plan
 from adaconvert.planning.digest import plan_digest
 from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Exactness, Plan

@@ -54,7 +54,8 @@ step_wheel() {
         )
 }
 
-step_guard() { "$python" -m pytest -n "$workers" -m packaging; }
+guards=(tests/packaging tests/test_imports.py)
+step_guard() { "$python" -m pytest -n "$workers" "${guards[@]}"; }
 
 step_model() {
     "$python" scripts/smollm2.py "$model" ||
@@ -78,7 +79,8 @@ step_runtimes() {
 step_tests() {
     local require=
     [ -e "$model/config.json" ] && require=1
-    ADACONVERT_REQUIRE_REAL=$require "$python" -m pytest -n "$workers" -m 'not packaging'
+    ADACONVERT_REQUIRE_REAL=$require "$python" -m pytest -n "$workers" --durations 15 \
+        "${guards[@]/#/--ignore=}"
 }
 
 steps=("$@")

@@ -112,7 +112,7 @@ def execute(
         records = staging.records()
         odd = pool.nonfinite()
     found = tuple(
-        f"{count.bad_count} non-finite values accepted in '{name}' of source {index}"
+        f"non-finite values accepted: {count.bad_count} in '{name}' of source {index}"
         for (index, name), count in sorted(odd.items())
     )
     return Execution(shards=records, sources=digests, nonfinite=found)
