@@ -19,6 +19,7 @@ from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_s
 from adaconvert.methods.registry import Prepared, make_config, prepare
 from adaconvert.methods.sources import Described, check_agreement, check_ties, open_source
 from adaconvert.methods.upcycle.plan import build_plan
+from adaconvert.planning.alignment import aligned
 from adaconvert.planning.digest import plan_digest
 from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Exactness, Plan
@@ -113,7 +114,9 @@ def run(
     )
     planned = prepared.planned
     opened = [d.source for d in planned.described]
-    layouts = layout_shards(planned.plan.targets, cap)
+    layouts = aligned(
+        layout_shards(planned.plan.targets, cap), planned.plan, [s.tensors for s in opened]
+    )
     report = PlanReport.of(planned, cap)
     digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
     found = already_committed(settings.destination, plan_digest=digest) if settings.resume else None
@@ -309,4 +312,31 @@ def verify_existing(
     assert isinstance(kind, dict)
     exactness = Exactness(kind=str(kind["kind"]), why=str(kind["why"]))
     roots = [item.source.root for item in opened]
-    return _checked(roots, target, exactness, record, memory, probe, progress, name=target.name)
+    return _checked(
+        roots,
+        target,
+        exactness,
+        record,
+        memory,
+        probe,
+        progress,
+        name=target.name,
+        plan=_planned_again(record, opened),
+    )
+
+
+def _planned_again(record: Mapping[str, object], described: Sequence[Described]) -> Plan | None:
+    """Return the plan a manifest was written by, None when these are not its sources.
+
+    With it, verification accounts for every tensor of the sources and names wrong dtypes.
+    """
+    options, sources = record["options"], record["sources"]
+    assert isinstance(options, dict)
+    assert isinstance(sources, list)
+    if [entry.get("fingerprint") for entry in sources] != [d.source.fingerprint for d in described]:
+        return None
+    digest = options.get("router_prompts") or ""
+    try:
+        return build_plan(make_config(str(record["method"]), options), described, digest).plan
+    except AdaconvertError:
+        return None

@@ -8,6 +8,9 @@ from typing import Protocol, Self, cast
 
 #: seconds before a bar appears, so that short work shows none.
 DELAY = 2.0
+_BYTES = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}B of {total_fmt}B [{elapsed}<{remaining}, {rate_fmt}]"
+)
 
 
 class Bar(Protocol):
@@ -59,7 +62,14 @@ def bar(total: int, desc: str, unit: str = "B", *, enabled: bool = True) -> Bar:
 
     scale = unit == "B"
     shown = tqdm(
-        total=total, desc=desc, unit=unit, unit_scale=scale, delay=DELAY, leave=False, ascii=True
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=scale,
+        bar_format=_BYTES if scale else None,
+        delay=DELAY,
+        leave=False,
+        ascii=True,
     )
     return cast("Bar", shown)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from adaconvert.errors import SourceError
 from adaconvert.io.fs import FileSystem
+from adaconvert.io.layout import PAGE
 from adaconvert.io.names import escape
 from adaconvert.io.regular import open_regular
 
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 BLOCK: Final = 4 << 20
 #: a run at least this long is copied by a system call of its own.
 SHORT: Final = 64 << 10
-#: size of the buffer long runs pass through where the kernel is slower; writes end on page boundaries.
+#: size of the buffer long runs pass through where the kernel is slower; filled to a page boundary.
 THROUGH: Final = 1 << 20
-PAGE: Final = 4096
 _LOCAL_BLOCK: Final = 64 << 10
 #: reading a gap of this size costs about as much as one more system call.
 _GAP: Final = 16 << 10

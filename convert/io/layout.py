@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
@@ -24,6 +24,8 @@ from adaconvert.units import human_bytes
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 MAX_HEADER: Final = 100_000_000
+#: a page of the file cache.
+PAGE: Final = 4096
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(i?)(b?)\s*", re.IGNORECASE)
 
@@ -167,6 +169,27 @@ def _layout(file: str, targets: Sequence[Target]) -> ShardLayout:
     header = _header(file, entries)
     return ShardLayout(
         file=file, header=header, tensors=_placed(ordered, len(header)), nbytes=len(header) + at
+    )
+
+
+def with_data_at(layout: ShardLayout, phase: int) -> ShardLayout:
+    """Return the layout with its header padded so that the data begin at `phase` within a page.
+
+    Bytes that keep their place within a page can be moved between files page by page.
+
+    Args:
+        layout: any layout.
+        phase: offset within a page of `PAGE` bytes; rounded down to the format's 8 bytes.
+    """
+    pad = (phase - phase % 8 - len(layout.header)) % PAGE
+    if not pad or len(layout.header) + pad > MAX_HEADER:
+        return layout
+    text = layout.header[8:] + b" " * pad
+    return ShardLayout(
+        file=layout.file,
+        header=len(text).to_bytes(8, "little") + text,
+        tensors=tuple(replace(tensor, start=tensor.start + pad) for tensor in layout.tensors),
+        nbytes=layout.nbytes + pad,
     )
 
 

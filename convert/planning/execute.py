@@ -55,7 +55,7 @@ def spans_of(expr: Bytes, sources: Sequence[Source], files: FdCache) -> list[Spa
     for piece in expr.pieces:
         source = sources[piece.source]
         ref = source.tensors[piece.tensor]
-        fd = files.get(source.path(ref.file))
+        fd = files.shard(source, ref.file)
         spans.append(Span(fd, ref.start + piece.start, piece.nbytes, piece.stride, piece.count))
     return spans
 

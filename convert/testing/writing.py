@@ -17,10 +17,12 @@ from adaconvert.io.commit import Staging
 from adaconvert.io.copying import FdCache, Span
 from adaconvert.io.digest import DigestPool
 from adaconvert.io.fs import FileSystem
+from adaconvert.io.layout import PAGE
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards
 
 KILLED = 137
+TINY_CAP = 2048
 _ROWS = {"embed": 2048, "gate_up": 8, "down": 8, "norm": 1}
 
 
@@ -122,8 +124,10 @@ class TinyTarget:
     data: bytes = b""
 
 
-def safetensors_bytes(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
-    """Return a safetensors file of (dtype, shape, bytes) by name."""
+def safetensors_bytes(
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, data_start: int = 8
+) -> bytes:
+    """Return a safetensors file of (dtype, shape, bytes) by name; data starts at `data_start`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     body = b""
     for name, (dtype, shape, data) in tensors.items():
@@ -131,6 +135,7 @@ def safetensors_bytes(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) ->
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         body += data
     text = json.dumps(header).encode()
+    text = text.ljust(data_start - 8)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
@@ -145,10 +150,12 @@ def tiny_source(folder: Path) -> Path:
         # clears the top exponent bit of each value, so that none is NaN or infinite.
         data = bytes(byte & 0x3F if at % 4 == 3 else byte for at, byte in enumerate(data))
         shards[index % 2][name] = ("F32", (rows, 16), data)
+    # the long tensor lies at the same place of a page as in the target: the kernel copies it.
+    start = layout_shards(tiny_targets(), TINY_CAP)[0].tensors[0].start + PAGE
     weight_map: dict[str, str] = {}
     for index, tensors in enumerate(shards, start=1):
         file = f"model-{index:05d}-of-00002.safetensors"
-        (folder / file).write_bytes(safetensors_bytes(tensors))
+        (folder / file).write_bytes(safetensors_bytes(tensors, data_start=start))
         weight_map |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -190,7 +197,7 @@ class TinyConversion:
     source: Path
     destination: Path
     targets: Sequence[TinyTarget] = field(default_factory=tiny_targets)
-    cap: int | None = 2048
+    cap: int | None = TINY_CAP
     plan_digest: str = "1" * 64
     overwrite: bool = False
     resume: bool = False

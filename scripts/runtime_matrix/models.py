@@ -1,8 +1,8 @@
 """The models of the matrix: dense sources, and what adaconvert makes of them.
 
-Each case is a source and a host. There are three folders: `<source>.dense`, `<case>.same` (identical
-experts: must compute what the dense model computes) and `<case>.distinct` (experts that differ by
-noise: only a runtime that routes right agrees with another one).
+Each case is a source and a host. There are three folders: `<source>.dense`, `<case>.same`
+(identical experts: must compute what the dense model computes) and `<case>.distinct` (experts that
+differ by noise: only a runtime that routes right agrees with another one).
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Case:
 
 CASES = (
     Case(name="smollm2", source=REAL, target="mixtral"),
-    Case(name="smollm2-granular", source=REAL, target="mixtral", options=("--granularity", "2")),
+    Case(name="llama", source="llama", target="mixtral"),
+    Case(name="llama-granular", source="llama", target="mixtral", options=("--granularity", "2")),
     Case(
-        name="smollm2-shared",
-        source=REAL,
+        name="llama-shared",
+        source="llama",
         target="qwen2_moe",
         options=("--shared-experts", "split"),
     ),
-    Case(name="llama", source="llama", target="mixtral"),
     Case(name="phi3", source="phi3", target="mixtral", overrides={"sliding_window": None}),
     Case(
         name="mistral-window",

@@ -43,7 +43,7 @@ def test_upcycle_hands_over_every_option(api: Any, run: Run, tmp_path: Path) -> 
         *("--dtype", "float32", "--aux-loss-coef", "0.001", "--seed", "7"),
         *("--max-shard-size", "1GB", "--revision", "main", "--overwrite", "--resume"),
         *("--verify", "--memory", "2GB", "--probe", str(text), "--allow-nonfinite"),
-        *("--keep-config", "one", "--keep-config", "two"),
+        *("--keep-config", "one", "--keep-config", "two", "--ignore-unindexed"),
     )
     assert (code, err) == (0, "")
     name, args, kwargs = api.calls.pop()
@@ -76,6 +76,7 @@ def test_upcycle_hands_over_every_option(api: Any, run: Run, tmp_path: Path) -> 
         "probe": str(text),
         "allow_nonfinite": True,
         "keep_config": ("one", "two"),
+        "ignore_unindexed": True,
         "progress": True,
     }
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_g6_killed_at_every_step(conversion: TinyConversion, half: bool) -> None
         if half and steps[at].action not in {"write", "copy"}:
             continue
         resume = at % 3 > 0
-        code = in_child(lambda at=at: conversion.run(CrashingFileSystem(at, half=half)))
+        code = in_child(partial(conversion.run, CrashingFileSystem(at, half=half)))
         killed += code == KILLED
         assert code in {KILLED, 0}, f"step {at} {steps[at]}"
         assert not target.exists() or tree_digest(target) == reference, f"step {at} {steps[at]}"
@@ -110,7 +111,7 @@ def test_g12_killed_while_replacing(conversion: TinyConversion) -> None:
         replacing = replace(conversion, overwrite=True, resume=at % 2 > 0)
         earlier.run()
         old = tree_digest(target)
-        code = in_child(lambda at=at, run=replacing.run: run(CrashingFileSystem(at)))
+        code = in_child(partial(replacing.run, CrashingFileSystem(at)))
         assert code in {KILLED, 0}
         there = tree_digest(target) if target.exists() else None
         aside = target.with_name(".out.adaconvert-old")
@@ -131,7 +132,7 @@ def test_g8_both_sides_of_the_last_rename(conversion: TinyConversion) -> None:
     steps, reference = complete_run(conversion)
     rename = next(at for at, step in enumerate(steps) if step.action == "rename")
     for at, there in ((rename, False), (rename + 1, True)):
-        assert in_child(lambda at=at: conversion.run(CrashingFileSystem(at))) == KILLED
+        assert in_child(partial(conversion.run, CrashingFileSystem(at))) == KILLED
         assert conversion.destination.exists() is there
         rerun(replace(conversion, resume=True))
         assert tree_digest(conversion.destination) == reference

@@ -168,16 +168,6 @@ def test_g5_not_one_file_more(conversion: TinyConversion) -> None:
     assert not conversion.destination.parent.exists()
 
 
-def test_k7_few_files_open(conversion: TinyConversion) -> None:
-    def few() -> None:
-        os.closerange(3, 256)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-        conversion.run()
-
-    assert in_child(few) == 0
-    assert conversion.destination.exists()
-
-
 def test_g20_too_small_a_disk_is_refused_first(conversion: TinyConversion) -> None:
     fs = RecordingFileSystem()
     message = "the disk is too small for the output; expected .* free, found"

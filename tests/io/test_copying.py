@@ -9,12 +9,14 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from adaconvert.errors import ResourceError, SourceError
 from adaconvert.io.copying import (
     BLOCK,
+    PAGE,
     SHORT,
     Copier,
     FdCache,
@@ -101,9 +103,28 @@ def expected(ranges: list[SpanLike], data: bytes = DATA) -> bytes:
 )
 def test_every_way_to_copy(tmp_path: Path, fs: Refusing, used: set[str]) -> None:
     with opened(tmp_path) as (src, dst):
-        ranges: list[SpanLike] = [(src, 5, 300_001), (src, 700_000, 100_000), (src, 3, 200_000)]
+        # each lies at the same place of a page in both files.
+        at, ranges = 17, list[SpanLike]()
+        for nbytes, page in ((300_001, 0), (100_000, 99), (200_000, 1)):
+            ranges.append((src, page * PAGE + at % PAGE, nbytes))
+            at += nbytes
         assert copy_ranges(fs, dst, 17, ranges) == 600_001
         assert os.pread(dst, 1 << 20, 17) == expected(ranges)
+    assert fs.used == used
+
+
+@pytest.mark.parametrize(
+    ("offset", "block", "used"),
+    [(17, PAGE, {"write"}), (17, 1 << 20, {"copy"}), (PAGE, PAGE, {"copy"})],
+)
+def test_where_the_kernel_is_slower_it_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int, block: int, used: set[str]
+) -> None:
+    fs = Refusing()
+    with opened(tmp_path) as (src, dst), monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda fd: SimpleNamespace(st_blksize=block))
+        assert copy_ranges(fs, dst, offset, [(src, 0, 900_000)]) == 900_000
+        assert os.pread(dst, 1 << 20, offset) == DATA[:900_000]
     assert fs.used == used
 
 
@@ -133,7 +154,12 @@ def test_neighbours_are_joined() -> None:
 def test_strided_runs_need_few_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *a: reads.append(a[0]) or preadv(*a))
+
+    def watched(fd: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append(offset)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", watched)
     with opened(tmp_path) as (src, dst):
         ranges: list[SpanLike] = [(src, 32, 64, 128, 8000)]
         copy_ranges(FileSystem(), dst, 0, ranges)
@@ -190,7 +216,7 @@ def test_a16_source_cut_while_reading(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_other_errors_are_not_hidden_by_another_way(tmp_path: Path, number: int) -> None:
-    fs = Refusing(copy=number)
+    fs = Refusing(copy=number, send=number)
     with opened(tmp_path) as (src, dst), pytest.raises(OSError, match=os.strerror(number)):
         copy_ranges(fs, dst, 0, [(src, 0, SHORT)])
     assert fs.used == set()

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def staging(tmp_path: Path) -> Staging:
 
 
 def test_what_is_written_is_what_safetensors_reads(staging: Staging) -> None:
-    values = {
+    values: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
         "f": np.arange(12, dtype=np.float32).reshape(3, 4),
         "h": np.arange(5, dtype=np.float16),
         "empty": np.zeros((0, 4), dtype=np.float32),
