@@ -15,6 +15,7 @@ from adaconvert.errors import AdaconvertError, OptionError, SourceError, Verific
 from adaconvert.export.card import render_card
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
+from adaconvert.io.fs import FileSystem
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
 from adaconvert.methods.registry import Prepared, make_config, prepare
 from adaconvert.methods.sources import Described, check_agreement, check_ties, open_source
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What a run needs besides its method's options; see `api.convert`."""
+    """What a run needs besides its method's options; see `api.convert`.
+
+    `fs` is every call that changes the disk, for tests that stop a run at each of them.
+    """
 
     destination: Path
     overwrite: bool = False
@@ -45,6 +49,7 @@ class RunSettings:
     keep_config: tuple[str, ...] = ()
     ignore_unindexed: bool = False
     progress: bool = False
+    fs: FileSystem | None = None
 
 
 def prepare_run(
@@ -119,7 +124,9 @@ def run(
     )
     report = PlanReport.of(planned, cap)
     digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
-    found = already_committed(settings.destination, plan_digest=digest) if settings.resume else None
+    found = None
+    if settings.resume:
+        found = already_committed(settings.destination, plan_digest=digest, fs=settings.fs)
     if found is not None:
         return ConversionResult(
             destination=settings.destination,
@@ -135,6 +142,7 @@ def run(
         plan_digest=digest,
         needed_bytes=sum(layout.nbytes for layout in layouts),
         facts=_facts(planned.plan, cap),
+        fs=settings.fs,
     ) as staging:
         for item in planned.described:
             check_ties(item)
