@@ -119,6 +119,7 @@ def verify(
     *checkpoints: PathLike,
     memory: str | int | None = None,
     probe: PathLike | None = None,
+    revision: str | None = None,
     progress: bool = False,
 ) -> VerificationReport:
     """Return the comparison of a converted checkpoint with its sources.
@@ -127,6 +128,7 @@ def verify(
         checkpoints: the source or sources, then the converted checkpoint.
         memory: bytes the comparison may take; larger models are compared block by block.
         probe: text file to compare on instead of the shipped text.
+        revision: branch, tag or commit of hub ids.
         progress: show progress bars on a terminal.
 
     Raises:
@@ -135,5 +137,10 @@ def verify(
     """
     from adaconvert.conversion import verify_existing
 
-    text = None if probe is None else Path(probe)
-    return verify_existing([Path(c) for c in checkpoints], memory, text, progress)
+    return verify_existing(
+        [str(c) for c in checkpoints],
+        memory=memory,
+        probe=None if probe is None else Path(probe),
+        revision=revision,
+        progress=progress,
+    )

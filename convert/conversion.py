@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -16,18 +15,27 @@ from adaconvert.export.card import render_card
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
+from adaconvert.io.names import escape
+from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
 from adaconvert.methods.registry import Prepared, make_config, prepare
-from adaconvert.methods.sources import Described, check_agreement, check_ties, open_source
+from adaconvert.methods.sources import (
+    Described,
+    check_agreement,
+    check_ties,
+    check_vocabulary,
+    open_source,
+)
 from adaconvert.methods.upcycle.plan import build_plan
 from adaconvert.planning.alignment import aligned
 from adaconvert.planning.digest import plan_digest
 from adaconvert.planning.execute import Execution, execute
-from adaconvert.planning.ops import Exactness, Plan
+from adaconvert.planning.ops import Plan
 from adaconvert.reports import ConversionResult, PlanReport
 
 if TYPE_CHECKING:
     from adaconvert.verification.report import VerificationReport
+    from adaconvert.verification.tokens import Probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +117,7 @@ def run(
 ) -> ConversionResult:
     """Return once the destination is committed; see `api.convert` for the errors."""
     cap = parse_size(settings.max_shard_size)
+    memory = None if settings.memory is None else parse_size(settings.memory, "--memory")
     prepared = prepare_run(
         sources,
         method,
@@ -124,6 +133,7 @@ def run(
     )
     report = PlanReport.of(planned, cap)
     digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
+    probe = _probe(settings.probe, opened[0].root) if settings.verify else None
     found = None
     if settings.resume:
         found = already_committed(settings.destination, plan_digest=digest, fs=settings.fs)
@@ -146,6 +156,7 @@ def run(
     ) as staging:
         for item in planned.described:
             check_ties(item)
+            check_vocabulary(item)
         done = execute(
             planned.plan,
             opened,
@@ -157,7 +168,18 @@ def run(
         )
         _write_side_files(staging, planned.plan, planned.described, layouts)
         record = _manifest(planned.plan, planned.described, done, staging.files, digest)
-        checked = _verify(staging.path, planned.described, planned.plan, record, settings)
+        checked = None
+        if settings.verify:
+            checked = _checked(
+                opened,
+                staging.path,
+                record,
+                planned.plan,
+                probe=probe,
+                memory=memory,
+                progress=settings.progress,
+                name=settings.destination.name,
+            )
         proof = checked.record_lines() if checked else None
         staging.write_file("README.md", render_card(report, opened, proof, __version__).encode())
         record["files"] = dict(staging.files)
@@ -248,55 +270,39 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def _verify(
-    folder: Path,
-    described: Sequence[Described],
-    plan: Plan,
-    record: dict[str, object],
-    settings: RunSettings,
-) -> VerificationReport | None:
-    """Return the verification of the staged checkpoint, None when it was switched off.
-
-    Raises:
-        VerificationError: the result is not what its class promises.
-    """
-    if not settings.verify:
+def _probe(file: Path | None, source: Path) -> Probe | None:
+    """Return the tokens of a file, None for the shipped text; before anything long begins."""
+    if file is None:
         return None
-    return _checked(
-        [item.source.root for item in described],
-        folder,
-        plan.exactness,
-        record,
-        settings.memory,
-        settings.probe,
-        settings.progress,
-        name=settings.destination.name,
-        plan=plan,
-    )
+    from adaconvert.verification.tokens import Probe
+
+    return Probe.from_file(file, source)
 
 
 def _checked(
-    sources: Sequence[Path],
+    sources: Sequence[Source],
     folder: Path,
-    exactness: Exactness | None,
-    record: dict[str, object],
-    memory: str | int | None,
-    probe: Path | None,
-    progress: bool,
+    record: Mapping[str, object],
+    plan: Plan | None,
     *,
+    probe: Probe | None,
+    memory: int | None,
+    progress: bool,
     name: str,
-    plan: Plan | None = None,
 ) -> VerificationReport:
+    """Return the verification of a checkpoint that keeps its promise.
+
+    Raises:
+        VerificationError: it does not; the report is attached.
+    """
     from adaconvert.verification.report import verify_checkpoint
-    from adaconvert.verification.tokens import Probe
 
     report = verify_checkpoint(
-        list(sources),
+        [source.root for source in sources],
         folder,
-        exactness=exactness,
         manifest=record,
-        memory=None if memory is None else parse_size(memory),
-        probe=None if probe is None else Probe.from_file(probe, sources[0]),
+        memory=memory,
+        probe=probe,
         progress=progress,
         plan=plan,
     )
@@ -308,28 +314,35 @@ def _checked(
 
 
 def verify_existing(
-    checkpoints: Sequence[Path], memory: str | int | None, probe: Path | None, progress: bool
+    checkpoints: Sequence[str],
+    *,
+    memory: str | int | None = None,
+    probe: Path | None = None,
+    revision: str | None = None,
+    progress: bool = False,
 ) -> VerificationReport:
     """Return the verification of a committed checkpoint against its sources; see `api.verify`."""
     if len(checkpoints) < 2:
         raise OptionError("needs a source and a converted checkpoint", where="verify")
+    size = None if memory is None else parse_size(memory, "--memory")
     *sources, target = checkpoints
-    opened = [open_source(os.fspath(source)) for source in sources]
-    record = manifest.read(target)
-    kind = record["exactness"]
-    assert isinstance(kind, dict)
-    exactness = Exactness(kind=str(kind["kind"]), why=str(kind["why"]))
-    roots = [item.source.root for item in opened]
+    folder = Path(target)
+    if not folder.is_dir():
+        raise OptionError(
+            "is no folder", where=escape(target), hint="Name the converted checkpoint last."
+        )
+    record = manifest.read(folder)
+    described = [open_source(source, revision=revision) for source in sources]
+    opened = [item.source for item in described]
     return _checked(
-        roots,
-        target,
-        exactness,
+        opened,
+        folder,
         record,
-        memory,
-        probe,
-        progress,
-        name=target.name,
-        plan=_planned_again(record, opened),
+        _planned_again(record, described),
+        probe=_probe(probe, opened[0].root),
+        memory=size,
+        progress=progress,
+        name=folder.resolve().name,
     )
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaconvert.arch.base import RuntimeVerdict
-from adaconvert.arch.registry import describe
+from adaconvert.arch.registry import FAMILIES, describe
 from adaconvert.arch.runtimes import verdicts
+from adaconvert.io import aux_files
+from adaconvert.io.layout import PAGE
+from adaconvert.io.names import escape
 from adaconvert.io.writer import layout_shards, parse_size
+from adaconvert.methods.sources import Described
 from adaconvert.methods.upcycle.plan import UpcyclePlan
 from adaconvert.planning.digest import plan_digest
-from adaconvert.planning.estimate import Costs, costs, output_bytes, working_memory
+from adaconvert.planning.estimate import Costs, costs, working_memory
 from adaconvert.planning.ops import Exactness
 from adaconvert.units import human_bytes, human_count
 
 #: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash
 #: buffers.
 BASE_MEMORY = 64 << 20
+CARD = "README.md"
+#: keys that describe the file or its writer, not the model.
+_ABOUT_THE_FILE = frozenset({"transformers_version", "torch_dtype", "dtype", "architectures"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +70,12 @@ class PlanReport:
             exactness=plan.exactness,
             tensors=len(plan.targets),
             shards=len(layouts),
-            disk=output_bytes(plan),
+            disk=sum(layout.nbytes + PAGE for layout in layouts),
             memory=BASE_MEMORY + working_memory(plan),
             before=costs(spec, {n: r.dtype for n, r in source.tensors.items()}),
             after=costs(target, {t.name: t.dtype for t in plan.targets}),
             runtimes=verdicts(plan.config),
-            notes=plan.notes,
+            notes=(*plan.notes, *_source_notes(planned)),
             digest=plan_digest(plan),
         )
 
@@ -106,6 +113,29 @@ class PlanReport:
         rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
         rows += [f"note: {note}" for note in self.notes]
         return rows
+
+
+def _source_notes(planned: UpcyclePlan) -> list[str]:
+    """Return what opening the sources found, and what of them the target will not hold."""
+    notes = []
+    for item in planned.described:
+        label = item.source.label
+        found = [*item.source.notes, *item.audit.notes]
+        left = aux_files.classify(item.source).dropped
+        found += [f"{name} is not copied: {why}" for name, why in left.items() if name != CARD]
+        keys = _keys_left(item, planned.plan.config)
+        if keys:
+            found.append(f"config keys not carried over (see --keep-config): {', '.join(keys)}")
+        notes += [f"{label}: {note}" for note in found]
+    return notes
+
+
+def _keys_left(item: Described, config: Mapping[str, object]) -> list[str]:
+    """Return the source's config keys that neither its family reads nor the target has."""
+    family = FAMILIES[item.spec.model_type]
+    read = {name for key in family.keys.values() for name in (key.name, *key.aliases)}
+    known = read | set(config) | _ABOUT_THE_FILE
+    return sorted(escape(key, 60) for key in item.source.config if key not in known)
 
 
 def _flops_line(ratio: float) -> str:

@@ -8,6 +8,7 @@ and synced. "warm" has the source in the page cache, "cold" has it dropped. Noth
 rows are added to a CSV file, and `--table` shows those of the last run.
 
     python scripts/bench_convert.py --work-dir DIR --peers-venv-dir DIR --rounds 3
+    python scripts/bench_convert.py --work-dir DIR --num-hidden-layers 88   # four times the model
     python scripts/bench_convert.py --table
 """
 

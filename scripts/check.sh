@@ -14,7 +14,8 @@ root=$PWD
 work=$root/.work
 python=$root/.venv/bin/python
 model=$root/.models/SmolLM2-135M-Instruct
-workers=$(nproc)
+# nproc would take OMP_NUM_THREADS for the number of cores
+workers=$(env -u OMP_NUM_THREADS nproc)
 
 step_env() { bash scripts/env.sh .venv; }
 
@@ -58,8 +59,10 @@ guards=(tests/packaging tests/test_imports.py)
 step_guard() { "$python" -m pytest -n "$workers" "${guards[@]}"; }
 
 step_model() {
-    "$python" scripts/smollm2.py "$model" ||
-        echo 'check.sh: the real model cannot be fetched here; its tests will be skipped' >&2
+    "$python" scripts/smollm2.py "$model" && return
+    # a green check without the real model would prove less than it says
+    [ -n "${ADACONVERT_OFFLINE:-}" ] || return 1
+    echo 'check.sh: ADACONVERT_OFFLINE is set; the tests of the real model will be skipped' >&2
 }
 
 # the oldest transformers the package declares

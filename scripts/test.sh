@@ -11,4 +11,4 @@ export OMP_NUM_THREADS=1
 bash scripts/env.sh .venv
 .venv/bin/python scripts/smollm2.py .models/SmolLM2-135M-Instruct ||
     echo "test.sh: the real model could not be fetched; its tests are skipped" >&2
-exec .venv/bin/pytest -n "$(nproc)" --dist loadgroup "$@"
+exec .venv/bin/pytest -n "$(env -u OMP_NUM_THREADS nproc)" "$@"

@@ -16,6 +16,7 @@ from adaconvert.errors import VerificationError
 @options.sources_argument()
 @options.destination_argument("The converted checkpoint.")
 @options.probe_options()
+@options.revision_option()
 @options.json_option()
 @verbosity_options
 def verify(sources: tuple[str, ...], destination: str, as_json: bool, **settings: Any) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from adaconvert.errors import AdaconvertError
+from adaconvert.io.regular import read_text
 from adaconvert.io.source import Source
 from adaconvert.reports import PlanReport, cost_lines
 
@@ -19,8 +21,10 @@ def _license_lines(source: Source) -> list[str]:
     """Return the license lines of the source's card, if it has any that are plain values."""
     if "README.md" not in source.side_files:
         return []
-    with source.path("README.md").open("rb") as file:
-        text = file.read(_MAX_CARD).decode(errors="replace")
+    try:
+        text = read_text(source.path("README.md"), "README.md", _MAX_CARD)
+    except AdaconvertError:
+        return []
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     if front is None:
         return []

@@ -81,8 +81,12 @@ class ShardRecord:
     tensors: Mapping[str, str]
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, where: str = "--max-shard-size") -> int:
     """Return the bytes in `5GB` (powers of 1000), `10MiB` (of 1024) or a plain number.
+
+    Args:
+        size: what the user gave.
+        where: the option it was given for.
 
     Raises:
         OptionError: it is no size, or less than one byte.
@@ -95,7 +99,7 @@ def parse_size(size: str | int) -> int:
     if value < 1:
         raise OptionError(
             "is no size in bytes",
-            where="--max-shard-size",
+            where=where,
             expected="a number with a unit, such as 5GB, 500MB or 10MiB",
             found=escape(size),
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaconvert.errors import AdaconvertError, ResourceError, SourceError
+from adaconvert.errors import AdaconvertError, OptionError, ResourceError, SourceError
 from adaconvert.io.names import escape
 
 _KINDS = (
@@ -93,6 +93,30 @@ def read_whole(path: Path, where: str, max_bytes: int) -> bytes:
                 found=status.st_size,
             )
         return pread_exact(descriptor, status.st_size, 0, where)
+
+
+def read_text(path: Path, option: str, max_bytes: int) -> str:
+    """Return the text of a small file the user named in an option.
+
+    Args:
+        path: a regular UTF-8 file.
+        option: the option, for the error.
+        max_bytes: a larger file is not read.
+
+    Raises:
+        OptionError: it is larger, missing, no regular file or no UTF-8 text.
+        ResourceError: the system refuses to read it.
+    """
+    try:
+        return read_whole(path, option, max_bytes).decode("utf-8")
+    except SourceError as error:
+        raise OptionError(
+            error.message, where=option, expected=error.expected, found=error.found
+        ) from error
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            "is not UTF-8 text", where=option, hint="Save it as UTF-8 text."
+        ) from error
 
 
 def _check_kind(status: os.stat_result, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -12,8 +13,10 @@ from adaconvert.arch.check import Audit, audit
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.reader import iter_chunks
+from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
 
+_MAX_TOKENIZER = 512 << 20
 #: side files that decide how text becomes token ids.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
@@ -62,10 +65,40 @@ def check_ties(item: Described) -> None:
             )
 
 
+def check_vocabulary(item: Described) -> None:
+    """Hold the tokenizer to the embedding: every id it gives must have a row.
+
+    Only tokenizer.json is read; other formats do not say their largest id without being run.
+
+    Raises:
+        SourceError: the tokenizer knows ids the embedding has no row for.
+    """
+    name = "tokenizer.json"
+    if name not in item.source.side_files or not item.spec.vocab:
+        return
+    try:
+        content = json.loads(read_whole(item.source.path(name), name, _MAX_TOKENIZER))
+        ids = [int(entry["id"]) for entry in content.get("added_tokens", [])]
+        vocab = content["model"]["vocab"]
+        ids += vocab.values() if isinstance(vocab, dict) else [len(vocab) - 1]
+        largest = max(ids)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    if largest >= item.spec.vocab:
+        raise SourceError(
+            f"the tokenizer gives id {largest}, which has no row in the embedding",
+            where=name,
+            expected=f"ids below vocab_size={item.spec.vocab}",
+            found=largest,
+            hint="Resize the embedding to the tokenizer, or use the tokenizer the model came with.",
+        )
+
+
 def _files_digest(source: Source, name: str) -> str | None:
     if name not in source.side_files:
         return None
-    return hashlib.sha256(source.path(name).read_bytes()).hexdigest()
+    raw = read_whole(source.path(name), name, _MAX_TOKENIZER)
+    return hashlib.sha256(raw).hexdigest()
 
 
 def check_agreement(described: Sequence[Described]) -> None:

@@ -101,14 +101,11 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     )
 
 
-def output_bytes(plan: Plan) -> int:
-    """Return the size of all target tensors together."""
-    return sum(nbytes_of(t.dtype, t.shape) for t in plan.targets)
-
-
 def _float_bytes(expr: Expr) -> int:
     """Return a bound on the float32 memory evaluating an expression takes: its tree, all alive at
     once."""
+    if isinstance(expr, Apply) and expr.fn == "concat":
+        return max(_float_bytes(arg) for arg in expr.args)
     own = 4 * _count(expr.shape)
     if isinstance(expr, Bytes):
         return own + nbytes_of(expr.dtype, expr.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.dtypes import BY_NAME, numpy_dtype
@@ -60,13 +60,21 @@ def evaluate(expr: Expr, sources: Sequence[Source], fitted: Mapping[str, Array])
     return FUNCTIONS[expr.fn](args, dict(expr.params), expr.seed).reshape(expr.shape)
 
 
-def stored_bits(
+def stored_parts(
     target: TargetTensor, sources: Sequence[Source], fitted: Mapping[str, Array]
-) -> Array:
-    """Return what is written for a computed target: its bits in the target's dtype.
+) -> Iterator[Array]:
+    """Yield what is written for a computed target: its bits in the target's dtype, in order.
+
+    A concatenation is computed and yielded part by part, so that a tensor that holds all experts of
+    a block takes no more memory than one of them.
 
     Raises:
         SourceError: the cast makes finite values infinite.
     """
-    values = evaluate(target.expr, sources, fitted)
-    return from_float32(values, target.dtype, target.name)
+    import numpy
+
+    expr = target.expr
+    parts = expr.args if isinstance(expr, Apply) and expr.fn == "concat" else (expr,)
+    for part in parts:
+        values = evaluate(part, sources, fitted)
+        yield numpy.ascontiguousarray(from_float32(values, target.dtype, target.name))

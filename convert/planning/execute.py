@@ -17,7 +17,7 @@ from adaconvert.io.digest import DigestPool
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, ShardRecord
 from adaconvert.planning.accounting import pieces_of
-from adaconvert.planning.evaluate import stored_bits
+from adaconvert.planning.evaluate import stored_parts
 from adaconvert.planning.ops import Bytes, Plan, TargetTensor
 from adaconvert.progress import bar
 
@@ -102,7 +102,8 @@ def execute(
                     target = targets[placed.name]
                     copied = copied_bytes(target)
                     if copied is None:
-                        shard.write(target.name, stored_bits(target, sources, fitted))
+                        for bits in stored_parts(target, sources, fitted):
+                            shard.write(target.name, bits)
                     else:
                         shard.copy(target.name, spans_of(copied, sources, files))
                         copies[target.name] = copied

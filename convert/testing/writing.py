@@ -1,4 +1,4 @@
-"""Disks that watch, stop or fail a writer at any step, and a tiny conversion to try them on."""
+"""Disks that watch, stop or fail a run at any step, and a tiny run to try them on."""
 
 from __future__ import annotations
 
@@ -6,33 +6,49 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaconvert.io import manifest
-from adaconvert.io.commit import Staging
-from adaconvert.io.copying import FdCache, Span
-from adaconvert.io.digest import DigestPool
+from adaconvert import conversion
 from adaconvert.io.fs import FileSystem
-from adaconvert.io.layout import PAGE
-from adaconvert.io.source import Source
-from adaconvert.io.writer import ShardLayout, index_json, layout_shards
+from adaconvert.reports import ConversionResult
+from adaconvert.testing.faults import (
+    Stored,
+    dense_tensors,
+    floats,
+    shard_name,
+    write_config,
+    write_index,
+)
 
 KILLED = 137
-TINY_CAP = 2048
-_ROWS = {"embed": 2048, "gate_up": 8, "down": 8, "norm": 1}
+#: the long tensors get a shard each, everything else shares one.
+TINY_CAP = 60_000
+_LONG = 2048
+_BYTES = frozenset({"write", "copy"})
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change to the disk: what was done, to which path, how many bytes."""
+    """One change to the disk: what was done, to which path, for which time, and how many bytes.
+
+    Threads may swap two steps from one run to the next, so a step is known by what it is.
+    """
 
     action: str
     subject: str
-    nbytes: int = 0
+    turn: int = 0
+    nbytes: int = field(default=0, compare=False)
+
+    @property
+    def writes(self) -> bool:
+        """Return whether the step can be left half done."""
+        return self.action in _BYTES and self.nbytes > 1
 
 
 class RecordingFileSystem(FileSystem):
@@ -41,63 +57,94 @@ class RecordingFileSystem(FileSystem):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        self._turn = threading.Lock()
+        self._turns: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
 
     def step(self, action: str, subject: str, nbytes: int = 0) -> None:
         """Add the change to `steps`."""
-        with self._turn:
-            self.steps.append(Step(action, subject, nbytes))
-            self.before(len(self.steps) - 1)
+        with self._lock:
+            step = self.upcoming(action, subject, nbytes)
+            self._turns[action, subject] += 1
+            self.steps.append(step)
+        self.before(step)
 
-    def before(self, index: int) -> None:
-        """Do nothing; called before change number `index`."""
+    def upcoming(self, action: str, subject: str, nbytes: int = 0) -> Step:
+        """Return the step that this change will be."""
+        return Step(action, subject, self._turns[action, subject], nbytes)
+
+    def before(self, step: Step) -> None:
+        """Do nothing; called before each step."""
+
+    @property
+    def shards_written(self) -> int:
+        """Return how many shards were created."""
+        return len([s for s in self.steps if is_new_shard(s)])
+
+
+class HookedFileSystem(RecordingFileSystem):
+    """A disk that does something just before the first step that is `at`, or for which it holds."""
+
+    def __init__(self, at: Step | Callable[[Step], bool], do: Callable[[], object]) -> None:
+        super().__init__()
+        self._when = at.__eq__ if isinstance(at, Step) else at
+        self._do: Callable[[], object] | None = do
+
+    def before(self, step: Step) -> None:
+        """Do it, if this is the step."""
+        if self._do is not None and self._when(step):
+            do, self._do = self._do, None
+            do()
 
 
 class CrashingFileSystem(RecordingFileSystem):
-    """A disk whose process dies before one change, or half-way through it if that writes bytes."""
+    """A disk whose process dies before one step, or half-way through it if that writes bytes."""
 
-    def __init__(self, at: int, *, half: bool = False) -> None:
+    def __init__(self, at: Step, *, half: bool = False) -> None:
         super().__init__()
         self._at = at
         self._half = half
 
-    def before(self, index: int) -> None:
-        """Die, unless half of a write is still to be done."""
-        writes = self.steps[index].action in {"write", "copy"} and self.steps[index].nbytes > 1
-        if index == self._at and not (self._half and writes):
+    def before(self, step: Step) -> None:
+        """Die, unless half of the step is still to be done."""
+        if step == self._at and not (self._half and step.writes):
             os._exit(KILLED)
 
     def write_at(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all, or die half-way."""
-        view = memoryview(data).cast("B")
-        if self._half and len(self.steps) == self._at and len(view) > 1:
-            os.pwrite(fd, view[: len(view) // 2], offset)
+        if self._dies_within("write", fd, len(data)):
+            os.pwrite(fd, memoryview(data).cast("B")[: len(data) // 2], offset)
             os._exit(KILLED)
         super().write_at(fd, data, offset)
 
     def copy_range(self, src: int, src_offset: int, dst: int, offset: int, nbytes: int) -> int:
         """Copy, or die half-way."""
-        if self._half and len(self.steps) == self._at and nbytes > 1:
-            super().copy_range(src, src_offset, dst, offset, nbytes // 2)
+        if self._dies_within("copy", dst, nbytes):
+            os.copy_file_range(src, dst, nbytes // 2, src_offset, offset)
             os._exit(KILLED)
         return super().copy_range(src, src_offset, dst, offset, nbytes)
 
+    def _dies_within(self, action: str, fd: int, nbytes: int) -> bool:
+        step = self.upcoming(action, self.name_of(fd), nbytes)
+        return self._half and step == self._at and step.writes
+
 
 class FailingFileSystem(RecordingFileSystem):
-    """A disk on which one change fails, or every change of one kind."""
+    """A disk on which one step fails, or every step of one kind."""
 
-    def __init__(
-        self, at: int | None = None, *, action: str | None = None, number: int = errno.ENOSPC
-    ) -> None:
+    def __init__(self, at: Step | str, number: int = errno.ENOSPC) -> None:
         super().__init__()
         self._at = at
-        self._action = action
         self._number = number
 
-    def before(self, index: int) -> None:
-        """Raise if this is the change."""
-        if index == self._at or self.steps[index].action == self._action:
+    def before(self, step: Step) -> None:
+        """Raise if this is the step."""
+        if self._at in (step, step.action):
             raise OSError(self._number, os.strerror(self._number))
+
+
+def is_new_shard(step: Step) -> bool:
+    """Return whether a step begins a shard."""
+    return step.action == "create" and step.subject.endswith(".safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,22 +159,8 @@ class TinyPiece:
     source: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyTarget:
-    """A target tensor of the tiny conversion: copied from `pieces`, or made of `data`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    group: str
-    pieces: tuple[TinyPiece, ...] = ()
-    data: bytes = b""
-
-
-def safetensors_bytes(
-    tensors: dict[str, tuple[str, tuple[int, ...], bytes]], *, data_start: int = 8
-) -> bytes:
-    """Return a safetensors file of (dtype, shape, bytes) by name; data starts at `data_start`."""
+def safetensors_bytes(tensors: Mapping[str, Stored]) -> bytes:
+    """Return a safetensors file of (dtype, shape, bytes) by name, padded as ours are."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     body = b""
     for name, (dtype, shape, data) in tensors.items():
@@ -135,149 +168,90 @@ def safetensors_bytes(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         body += data
     text = json.dumps(header).encode()
-    text = text.ljust(data_start - 8)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + body
 
 
 def tiny_source(folder: Path) -> Path:
-    """Return a checkpoint of two shards with four finite F32 tensors, made in `folder`."""
+    """Return a Llama of one layer in two shards, made in `folder`, with side files of both kinds.
+
+    Embedding and head are long enough to be copied by the kernel, the other tensors are not.
+    """
     folder.mkdir(parents=True)
-    shards: list[dict[str, tuple[str, tuple[int, ...], bytes]]] = [{}, {}]
-    # embed is long enough to be copied by the kernel, the others are not.
-    for index, (name, rows) in enumerate(_ROWS.items()):
-        data = hashlib.sha256(name.encode()).digest() * (rows * 16 * 4 // 32)
-        # clears the top exponent bit of each value, so that none is NaN or infinite.
-        data = bytes(byte & 0x3F if at % 4 == 3 else byte for at, byte in enumerate(data))
-        shards[index % 2][name] = ("F32", (rows, 16), data)
-    # the long tensor lies at the same place of a page as in the target: the kernel copies it.
-    start = layout_shards(tiny_targets(), TINY_CAP)[0].tensors[0].start + PAGE
+    tensors = dense_tensors(1)
+    for first, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
+        tensors[name] = floats(_LONG, 8, first=first)
+    names = list(tensors)
     weight_map: dict[str, str] = {}
-    for index, tensors in enumerate(shards, start=1):
-        file = f"model-{index:05d}-of-00002.safetensors"
-        (folder / file).write_bytes(safetensors_bytes(tensors, data_start=start))
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for number, part in enumerate((names[:7], names[7:]), start=1):
+        file = shard_name(number, 2)
+        (folder / file).write_bytes(safetensors_bytes({name: tensors[name] for name in part}))
+        weight_map |= dict.fromkeys(part, file)
+    write_index(folder, weight_map)
+    write_config(folder, num_hidden_layers=1, vocab_size=_LONG)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "README.md").write_text("the source's own card, which is not copied")
     return folder
 
 
-def tiny_targets() -> tuple[TinyTarget, ...]:
-    """Return what the tiny source is converted to: copies whole, cut and strided, and new bytes."""
-    whole = TinyPiece(tensor="down", start=0, nbytes=512)
-    half = [TinyPiece(tensor="gate_up", start=at, nbytes=256) for at in (0, 256)]
-    column = TinyPiece(tensor="gate_up", start=8, nbytes=8, stride=64, count=8)
-    embed = TinyPiece(tensor="embed", start=0, nbytes=2048 * 64)
-    norm = TinyPiece(tensor="norm", start=0, nbytes=64)
-    targets = [_copied("embed", (2048, 16), "embed", embed)]
-    for expert in range(2):
-        group = f"expert.{expert}"
-        targets += [
-            _copied(f"{group}.gate", (4, 16), group, half[0]),
-            _copied(f"{group}.up", (4, 16), group, half[1]),
-            _copied(f"{group}.swapped", (8, 16), group, half[1], half[0]),
-            _copied(f"{group}.down", (8, 16), group, whole),
-            _copied(f"{group}.column", (8, 2), group, column),
-        ]
-    router = TinyTarget(
-        name="router", dtype="BF16", shape=(2, 16), group="router", data=bytes(range(64))
-    )
-    return (*targets, router, _copied("norm", (1, 16), "norm", norm))
-
-
-def _copied(name: str, shape: tuple[int, ...], group: str, *pieces: TinyPiece) -> TinyTarget:
-    return TinyTarget(name=name, dtype="F32", shape=shape, group=group, pieces=pieces)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TinyConversion:
-    """A complete conversion in miniature, step for step what a real one does to the disk."""
+class TinyRun:
+    """One run of `conversion.run` on a tiny source, without the verification at its end.
+
+    Attributes:
+        source: see `tiny_source`.
+        destination: as the user gives it.
+        seed: another one is another plan.
+    """
 
     source: Path
     destination: Path
-    targets: Sequence[TinyTarget] = field(default_factory=tiny_targets)
-    cap: int | None = TINY_CAP
-    plan_digest: str = "1" * 64
+    seed: int = 0
+    max_shard_size: str | int = TINY_CAP
     overwrite: bool = False
     resume: bool = False
-    needed_bytes: int = 0
-    after_shard: Callable[[int], None] = lambda index: None
 
-    def layouts(self) -> tuple[ShardLayout, ...]:
-        """Return the shards of the target."""
-        return layout_shards(self.targets, self.cap)
-
-    def run(self, fs: FileSystem | None = None) -> int:
-        """Write and commit the target and return how many shards had to be written."""
-        source = Source.open(self.source)
-        layouts = self.layouts()
-        with (
-            Staging.open(
-                self.destination,
-                sources=[self.source],
-                plan_digest=self.plan_digest,
-                overwrite=self.overwrite,
-                resume=self.resume,
-                needed_bytes=self.needed_bytes,
-                fs=fs,
-            ) as staging,
-            DigestPool([source]) as pool,
-            FdCache(2) as files,
-        ):
-            done = staging.completed_shards(layouts)
-            left = [layout for layout in layouts if layout.file not in done]
-            for index, layout in enumerate(left):
-                self._write(staging, layout, source, pool, files)
-                self.after_shard(index)
-            self._finish(staging, source, layouts)
-        return len(left)
-
-    def _write(
-        self,
-        staging: Staging,
-        layout: ShardLayout,
-        source: Source,
-        pool: DigestPool,
-        files: FdCache,
-    ) -> None:
-        targets = {target.name: target for target in self.targets}
-        with staging.shard(layout) as shard:
-            copied = {}
-            for placed in layout.tensors:
-                target = targets[placed.name]
-                if not target.pieces:
-                    shard.write(target.name, target.data)
-                    continue
-                copied[target.name] = target.pieces
-                spans = []
-                for piece in target.pieces:
-                    ref = source.tensors[piece.tensor]
-                    start = ref.start + piece.start
-                    fd = files.shard(source, ref.file)
-                    spans.append(Span(fd, start, piece.nbytes, piece.stride, piece.count))
-                shard.copy(target.name, spans)
-            shard.finish(
-                lambda: {name: pool.digest_ranges(pieces) for name, pieces in copied.items()}
-            )
-
-    def _finish(self, staging: Staging, source: Source, layouts: Sequence[ShardLayout]) -> None:
-        staging.copy_file("tokenizer.json", self.source / "tokenizer.json")
-        staging.write_file("config.json", b"{}\n")
-        index = index_json(layouts)
-        if index is not None:
-            staging.write_file("model.safetensors.index.json", index)
-        record = manifest.build(
-            method="tiny",
-            options={},
-            sources=[{"label": source.label, "fingerprint": source.fingerprint}],
-            plan_digest=self.plan_digest,
-            exactness={"kind": "exact", "why": "bytes are copied"},
-            shards=staging.records(),
-            files=dict(staging.files),
+    def run(self, fs: FileSystem | None = None) -> ConversionResult:
+        """Return the result of converting the source on that disk."""
+        settings = conversion.RunSettings(
+            destination=self.destination,
+            overwrite=self.overwrite,
+            resume=self.resume,
+            verify=False,
+            max_shard_size=self.max_shard_size,
+            fs=fs,
         )
-        staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
-        staging.commit()
+        options = {"experts": 2, "top_k": 1, "seed": self.seed}
+        return conversion.run([str(self.source)], "upcycle", options, settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What an undisturbed run did, to be compared with disturbed ones.
+
+    Attributes:
+        steps: every change to the disk.
+        tree: `tree_digest` of the folder the destination is in.
+        plan: digest of its plan.
+    """
+
+    steps: tuple[Step, ...]
+    tree: dict[str, str]
+    plan: str
+
+    def first(self, action: str, name: str = "") -> int:
+        """Return the index of the first step of a kind, on a path that ends in `name`."""
+        found = (s.action == action and s.subject.endswith(name) for s in self.steps)
+        return list(found).index(True)
+
+
+def record(run: TinyRun) -> Recorded:
+    """Return what `run` does; the folder its destination is in is removed again."""
+    fs = RecordingFileSystem()
+    plan = run.run(fs).manifest["plan_digest"]
+    tree = tree_digest(run.destination.parent)
+    shutil.rmtree(run.destination.parent)
+    return Recorded(steps=tuple(fs.steps), tree=tree, plan=str(plan))
 
 
 def tree_digest(folder: Path) -> dict[str, str]:

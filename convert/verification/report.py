@@ -13,7 +13,7 @@ from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.verification import render
 from adaconvert.verification.equivalence import Equivalence, compare
 from adaconvert.verification.integrity import Integrity, check
-from adaconvert.verification.tokens import Probe, compare_tokenizers
+from adaconvert.verification.tokens import Probe, compare_tokenizers, load_tokenizer
 from adaconvert.verification.verdict import EXACT, Verdict, bound_of, judge, promised, run_dtype
 
 
@@ -24,6 +24,7 @@ class VerificationReport:
     Attributes:
         integrity: whether the files are the ones that were written.
         tokenizer: where the tokenizers first differ, None when they agree.
+        has_tokenizer: the source has one.
         equivalence: how far the logits are apart, None when the target could not be run.
         verdict: whether that keeps the promise, None when the target could not be run.
         failures: what kept the target from being run.
@@ -32,6 +33,7 @@ class VerificationReport:
 
     integrity: Integrity
     tokenizer: str | None
+    has_tokenizer: bool
     equivalence: Equivalence | None
     verdict: Verdict | None
     failures: tuple[str, ...] = ()
@@ -63,7 +65,8 @@ class VerificationReport:
     def lines(self) -> list[str]:
         """Return the report as text."""
         rows = [render.integrity_line(self.integrity)]
-        rows.append(f"tokenizer    {self.tokenizer or 'the same tokens'}")
+        same = "the same tokens" if self.has_tokenizer else "none in the source"
+        rows.append(f"tokenizer    {self.tokenizer or same}")
         if self.equivalence is not None and self.verdict is not None:
             rows += render.equivalence_lines(self.equivalence, self.verdict)
             rows += render.routing_lines(self.equivalence.routing)
@@ -170,6 +173,7 @@ def verify_checkpoint(
     report = VerificationReport(
         integrity=integrity,
         tokenizer=compare_tokenizers(opened[0].root, target, probe.text),
+        has_tokenizer=load_tokenizer(opened[0].root) is not None,
         equivalence=None,
         verdict=None,
         notes=tuple(notes),
@@ -209,7 +213,21 @@ def _compared(
         raise ResourceError(
             "ran out of memory while comparing", hint="Lower --memory, or free some."
         ) from error
-    return replace(report, equivalence=found, verdict=judge(promise, bound, found))
+    notes = (*report.notes, *_split_note(found, run_dtype(target)))
+    return replace(report, equivalence=found, verdict=judge(promise, bound, found), notes=notes)
+
+
+def _split_note(found: Equivalence, dtype: str | None) -> list[str]:
+    """Return a sentence on groups of experts the stored dtype breaks, if there are any."""
+    splits = [s for layer in found.routing if (s := layer.split_groups_stored) is not None]
+    mean = sum(splits) / len(splits) if splits else 0.0
+    if not mean:
+        return []
+    return [
+        f"with the router in {dtype}, about {100 * mean:.1g} % of tokens per layer get an "
+        "incomplete group of experts, because two groups tie after rounding; run the model in "
+        "float32, or choose a host that computes its router in float32"
+    ]
 
 
 def _granularity(manifest: Mapping[str, object]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
+from adaconvert.io.regular import read_text
 from adaconvert.layerwise.quiet import quiet
 
 if TYPE_CHECKING:
@@ -121,14 +122,7 @@ def shipped_text() -> str:
 
 def _read_text(path: Path) -> str:
     where = f"--probe {escape(path.name)}"
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise OptionError("is too large", where=where, expected=f"at most {_MAX_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot be read: {error.strerror}", where=where) from error
-    except UnicodeDecodeError as error:
-        raise OptionError("is not UTF-8 text", where=where) from error
+    text = read_text(path, where, _MAX_BYTES)
     return text if path.suffix != ".jsonl" else "\n\n".join(_texts(text, where))
 
 

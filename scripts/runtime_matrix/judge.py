@@ -25,7 +25,8 @@ class Judgement:
         tokens: new tokens of the reference.
         log_probability: largest difference among the likeliest tokens of the equal positions.
         logits: largest difference over the prompts by the largest logit, None where not exposed.
-        cut: how the runtime's tokenizer cuts the texts: "same", "differs" or "none".
+        cut: whether the runtime cuts texts as for the dense model: "same", "differs", or "none"
+            when it has no tokenizer for one of them.
         detail: what the runtime said.
     """
 
@@ -43,7 +44,7 @@ def judge(
     reference: Outcome,
     *,
     logits: tuple[Path, Path] | None,
-    expected_cut: list[list[int]],
+    cut: list[list[int]] | None,
 ) -> Judgement:
     """Return how `outcome` compares with `reference`, which must have loaded.
 
@@ -51,7 +52,7 @@ def judge(
         outcome: what to judge.
         reference: what it should equal.
         logits: the files with the logits of both, where both runtimes expose them.
-        expected_cut: the token ids of the prompts.
+        cut: token ids the runtime cuts the texts into for the dense model, None without.
     """
     if outcome.status != LOADED:
         return Judgement(observed=REFUSED, detail=outcome.detail)
@@ -69,7 +70,7 @@ def judge(
         tokens=tokens,
         log_probability=difference,
         logits=relative,
-        cut=_cut(outcome, expected_cut),
+        cut=_cut(outcome, cut),
         detail=outcome.detail or outcome.tokenizer_detail,
     )
 
@@ -109,7 +110,7 @@ def _logit_difference(found: Path, wanted: Path) -> float:
     return float(max(differences) / max(largest))
 
 
-def _cut(outcome: Outcome, expected: list[list[int]]) -> str:
-    if outcome.texts_cut is None:
+def _cut(outcome: Outcome, expected: list[list[int]] | None) -> str:
+    if outcome.texts_cut is None or expected is None:
         return "none"
     return "same" if outcome.texts_cut == expected else "differs"

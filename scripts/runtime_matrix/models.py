@@ -88,9 +88,10 @@ def make_source(case: Case, sources: Path, real: Path | None) -> Path:
             raise ValueError(f"{case.name} needs the folder of {REAL}")
         return real
     folder = sources / case.source
-    if not (folder / "complete").exists():
+    complete = sources / f"{case.source}.complete"
+    if not complete.exists():
         _make_tiny(case, folder, real)
-        (folder / "complete").touch()
+        complete.touch()
     return folder
 
 

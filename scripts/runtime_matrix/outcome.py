@@ -34,10 +34,12 @@ class Prompts:
     Attributes:
         prompts: the prompts.
         end: ids that end a continuation (the last one of it, when it comes up).
+        texts: what the runtime's tokenizer is to cut, nothing else is done with it.
     """
 
     prompts: list[Prompt]
     end: list[int]
+    texts: list[str]
 
 
 # logarithms of probabilities of the likeliest tokens at one position, by token id
@@ -54,7 +56,7 @@ class Outcome:
         detail: why it was refused, or what the runtime reported on loading (missing tensors).
         continuations: per prompt, the ids it went on with.
         likeliest: per prompt and new position, the likeliest tokens.
-        texts_cut: per prompt, the ids the runtime's own tokenizer cuts its text into, None without.
+        texts_cut: the ids the runtime's own tokenizer cuts each text into, None without one.
         tokenizer_detail: why there is none.
     """
 
@@ -124,7 +126,7 @@ def read_prompts(path: Path) -> Prompts:
     """Return the prompts in a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
     prompts = [Prompt(text=entry["text"], ids=entry["ids"]) for entry in content["prompts"]]
-    return Prompts(prompts=prompts, end=content["end"])
+    return Prompts(prompts=prompts, end=content["end"], texts=content["texts"])
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:

@@ -103,7 +103,8 @@ def _cell(rows: Sequence[Row]) -> str:
     if observed == REFUSED:
         return "refused"
     counts = " / ".join(f"{row['tokens_equal']} of {row['tokens']}" for row in rows)
-    return f"{observed}: {counts}"
+    cut = ", texts cut differently" if any(row["tokenizer"] == "differs" for row in rows) else ""
+    return f"{observed}: {counts}{cut}"
 
 
 def _worst(observed: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def _serve(job: Job, gguf: Path) -> Outcome:
         status=LOADED,
         continuations=[[entry["id"] for entry in found] for found in answers],
         likeliest=[[_position(entry) for entry in found] for found in answers],
-        texts_cut=[_cut(server, prompt.text) for prompt in job.prompts.prompts],
+        texts_cut=[_cut(server, text) for text in job.prompts.texts],
     )
 
 

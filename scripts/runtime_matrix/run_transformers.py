@@ -73,8 +73,8 @@ def _cut_texts(job: Job) -> tuple[list[list[int]] | None, str]:
     # a tokenizer that does not load says nothing about the weights
     except Exception as error:
         return None, one_line(error)
-    texts = [prompt.text for prompt in job.prompts.prompts]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts], ""
+    cut = [tokenizer.encode(text, add_special_tokens=False) for text in job.prompts.texts]
+    return cut, ""
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ def _ask(job: Job) -> Outcome:
             for found, ids in zip(answers, kept, strict=True)
         ],
         texts_cut=[
-            list(tokenizer.encode(prompt.text, add_special_tokens=False))
-            for prompt in job.prompts.prompts
+            list(tokenizer.encode(text, add_special_tokens=False)) for text in job.prompts.texts
         ],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -87,6 +88,12 @@ main()
 """
 
 
+def _signals_as_in_a_terminal() -> None:
+    # under nohup, or in a shell's background, tests inherit ignored signals
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def child() -> Callable[..., subprocess.Popen[str]]:
     """Start the command line in another process, where every API function has the body given."""
@@ -100,6 +107,7 @@ def child() -> Callable[..., subprocess.Popen[str]]:
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "text": True,
+            "preexec_fn": _signals_as_in_a_terminal,
             **kwargs,
         }
         return subprocess.Popen(command, **kwargs)  # type: ignore[call-overload]

@@ -121,7 +121,7 @@ def test_plan_knows_a_destination_from_a_source(
 
 def test_verify_takes_sources_then_the_result(api: Any, run: Run) -> None:
     assert run("verify", "a", "b", "out", "--memory", "1GB", "-q")[0] == 0
-    expected = {"memory": "1GB", "probe": None, "progress": False}
+    expected = {"memory": "1GB", "probe": None, "progress": False, "revision": None}
     assert api.calls == [("verify", ("a", "b", "out"), expected)]
 
 

@@ -120,7 +120,7 @@ def test_a_file_that_is_no_probe_is_refused(
 
 
 def test_a_missing_probe_file_is_refused(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"--probe no\.txt: cannot be read: No such file"):
+    with pytest.raises(OptionError, match=r"--probe no\.txt: file is missing"):
         Probe.from_file(tmp_path / "no.txt", dense)
 
 

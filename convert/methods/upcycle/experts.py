@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from adaconvert.arch.base import HostLayout, HostTensor, ModelSpec
+from adaconvert.arch.base import HostLayout, HostTensor, ModelSpec, Rows
 from adaconvert.dtypes import BY_NAME
 from adaconvert.io.tensor_ref import TensorRef
 from adaconvert.methods.upcycle.config import UpcycleConfig
@@ -57,6 +57,7 @@ class ExpertBuilder:
         expert_width: m.
         first_routed: s when the shared expert holds neurons of its own, else 0.
         prompts_digest: identity of the prompts of `router_init` "hidden".
+        rows: where the matrices of each FFN lie, found once; filled on use.
     """
 
     config: UpcycleConfig
@@ -66,6 +67,7 @@ class ExpertBuilder:
     expert_width: int
     first_routed: int
     prompts_digest: str = ""
+    rows: dict[tuple[int, int], dict[str, Rows]] = field(default_factory=dict)
 
     def build(self, tensor: HostTensor) -> Expr:
         """Return the expression of one host tensor that is not carried over."""
@@ -91,10 +93,14 @@ class ExpertBuilder:
         )
         return group * len(self.specs) // groups
 
+    def _rows(self, source: int, layer: int) -> dict[str, Rows]:
+        if (source, layer) not in self.rows:
+            self.rows[source, layer] = self.specs[source].ffn_rows(layer)
+        return self.rows[source, layer]
+
     def _slice(self, source: int, layer: int, part: str, first: int, count: int) -> Bytes:
         """Return neurons [first, first + count) of one matrix of a source's dense FFN."""
-        spec = self.specs[source]
-        rows = spec.ffn_rows(layer)[part]
+        rows = self._rows(source, layer)[part]
         ref = self.stored[source][rows.tensor]
         width, item = ref.shape[1], BY_NAME[ref.dtype].nbytes
         if part == "down" and count < width:

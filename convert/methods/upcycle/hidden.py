@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.errors import OptionError, ResourceError
+from adaconvert.errors import OptionError
+from adaconvert.io.names import escape
+from adaconvert.io.regular import read_text
 from adaconvert.planning.functions import LOGIT_STD_RANGE
 
 if TYPE_CHECKING:
@@ -34,19 +36,10 @@ def read_prompts(path: str, groups: int) -> tuple[tuple[tuple[str, ...], ...], s
         groups: full experts, N / G.
 
     Raises:
-        ResourceError: the file cannot be read.
-        OptionError: it is no UTF-8 text or does not hold `groups` groups.
+        OptionError: it cannot be read as UTF-8 text or does not hold `groups` groups.
     """
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ResourceError(
-            f"cannot be read ({error.strerror})", where=f"--router-prompts {path}"
-        ) from None
-    try:
-        text = raw[: MAX_PROMPT_BYTES + 1].decode()
-    except UnicodeDecodeError:
-        raise OptionError("is not UTF-8 text", where=f"--router-prompts {path}") from None
+    where = f"--router-prompts {escape(Path(path).name)}"
+    text = read_text(Path(path), where, MAX_PROMPT_BYTES)
     blocks: list[list[str]] = [[]]
     for line in text.splitlines():
         if line.strip():
@@ -56,14 +49,14 @@ def read_prompts(path: str, groups: int) -> tuple[tuple[tuple[str, ...], ...], s
     blocks = [block for block in blocks if block]
     if len(blocks) == 1 and groups > 1:
         blocks = [[prompt] for prompt in blocks[0]]
-    if len(blocks) != groups or len(raw) > MAX_PROMPT_BYTES:
+    if len(blocks) != groups:
         raise OptionError(
             "wrong number of prompt groups (one prompt a line, a blank line between groups)",
-            where=f"--router-prompts {path}",
+            where=where,
             expected=f"{groups}, one per full expert",
             found=len(blocks),
         )
-    return tuple(tuple(block) for block in blocks), hashlib.sha256(raw).hexdigest()
+    return tuple(tuple(block) for block in blocks), hashlib.sha256(text.encode()).hexdigest()
 
 
 def routers_from_means(means: Array, repeat: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from adaconvert.arch.base import Carry, HostLayout, HostRequest, HostTensor, ModelSpec
 from adaconvert.arch.host import HOSTS, Host, choose
@@ -94,11 +95,14 @@ def base_index(config: UpcycleConfig, sources: Sequence[Source]) -> int | None:
         return 0
     if config.base == "average":
         return None
-    for index, source in enumerate(sources):
-        if config.base in {source.label, str(source.root), source.root.name}:
-            return index
+    typed = Path(config.base).expanduser().absolute()
+    by_path = [i for i, source in enumerate(sources) if source.root.absolute() == typed]
+    by_label = [i for i, source in enumerate(sources) if source.label == config.base]
+    for found in (by_path, by_label):
+        if len(found) == 1:
+            return found[0]
     raise OptionError(
-        "is none of the sources",
+        "names several sources; give its path" if by_label else "is none of the sources",
         where="--base",
         expected="average or one of: " + ", ".join(s.label for s in sources),
         found=config.base,
@@ -200,6 +204,11 @@ def exactness_of(config: UpcycleConfig, sources: int, rounds: bool) -> Exactness
             why="the same function before the stored dtype rounds the tensors that are computed",
         )
     why = "all experts hold the dense feed-forward network and their weights sum to 1"
+    if config.shared_experts == "split":
+        why = (
+            "the shared expert and the routed ones, whose weights sum to 1, hold the dense "
+            "feed-forward network between them"
+        )
     if config.granularity > 1:
         why = (
             "every chosen group of experts holds the whole dense feed-forward network, in float32; "
