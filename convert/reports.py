@@ -13,7 +13,7 @@ from adaconvert.io import aux_files
 from adaconvert.io.layout import PAGE
 from adaconvert.io.names import escape
 from adaconvert.io.writer import layout_shards, parse_size
-from adaconvert.methods.sources import Described
+from adaconvert.methods.sources import Described, differing_files
 from adaconvert.methods.upcycle.plan import UpcyclePlan
 from adaconvert.planning.digest import plan_digest
 from adaconvert.planning.estimate import Costs, costs, working_memory
@@ -127,7 +127,8 @@ def _source_notes(planned: UpcyclePlan) -> list[str]:
         if keys:
             found.append(f"config keys not carried over (see --keep-config): {', '.join(keys)}")
         notes += [f"{label}: {note}" for note in found]
-    return notes
+    copied = aux_files.classify(planned.described[0].source).copied
+    return notes + differing_files(planned.described, copied)
 
 
 def _keys_left(item: Described, config: Mapping[str, object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The oldest version of each dependency that is safe and right; checked when a command starts.
+"""The oldest version of each dependency that is supported; checked when a command starts.
 
 A floor in pyproject.toml does not protect an environment that something else changed later.
 A test keeps the two lists equal.
@@ -10,15 +10,15 @@ import re
 
 from adaconvert.errors import ResourceError
 
-#: package -> (floor, why nothing older will do)
+#: package -> (floor, why it is needed)
 FLOORS = {
     "click": ("8.2", "the command line is built on it"),
-    "huggingface_hub": ("1.5", "older ones do not contain downloaded file names"),
+    "huggingface_hub": ("1.5", "nothing older is tested"),
     "numpy": ("1.26", "routers are made with it"),
-    "safetensors": ("0.8", "older ones write in place"),
-    "torch": ("2.11", "older ones have open security advisories"),
-    "tqdm": ("4.66", "older ones have an open security advisory"),
-    "transformers": ("5.17", "older ones load the written checkpoints differently"),
+    "safetensors": ("0.8", "nothing older is tested"),
+    "torch": ("2.11", "nothing older is tested"),
+    "tqdm": ("4.66", "nothing older is tested"),
+    "transformers": ("5.17", "nothing older is tested to run adaconvert"),
 }
 READING = ("numpy",)
 COMPUTING = ("numpy", "safetensors", "torch", "transformers")

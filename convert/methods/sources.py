@@ -17,6 +17,15 @@ from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
 
 _MAX_TOKENIZER = 512 << 20
+#: config keys that must agree as they stand.
+_SAME_KEYS = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
 #: side files that decide how text becomes token ids.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
@@ -127,6 +136,17 @@ def check_agreement(described: Sequence[Described]) -> None:
                 )
 
 
+def differing_files(described: Sequence[Described], names: Sequence[str]) -> list[str]:
+    """Return a sentence for each copied side file in which another source differs from the first."""
+    first = described[0].source
+    return [
+        f"{name} is that of {first.label}; {other.source.label} has another or none"
+        for other in described[1:]
+        for name in names
+        if _files_digest(first, name) != _files_digest(other.source, name)
+    ]
+
+
 def _facts(spec: ModelSpec) -> dict[str, object]:
     """Return what must agree, by the name it has in messages."""
     facts: dict[str, object] = {
@@ -140,6 +160,6 @@ def _facts(spec: ModelSpec) -> dict[str, object]:
         "vocab_size": spec.vocab,
     }
     facts.update(asdict(spec.traits))
-    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+    for key in _SAME_KEYS:
         facts[key] = spec.config.get(key)
     return facts

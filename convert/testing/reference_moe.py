@@ -119,7 +119,7 @@ class ReferenceMoE:
             x = self._block(layer, x)
         x = rms_norm(x, t["model.norm.weight"], c["rms_norm_eps"])
         assert c["tie_word_embeddings"] is ("lm_head.weight" not in t)
-        head = t.get("lm_head.weight", t["model.embed_tokens.weight"])
+        head = t["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]
         return (x @ head.T + t.get("lm_head.bias", 0.0)) / c.get("logits_scaling", 1.0)
 
     def block(self, layer: int) -> Block:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -19,7 +20,9 @@ from adaconvert.io.fs import FileSystem
 from adaconvert.reports import ConversionResult
 from adaconvert.testing.faults import (
     Stored,
+    craft,
     dense_tensors,
+    entry,
     floats,
     shard_name,
     write_config,
@@ -194,6 +197,32 @@ def tiny_source(folder: Path) -> Path:
     return folder
 
 
+def sparse_source(folder: Path, *, hidden: int, inner: int) -> Path:
+    """Return a Llama of one layer, F32 and all zero, whose shard takes no room on the disk.
+
+    Args:
+        folder: made.
+        hidden: width of the model; its four attention matrices are square.
+        inner: neurons of its feed-forward network.
+    """
+    folder.mkdir(parents=True)
+    wide = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    header: dict[str, object] = {}
+    end = 0
+    for name, (_, shape, _) in dense_tensors(1).items():
+        part = name.split(".")[-2]
+        rows = (shape[0],) if "embed" in name or "lm_head" in name else (hidden,)
+        mine = wide.get(part, (*rows, *[hidden] * (len(shape) - 1)))
+        start, end = end, end + 4 * math.prod(mine)
+        header[name] = entry("F32", mine, start, end)
+    raw = craft(header)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(raw)
+        file.truncate(len(raw) + end)
+    write_config(folder, num_hidden_layers=1, hidden_size=hidden, intermediate_size=inner)
+    return folder
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyRun:
     """One run of `conversion.run` on a tiny source, without the verification at its end.
@@ -207,6 +236,8 @@ class TinyRun:
     source: Path
     destination: Path
     seed: int = 0
+    experts: int = 2
+    shared_experts: str = "none"
     max_shard_size: str | int = TINY_CAP
     overwrite: bool = False
     resume: bool = False
@@ -221,7 +252,11 @@ class TinyRun:
             max_shard_size=self.max_shard_size,
             fs=fs,
         )
-        options = {"experts": 2, "top_k": 1, "seed": self.seed}
+        options = {
+            "experts": self.experts,
+            "shared_experts": self.shared_experts,
+            "seed": self.seed,
+        }
         return conversion.run([str(self.source)], "upcycle", options, settings)
 
 
