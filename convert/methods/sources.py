@@ -99,7 +99,7 @@ def check_vocabulary(item: Described) -> None:
             where=name,
             expected=f"ids below vocab_size={item.spec.vocab}",
             found=largest,
-            hint="Resize the embedding to the tokenizer, or use the tokenizer the model came with.",
+            hint="Resize the embedding, or use the tokenizer the model came with.",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -193,13 +192,10 @@ def test_h2_resume_under_another_plan(quick: TinyRun, recorded: Recorded) -> Non
     assert tree_digest(quick.destination.parent) == recorded.tree
 
 
-def test_h2_resume_after_the_source_changed(quick: TinyRun, recorded: Recorded) -> None:
+def test_h2_resume_from_another_source(quick: TinyRun, recorded: Recorded) -> None:
     kill_before_the_manifest(quick, recorded)
-    shard = sorted(quick.source.glob("*.safetensors"))[0]
-    # other names, so another header: values alone are not looked at before they are read.
     config = quick.source / "config.json"
     config.write_text(config.read_text().replace("1e-05", "1e-06"))
     with pytest.raises(OutputConflictError, match="had another plan") as caught:
         replace(quick, resume=True).run()
     assert caught.value.exit_code == 4
-    assert os.path.exists(shard)

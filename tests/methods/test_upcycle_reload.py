@@ -27,14 +27,21 @@ SOURCES = {
     "mixtral": "mistral-sliding",
     "qwen2_moe": "qwen2-sliding",
     "qwen3_moe": "qwen3-tied",
-    "granitemoe": "granite-tied",
+    "granitemoe": "gemma",
     "granitemoeshared": "granite",
     "flex_olmo": "olmo2",
     "glm4_moe": "phi3-partial",
     "dots1": "qwen3-sliding",
     "ernie4_5_moe": "llama-tied",
 }
-GENERATING = ("mixtral", "qwen2_moe", "granitemoe", "qwen3_moe", "flex_olmo")
+#: host -> a source that does not say one token over and over, as tied random weights do.
+GENERATING = {
+    "mixtral": "mistral-sliding",
+    "qwen2_moe": "qwen2-sliding",
+    "granitemoe": "granite",
+    "qwen3_moe": "qwen3",
+    "flex_olmo": "olmo2",
+}
 PROMPTS = (
     "The river is wide, the boat is small and the other bank is far away.",
     "def route(token):",
@@ -47,6 +54,9 @@ class Pair(NamedTuple):
 
     dense: Path
     out: Path
+
+
+Pairs = Callable[..., Pair]
 
 
 def load(folder: Path, dtype: str = "float32") -> Any:
@@ -73,14 +83,16 @@ def assert_same_function(dense: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """Return a function from a host to one conversion to it, made once."""
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
+    """Return a function from a host, and a source, to one conversion, made once."""
     root = tmp_path_factory.mktemp("pairs")
 
-    def pair(host: str) -> Pair:
-        dense, out = root / f"{host}-dense", root / host
+    def pair(host: str, source: str | None = None) -> Pair:
+        source = source or SOURCES[host]
+        dense, out = root / source, root / f"{source}-{host}"
+        if not dense.exists():
+            make(source, dense)
         if not out.exists():
-            make(_with_ties(SOURCES[host]), dense, **_ties(SOURCES[host]))
             adaconvert.convert(
                 dense,
                 destination=out,
@@ -92,14 +104,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
         return Pair(dense, out)
 
     return pair
-
-
-def _with_ties(name: str) -> str:
-    return name if name in {"qwen3-tied", "llama-tied"} else name.removesuffix("-tied")
-
-
-def _ties(name: str) -> Options:
-    return {"tie_word_embeddings": True} if name.endswith("-tied") else {}
 
 
 FRESH = """
@@ -133,9 +137,7 @@ print(json.dumps(report))
 """
 
 
-def test_i4_every_host_loads_in_a_fresh_process_without_us(
-    pairs: Callable[[str], Pair], tmp_path: Path
-) -> None:
+def test_i4_every_host_loads_in_a_fresh_process_without_us(pairs: Pairs, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     made = {host: pairs(host) for host in SOURCES}
@@ -155,9 +157,10 @@ def test_i4_every_host_loads_in_a_fresh_process_without_us(
         told = report[str(pair.out)]
         assert told["class"] == f"transformers.models.{host}.modeling_{host}"
         assert told["loaded"] == {}
-        assert told["text"] == AutoTokenizer.from_pretrained(pair.dense)("The river is wide.")[
-            "input_ids"
-        ]
+        assert (
+            told["text"]
+            == AutoTokenizer.from_pretrained(pair.dense)("The river is wide.")["input_ids"]
+        )
         want = logits(load(pair.dense))
         assert np.abs(np.array(told["logits"]) - want).max() <= 1e-5 * np.abs(want).max()
         assert "auto_map" not in json.loads((pair.out / "config.json").read_text())
@@ -166,7 +169,7 @@ def test_i4_every_host_loads_in_a_fresh_process_without_us(
 
 @pytest.mark.parametrize("host", SOURCES)
 def test_i8_saving_again_gives_the_same_tensors_and_logits(
-    host: str, pairs: Callable[[str], Pair], tmp_path: Path
+    host: str, pairs: Pairs, tmp_path: Path
 ) -> None:
     out, again = pairs(host).out, tmp_path / "again"
     model = load(out)
@@ -177,7 +180,7 @@ def test_i8_saving_again_gives_the_same_tensors_and_logits(
         assert np.array_equal(ours[name], theirs[name]), name
     reloaded = load(again)
     assert np.array_equal(logits(reloaded), logits(model))
-    assert reloaded.config.to_dict().items() >= {"model_type": host}.items()
+    assert reloaded.config.model_type == host
 
 
 def generate(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[list[int]]:
@@ -197,12 +200,10 @@ def generate(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[list[
 
 
 @pytest.mark.parametrize("host", GENERATING)
-def test_greedy_generation_is_that_of_the_dense_model(
-    host: str, pairs: Callable[[str], Pair]
-) -> None:
+def test_greedy_generation_is_that_of_the_dense_model(host: str, pairs: Pairs) -> None:
     from transformers import AutoTokenizer
 
-    dense, out = pairs(host)
+    dense, out = pairs(host, GENERATING[host])
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (dense, out)]
     models = [load(folder) for folder in (dense, out)]
     alone: list[list[int]] = []
@@ -215,8 +216,7 @@ def test_greedy_generation_is_that_of_the_dense_model(
         alone += want
     for model, tokenizer in zip(models, tokenizers, strict=True):
         assert generate(model, tokenizer, PROMPTS) == alone
-    # not one token over and over
-    assert len(set(alone[0])) > 2
+    assert min(len(set(added)) for added in alone) > 2
 
 
 SIZES: list[Options] = [
@@ -229,7 +229,7 @@ SIZES: list[Options] = [
 @pytest.mark.parametrize("host", SOURCES)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: str(sizes["experts"]))
 def test_many_experts_one_expert_and_all_experts_stay_exact(
-    host: str, sizes: Options, pairs: Callable[[str], Pair], tmp_path: Path
+    host: str, sizes: Options, pairs: Pairs, tmp_path: Path
 ) -> None:
     dense, out = pairs(host).dense, tmp_path / "out"
     if host in {"glm4_moe", "dots1"} and sizes["experts"] == 1:
@@ -265,7 +265,9 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 
 def kill_neurons(tensors: dict[str, Any]) -> None:
     """Make neurons of block 0 dead or equal, and the whole FFN of block 1 constant or zero."""
-    gate, up, down = (tensors[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up", "down"))
+    gate, up, down = (
+        tensors[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up", "down")
+    )
     gate[:8] = 0
     up[8:16] = 0
     down[:, 16:24] = 0
@@ -314,28 +316,39 @@ def test_d2_dead_and_equal_neurons_divide_by_nothing(
         assert_same_function(half_dead, out)
 
 
-@pytest.mark.parametrize("host", ["mixtral", "qwen3_moe", "granitemoe", "ernie4_5_moe"])
-def test_d8_a_tied_embedding_is_written_once(
-    host: str, pairs: Callable[[str], Pair], tmp_path: Path
-) -> None:
-    source = {"mixtral": "llama", "ernie4_5_moe": "llama", "granitemoe": "granite"}
-    name = source.get(host, "qwen3")
-    dense = make(name, tmp_path / "dense", max_shard_size="1GB", tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("family", "host"),
+    [
+        ("llama", "mixtral"),
+        ("qwen3", "qwen3_moe"),
+        ("granite", "granitemoe"),
+        ("gemma", "granitemoe"),
+        ("llama", "ernie4_5_moe"),
+    ],
+)
+def test_d8_a_tied_embedding_is_written_once(family: str, host: str, tmp_path: Path) -> None:
+    dense = make(family, tmp_path / "dense", max_shard_size="1GB", tie_word_embeddings=True)
     out, twice = tmp_path / "out", tmp_path / "twice"
     adaconvert.convert(dense, destination=out, target=host, experts=4)
     stored = read_folder(out)[1]
-    assert "lm_head.weight" not in stored
-    assert "model.embed_tokens.weight" in stored
+    embedding = stored["model.embed_tokens.weight"]
+    assert [name for name in stored if stored[name].shape == embedding.shape] == [
+        "model.embed_tokens.weight"
+    ]
     model = load(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same_function(dense, out)
 
     def store_the_head(tensors: dict[str, Any]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
-    edit(dense, store_the_head)
-    adaconvert.convert(dense, destination=twice, target=host, experts=4)
-    for file in out.glob("*.safetensors"):
-        assert (twice / file.name).read_bytes() == file.read_bytes()
+    result = adaconvert.convert(
+        edit(dense, store_the_head), destination=twice, target=host, experts=4
+    )
+    again = read_folder(twice)[1]
+    assert again.keys() == stored.keys()
+    assert all(np.array_equal(again[name], stored[name]) for name in stored)
+    assert "lm_head.weight" in json.dumps(result.manifest["dropped"])
 
 
 def test_d8_a_scaled_embedding_leaves_its_head_unscaled(tmp_path: Path) -> None:
