@@ -28,7 +28,7 @@ from adaconvert.methods.sources import (
 )
 from adaconvert.methods.upcycle.plan import build_plan
 from adaconvert.planning.alignment import aligned
-from adaconvert.planning.digest import plan_digest
+from adaconvert.planning.digest import run_digest
 from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Plan
 from adaconvert.reports import ConversionResult, PlanReport
@@ -132,7 +132,7 @@ def run(
         layout_shards(planned.plan.targets, cap), planned.plan, [s.tensors for s in opened]
     )
     report = PlanReport.of(planned, cap)
-    digest = plan_digest(planned.plan, max_shard_size=cap, version=__version__)
+    digest = run_digest(planned.plan, cap)
     probe = _probe(settings.probe, opened[0].root) if settings.verify else None
     found = None
     if settings.resume:

@@ -15,7 +15,7 @@ from adaconvert.io.names import escape
 from adaconvert.io.writer import layout_shards, parse_size
 from adaconvert.methods.sources import Described, differing_files
 from adaconvert.methods.upcycle.plan import UpcyclePlan
-from adaconvert.planning.digest import plan_digest
+from adaconvert.planning.digest import run_digest
 from adaconvert.planning.estimate import Costs, costs, working_memory
 from adaconvert.planning.ops import Exactness
 from adaconvert.units import human_bytes, human_count
@@ -39,7 +39,7 @@ class PlanReport:
         memory: bound on the memory of the conversion itself, verification not counted.
         before, after: costs of the dense source and of the result.
         runtimes: what each runtime will do with the result.
-        digest: identity of the plan.
+        digest: identity of the run, as in adaconvert.json.
     """
 
     method: str
@@ -76,7 +76,7 @@ class PlanReport:
             after=costs(target, {t.name: t.dtype for t in plan.targets}),
             runtimes=verdicts(plan.config),
             notes=(*plan.notes, *_source_notes(planned)),
-            digest=plan_digest(plan),
+            digest=run_digest(plan, parse_size(max_shard_size)),
         )
 
     def to_json(self) -> dict[str, object]:

@@ -137,7 +137,7 @@ def check_agreement(described: Sequence[Described]) -> None:
 
 
 def differing_files(described: Sequence[Described], names: Sequence[str]) -> list[str]:
-    """Return a sentence for each copied side file in which another source differs from the first."""
+    """Return a sentence for each side file in which another source differs from the first."""
     first = described[0].source
     return [
         f"{name} is that of {first.label}; {other.source.label} has another or none"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 
+from adaconvert import __version__
 from adaconvert.planning.ops import Plan
 
 
@@ -19,6 +20,11 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     return value
+
+
+def run_digest(plan: Plan, max_shard_size: int) -> str:
+    """Return the identity of a run: its plan, how it is cut into files, and the program."""
+    return plan_digest(plan, max_shard_size=max_shard_size, version=__version__)
 
 
 def plan_digest(plan: Plan, **extra: object) -> str:

@@ -150,18 +150,6 @@ def is_new_shard(step: Step) -> bool:
     return step.action == "create" and step.subject.endswith(".safetensors")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyPiece:
-    """Bytes of a source tensor, as `planning.ops.Piece`."""
-
-    tensor: str
-    start: int
-    nbytes: int
-    stride: int = 0
-    count: int = 1
-    source: int = 0
-
-
 def safetensors_bytes(tensors: Mapping[str, Stored]) -> bytes:
     """Return a safetensors file of (dtype, shape, bytes) by name, padded as ours are."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -267,12 +255,10 @@ class Recorded:
     Attributes:
         steps: every change to the disk.
         tree: `tree_digest` of the folder the destination is in.
-        plan: digest of its plan.
     """
 
     steps: tuple[Step, ...]
     tree: dict[str, str]
-    plan: str
 
     def first(self, action: str, name: str = "") -> int:
         """Return the index of the first step of a kind, on a path that ends in `name`."""
@@ -283,10 +269,10 @@ class Recorded:
 def record(run: TinyRun) -> Recorded:
     """Return what `run` does; the folder its destination is in is removed again."""
     fs = RecordingFileSystem()
-    plan = run.run(fs).manifest["plan_digest"]
+    run.run(fs)
     tree = tree_digest(run.destination.parent)
     shutil.rmtree(run.destination.parent)
-    return Recorded(steps=tuple(fs.steps), tree=tree, plan=str(plan))
+    return Recorded(steps=tuple(fs.steps), tree=tree)
 
 
 def tree_digest(folder: Path) -> dict[str, str]:
