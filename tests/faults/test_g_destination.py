@@ -212,9 +212,7 @@ def test_g16_names(tiny: TinyRun, tmp_path: Path, name: str) -> None:
         ("\ud800", "is no name for a folder"),
     ],
 )
-def test_g16_impossible_names(
-    tiny: TinyRun, tmp_path: Path, name: str, message: str
-) -> None:
+def test_g16_impossible_names(tiny: TinyRun, tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(OutputConflictError, match=message) as caught:
         replace(tiny, destination=tmp_path / name).run()
     assert caught.value.exit_code == 4

@@ -23,7 +23,8 @@ from adaconvert.io.digest import (
     hash_tensors,
 )
 from adaconvert.io.source import Source
-from adaconvert.testing.writing import TinyPiece, safetensors_bytes
+from adaconvert.planning.ops import Piece
+from adaconvert.testing.writing import safetensors_bytes
 
 #: bits of NaN, a NaN with a payload, +infinity and -infinity.
 BAD = {
@@ -129,8 +130,8 @@ def test_d1_message(tmp_path: Path) -> None:
         assert pool.tensor(0, "a").finite
         for ask in (
             lambda: pool.tensor(0, "x"),
-            lambda: pool.digest_ranges([TinyPiece(tensor="x", start=0, nbytes=80)]),
-            lambda: pool.digest_ranges([TinyPiece(tensor="x", start=0, nbytes=8)]),
+            lambda: pool.digest_ranges([Piece(source=0, tensor="x", start=0, nbytes=80)]),
+            lambda: pool.digest_ranges([Piece(source=0, tensor="x", start=0, nbytes=8)]),
             lambda: pool.source_digest(0),
         ):
             with pytest.raises(SourceError, match=f"^{re.escape(message)}$") as caught:
@@ -160,8 +161,8 @@ def test_every_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pool.prefetch([(0, "b"), (0, "a"), (0, "b")])
         for _ in range(3):
             pool.tensor(0, "a")
-            pool.digest_ranges([TinyPiece(tensor="b", start=0, nbytes=32)])
-            pool.digest_ranges([TinyPiece(tensor="b", start=0, nbytes=4, stride=4, count=8)])
+            pool.digest_ranges([Piece(source=0, tensor="b", start=0, nbytes=32)])
+            pool.digest_ranges([Piece(source=0, tensor="b", start=0, nbytes=4, stride=4, count=8)])
         pool.source_digest(0)
     assert sorted(read) == ["a", "b", "c"]
 
@@ -170,8 +171,8 @@ def test_ranges(tmp_path: Path) -> None:
     raw = {n: np.arange(64, dtype=np.float32).tobytes()[::1] for n in "ab"}
     source = opened(tmp_path / "src", {n: ("F32", (8, 8), data) for n, data in raw.items()})
     pieces = [
-        TinyPiece(tensor="b", start=128, nbytes=64),
-        TinyPiece(tensor="a", start=4, nbytes=12, stride=32, count=8),
+        Piece(source=0, tensor="b", start=128, nbytes=64),
+        Piece(source=0, tensor="a", start=4, nbytes=12, stride=32, count=8),
     ]
     rows = np.frombuffer(raw["a"], np.float32).reshape(8, 8)[:, 1:4]
     wanted = hashlib.sha256(raw["b"][128:192] + rows.tobytes()).hexdigest()
@@ -186,8 +187,8 @@ def test_several_sources(tmp_path: Path) -> None:
         assert pool.tensor(0, "t") != pool.tensor(1, "t")
         assert pool.source_digest(0) != pool.source_digest(1)
         swapped = [
-            TinyPiece(tensor="t", start=0, nbytes=4, source=1),
-            TinyPiece(tensor="t", start=0, nbytes=4, source=0),
+            Piece(source=1, tensor="t", start=0, nbytes=4),
+            Piece(source=0, tensor="t", start=0, nbytes=4),
         ]
         wanted = b"b\0\0\0a\0\0\0"
         assert pool.digest_ranges(swapped) == hashlib.sha256(wanted).hexdigest()
@@ -219,7 +220,7 @@ def test_a16_a17_source_changed(tmp_path: Path, change: str) -> None:
     with DigestPool([source]) as pool:
         for ask in (
             lambda: pool.tensor(0, "t"),
-            lambda: pool.digest_ranges([TinyPiece(tensor="t", start=8, nbytes=8)]),
+            lambda: pool.digest_ranges([Piece(source=0, tensor="t", start=8, nbytes=8)]),
         ):
             with pytest.raises(SourceError, match=r"model\.safetensors: "):
                 ask()
