@@ -100,7 +100,8 @@ def _tied(position: Position, found: int, wanted: int) -> bool:
 
 def _difference(found: Position, wanted: Position) -> float:
     # the last of the likeliest may not be the same ones; the common ones are compared
-    return max(abs(found[token] - wanted[token]) for token in found.keys() & wanted.keys())
+    common = found.keys() & wanted.keys()
+    return max((abs(found[token] - wanted[token]) for token in common), default=0.0)
 
 
 def _logit_difference(found: Path, wanted: Path) -> float:

@@ -7,7 +7,6 @@ newest transformers. Exits with 1 when a runtime contradicts what `adaconvert pl
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -96,9 +95,9 @@ def main() -> int:
         real=arguments.real and arguments.real.resolve(),
     )
     cases = _chosen(arguments.cases, work.real)
-    planned = {case.name: _make(work, case) for case in cases}
+    planned = {case.name: _make(work, case, again=not arguments.ask) for case in cases}
     _make_prompts(work, cases[0])
-    for runtime in work.pythons:
+    for runtime in arguments.ask or work.pythons:
         _ask(work, runtime, cases)
     rows = _judge(work, cases, planned)
     if arguments.csv is not None:
@@ -115,6 +114,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--python", action="append", required=True, metavar="RUNTIME=PATH")
     parser.add_argument("--real", type=Path, help=f"folder of {REAL}")
     parser.add_argument("--cases", nargs="*", help="names of conversions; all when not given")
+    parser.add_argument(
+        "--ask",
+        nargs="+",
+        help="ask these runtimes only; of the others and the models, what is there",
+    )
     parser.add_argument("--csv", type=Path, help="file for the rows")
     return parser.parse_args()
 
@@ -129,9 +133,11 @@ def _chosen(names: Sequence[str] | None, real: Path | None) -> list[Case]:
     return chosen
 
 
-def _make(work: Work, case: Case) -> dict[str, str]:
-    print(f"making {case.name}", flush=True)
+def _make(work: Work, case: Case, *, again: bool) -> dict[str, str]:
     source = models.make_source(case, work.folder / "sources", work.real)
+    if not again and work.model(case, DISTINCT).exists():
+        return models.planned(work.adaconvert, case, source)
+    print(f"making {case.name}", flush=True)
     models.make_dense(source, work.model(case, DENSE))
     for kind in (SAME, DISTINCT):
         folder = work.model(case, kind)
@@ -143,11 +149,12 @@ def _make_prompts(work: Work, case: Case) -> None:
     # one tokenizer for all: the tiny models carry the real one's where there is a real one
     folder = work.model(case, DENSE)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    end = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    # llama.cpp stops at other special tokens than the end token, too
+    added = tokenizer.get_added_tokens_decoder().items()
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     prompts = Prompts(
         prompts=[Prompt(text=text, ids=found) for text, found in zip(TEXTS, ids, strict=True)],
-        end=end if isinstance(end, list) else [end],
+        end=[token for token, entry in added if entry.special],
         texts=[*TEXTS, *HARD_TO_CUT],
     )
     outcome.write_prompts(work.folder / "prompts.json", prompts)

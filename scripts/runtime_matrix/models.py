@@ -58,7 +58,7 @@ CASES = (
         target="qwen2_moe",
         options=("--shared-experts", "split"),
     ),
-    Case(name="phi3", source="phi3", target="mixtral", overrides={"sliding_window": None}),
+    Case(name="fused", source="phi3", target="mixtral", overrides={"sliding_window": None}),
     Case(
         name="mistral-window",
         source="mistral-sliding",

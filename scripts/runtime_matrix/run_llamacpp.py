@@ -11,12 +11,24 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import xllamacpp
-from outcome import LOADED, NEW_TOKENS, REFUSED, TOP_TOKENS, Job, Outcome, Position, one_line, run
+from outcome import (
+    LOADED,
+    NEW_TOKENS,
+    REFUSED,
+    TOP_TOKENS,
+    Job,
+    Outcome,
+    Position,
+    one_line,
+    run,
+    until_end,
+)
 
 CONTEXT = 512
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 300
 
 
 def answer(job: Job) -> Outcome:
@@ -47,12 +59,19 @@ def _convert(model: Path, gguf: Path) -> str:
 def _serve(job: Job, gguf: Path) -> Outcome:
     server = xllamacpp.Server(_parameters(gguf))
     answers = [_complete(server, prompt.ids) for prompt in job.prompts.prompts]
+    kept = [until_end(answer["tokens"], job.prompts.end) for answer in answers]
     return Outcome(
         version=xllamacpp.__version__,
         status=LOADED,
-        continuations=[[entry["id"] for entry in found] for found in answers],
-        likeliest=[[_position(entry) for entry in found] for found in answers],
-        texts_cut=[_cut(server, text) for text in job.prompts.texts],
+        continuations=kept,
+        likeliest=[
+            _positions(ids, answer["completion_probabilities"])
+            for ids, answer in zip(kept, answers, strict=True)
+        ],
+        texts_cut=[
+            _post(server, "tokenize", {"content": text, "add_special": False})["tokens"]
+            for text in job.prompts.texts
+        ],
     )
 
 
@@ -68,32 +87,41 @@ def _parameters(gguf: Path) -> xllamacpp.CommonParams:
     return parameters
 
 
-def _complete(server: xllamacpp.Server, ids: list[int]) -> list[dict]:
-    found = server.handle_completions(
-        {
-            "prompt": ids,
-            "max_tokens": NEW_TOKENS,
-            "temperature": 0.0,
-            "n_probs": TOP_TOKENS,
-            "logprobs": TOP_TOKENS,
-            "cache_prompt": False,
-        }
-    )
-    return found["choices"][0]["logprobs"]["content"]
+def _complete(server: xllamacpp.Server, ids: list[int]) -> dict[str, Any]:
+    asked = {
+        "prompt": ids,
+        "n_predict": NEW_TOKENS,
+        "temperature": 0.0,
+        "n_probs": TOP_TOKENS,
+        "return_tokens": True,
+        "cache_prompt": False,
+    }
+    return _post(server, "completion", asked)
 
 
-def _cut(server: xllamacpp.Server, text: str) -> list[int]:
-    # the binding has no call for it, but the server it starts on the loopback address does
-    body = json.dumps({"content": text, "add_special": False}).encode()
+def _post(server: xllamacpp.Server, path: str, content: dict[str, Any]) -> dict[str, Any]:
+    # the binding's own calls return no token ids; the server it starts on a loopback address does
     request = urllib.request.Request(
-        f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        f"{server.listening_address}/{path}",
+        json.dumps(content).encode(),
+        {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-        return json.load(answer)["tokens"]
+        return json.load(answer)
 
 
-def _position(entry: dict) -> Position:
-    return {top["id"]: top["logprob"] for top in entry["top_logprobs"]}
+def _positions(ids: list[int], entries: list[dict[str, Any]]) -> list[Position]:
+    # the server leaves out the entries of tokens that end in the middle of a character
+    positions: list[Position] = []
+    waiting = iter(entries)
+    entry = next(waiting, None)
+    for token in ids:
+        if entry is not None and entry["id"] == token:
+            positions.append({top["id"]: top["logprob"] for top in entry["top_logprobs"]})
+            entry = next(waiting, None)
+        else:
+            positions.append({})
+    return positions
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def test_g6_killed_at_every_step(
         assert quick.destination.exists() is (at > renamed), step
         if home.exists():
             shutil.copytree(home, saved)
-        for resume in (False, True):
+        # a torn write is nothing new to a run that starts again.
+        for resume in (True,) if half else (False, True):
             run_again(replace(quick, resume=resume))
             if at > renamed and not resume:
                 # the output is complete; what lies beside it is for a resumed run to remove.

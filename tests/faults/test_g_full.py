@@ -20,6 +20,7 @@ from adaconvert.testing.writing import (
     FailingFileSystem,
     Recorded,
     RecordingFileSystem,
+    Step,
     TinyRun,
     in_child,
     sparse_source,
@@ -112,7 +113,8 @@ def test_g5_one_error_or_many(
     rename = recorded.first("rename")
     once = [step for step in recorded.steps[: rename + 1] if step.action == action]
     assert once
-    for at in (*once, action):
+    disks: list[Step | str] = [*once, action]
+    for at in disks:
         with pytest.raises(ResourceError, match=message) as caught:
             quick.run(FailingFileSystem(at, number))
         assert caught.value.exit_code == 6

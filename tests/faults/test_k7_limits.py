@@ -14,7 +14,7 @@ from adaconvert.testing.writing import Recorded, TinyRun, in_child, tree_digest
 
 MIB = 1 << 20
 
-#: splits an FFN of three tensors of some MiB each into a shared and two routed experts, each of rows
+#: splits an FFN of three tensors of some MiB each into a shared and two routed experts, of rows
 #: of two tensors and columns of the third; prints the anonymous memory seen and foretold.
 MEASURE = """
 import sys, threading, time

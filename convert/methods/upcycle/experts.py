@@ -37,7 +37,7 @@ def scales(granularity: int) -> dict[str, float]:
 
 def concat(exprs: Sequence[Expr], shape: tuple[int, ...]) -> Expr:
     """Return the expressions one behind the other as one tensor of `shape`; copies stay copies."""
-    if len(exprs) == 1:
+    if len(exprs) == 1 and exprs[0].shape == shape:
         return exprs[0]
     plain = [e for e in exprs if isinstance(e, Bytes)]
     if len(plain) == len(exprs) and len({e.dtype for e in plain}) == 1:
