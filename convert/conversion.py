@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -149,9 +150,9 @@ def run(
         sources=[source.root for source in opened],
         overwrite=settings.overwrite,
         resume=settings.resume,
-        plan_digest=digest,
+        plan_digest=_session(digest, opened),
         needed_bytes=sum(layout.nbytes for layout in layouts),
-        facts=_facts(planned.plan, cap),
+        facts=_facts(planned.plan, cap, opened),
         fs=settings.fs,
     ) as staging:
         for item in planned.described:
@@ -196,11 +197,30 @@ def run(
     )
 
 
-def _facts(plan: Plan, cap: int) -> dict[str, object]:
+def _identities(sources: Sequence[Source]) -> list[str]:
+    """Return what tells a source file that was rewritten from one that was not."""
+    return [
+        f"{source.label}/{shard.file} of {shard.size} bytes, {shard.mtime_ns}, {shard.inode}"
+        for source in sources
+        for shard in source.shards
+    ]
+
+
+def _session(digest: str, sources: Sequence[Source]) -> str:
+    """Return what a run must share with an interrupted one to go on from its shards.
+
+    The plan knows sources by their headers; weights that were rewritten since show in the files.
+    """
+    text = "\n".join([digest, *_identities(sources)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _facts(plan: Plan, cap: int, sources: Sequence[Source]) -> dict[str, object]:
     """Return what decides the bytes written, to name what differs when a run cannot be resumed."""
     return {
         **plan.options,
         "sources": list(plan.sources),
+        "source files": _identities(sources),
         "max_shard_size": cap,
         "adaconvert": __version__,
     }

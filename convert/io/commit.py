@@ -22,6 +22,7 @@ from types import TracebackType
 from adaconvert.errors import InterruptedRunError, OutputConflictError, SourceError
 from adaconvert.io.claim import Claim, already_committed, claim
 from adaconvert.io.copying import Copier, Gatherer, Span
+from adaconvert.io.deferral import signals_deferred
 from adaconvert.io.destination import remove_parents
 from adaconvert.io.digest import hash_tensors
 from adaconvert.io.fs import FileSystem, reporting, resource_error
@@ -179,8 +180,9 @@ class Staging:
         self._check_contents()
         with self._reporting(self._destination.given):
             self._fs.fsync_dir(self.path)
-            self._move_in()
-            self._committed = True
+            with signals_deferred():
+                self._move_in()
+                self._committed = True
             self._fs.fsync_dir(self._destination.path.parent)
             for folder in reversed(self._made):
                 self._fs.fsync_dir(folder.parent)
@@ -200,6 +202,8 @@ class Staging:
             return
         with suppress(Exception):
             self._drain()
+        # a signal that interrupted waiting for a shard has not stopped the worker: it counts too.
+        self._worker.shutdown(wait=True)
         stopped = error is not None and not isinstance(error, Exception)
         stopped = stopped or isinstance(error, InterruptedRunError)
         keep = stopped and not self._committed and bool(self._journal.records)

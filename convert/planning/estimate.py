@@ -114,10 +114,18 @@ def _float_bytes(expr: Expr) -> int:
     return 2 * own + sum(_float_bytes(arg) for arg in expr.args)
 
 
+def _largest_part(expr: Expr) -> tuple[int, ...]:
+    """Return the shape of the largest tensor an expression is rounded as."""
+    if isinstance(expr, Apply) and expr.fn == "concat":
+        return max((arg.shape for arg in expr.args), key=_count)
+    return expr.shape
+
+
 def working_memory(plan: Plan) -> int:
     """Return a bound on the memory the largest computed tensor takes; 0 for a plan of copies."""
+    # rounding to 16 bits holds the float32 bits and a copy of them beside the value
     computed = [
-        _float_bytes(t.expr)
+        _float_bytes(t.expr) + 8 * _count(_largest_part(t.expr))
         for t in plan.targets
         if isinstance(t.expr, Apply | Init | Fitted)
         or (isinstance(t.expr, Bytes) and t.expr.dtype != t.dtype)

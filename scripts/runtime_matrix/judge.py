@@ -25,8 +25,8 @@ class Judgement:
         tokens: new tokens of the reference.
         log_probability: largest difference among the likeliest tokens of the equal positions.
         logits: largest difference over the prompts by the largest logit, None where not exposed.
-        cut: whether the runtime cuts texts as for the dense model: "same", "differs", or "none"
-            when it has no tokenizer for one of them.
+        cut: whether the runtime cuts texts as tokenizer.json says: "same", "differs", or "none"
+            when its tokenizer does not load.
         detail: what the runtime said.
     """
 
@@ -44,7 +44,7 @@ def judge(
     reference: Outcome,
     *,
     logits: tuple[Path, Path] | None,
-    cut: list[list[int]] | None,
+    cut: list[list[int]],
 ) -> Judgement:
     """Return how `outcome` compares with `reference`, which must have loaded.
 
@@ -52,7 +52,7 @@ def judge(
         outcome: what to judge.
         reference: what it should equal.
         logits: the files with the logits of both, where both runtimes expose them.
-        cut: token ids the runtime cuts the texts into for the dense model, None without.
+        cut: token ids that tokenizer.json cuts the texts into.
     """
     if outcome.status != LOADED:
         return Judgement(observed=REFUSED, detail=outcome.detail)
@@ -111,7 +111,7 @@ def _logit_difference(found: Path, wanted: Path) -> float:
     return float(max(differences) / max(largest))
 
 
-def _cut(outcome: Outcome, expected: list[list[int]] | None) -> str:
-    if outcome.texts_cut is None or expected is None:
+def _cut(outcome: Outcome, expected: list[list[int]]) -> str:
+    if outcome.texts_cut is None:
         return "none"
     return "same" if outcome.texts_cut == expected else "differs"

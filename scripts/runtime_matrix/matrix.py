@@ -95,11 +95,11 @@ def main() -> int:
         real=arguments.real and arguments.real.resolve(),
     )
     cases = _chosen(arguments.cases, work.real)
-    planned = {case.name: _make(work, case, again=not arguments.ask) for case in cases}
-    _make_prompts(work, cases[0])
-    for runtime in arguments.ask or work.pythons:
+    planned = {case.name: _make(work, case, again=arguments.ask is None) for case in cases}
+    prompts = _make_prompts(work, cases[0])
+    for runtime in work.pythons if arguments.ask is None else arguments.ask:
         _ask(work, runtime, cases)
-    rows = _judge(work, cases, planned)
+    rows = _judge(work, cases, prompts, planned)
     if arguments.csv is not None:
         report.write(arguments.csv, rows)
     print(report.table(rows))
@@ -116,8 +116,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", help="names of conversions; all when not given")
     parser.add_argument(
         "--ask",
-        nargs="+",
-        help="ask these runtimes only; of the others and the models, what is there",
+        nargs="*",
+        help="ask these runtimes only, and use what is there of the others and the models",
     )
     parser.add_argument("--csv", type=Path, help="file for the rows")
     return parser.parse_args()
@@ -145,19 +145,22 @@ def _make(work: Work, case: Case, *, again: bool) -> dict[str, str]:
     return models.planned(work.adaconvert, case, source)
 
 
-def _make_prompts(work: Work, case: Case) -> None:
+def _make_prompts(work: Work, case: Case) -> Prompts:
     # one tokenizer for all: the tiny models carry the real one's where there is a real one
-    folder = work.model(case, DENSE)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(work.model(case, DENSE) / "tokenizer.json"))
+
+    def cut(text: str) -> Prompt:
+        return Prompt(text=text, ids=tokenizer.encode(text, add_special_tokens=False).ids)
+
     # llama.cpp stops at other special tokens than the end token, too
     added = tokenizer.get_added_tokens_decoder().items()
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     prompts = Prompts(
-        prompts=[Prompt(text=text, ids=found) for text, found in zip(TEXTS, ids, strict=True)],
+        prompts=[cut(text) for text in TEXTS],
         end=[token for token, entry in added if entry.special],
-        texts=[*TEXTS, *HARD_TO_CUT],
+        texts=[cut(text) for text in (*TEXTS, *HARD_TO_CUT)],
     )
     outcome.write_prompts(work.folder / "prompts.json", prompts)
+    return prompts
 
 
 def _ask(work: Work, runtime: str, cases: Sequence[Case]) -> None:
@@ -165,7 +168,8 @@ def _ask(work: Work, runtime: str, cases: Sequence[Case]) -> None:
     pairs = [(case, kind) for case in cases for kind in (DENSE, SAME, DISTINCT)]
     waiting = {work.outcome(runtime, *pair): work.model(*pair) for pair in pairs}
     for path in waiting:
-        path.unlink(missing_ok=True)
+        for old in (path, path.with_suffix(".npz")):
+            old.unlink(missing_ok=True)
     while waiting:
         code = _call(work, runtime, list(waiting.values()))
         waiting = {path: model for path, model in waiting.items() if not path.exists()}
@@ -195,7 +199,7 @@ def _call(work: Work, runtime: str, folders: Sequence[Path]) -> int:
 
 
 def _judge(
-    work: Work, cases: Sequence[Case], planned: dict[str, dict[str, str]]
+    work: Work, cases: Sequence[Case], prompts: Prompts, planned: dict[str, dict[str, str]]
 ) -> list[report.Row]:
     run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     facts = {"run": run, "commit": _commit()}
@@ -205,12 +209,12 @@ def _judge(
             # transformers 5 is what distinct experts are compared with elsewhere
             kinds = (SAME,) if runtime == TRANSFORMERS else (SAME, DISTINCT)
             for kind in kinds:
-                found = _judge_one(work, case, runtime, kind)
+                found = _judge_one(work, case, runtime, kind, prompts)
                 rows.append(facts | found | {"planned": planned[case.name][runtime]})
     return rows
 
 
-def _judge_one(work: Work, case: Case, runtime: str, kind: str) -> report.Row:
+def _judge_one(work: Work, case: Case, runtime: str, kind: str, prompts: Prompts) -> report.Row:
     own = outcome.read(work.outcome(runtime, case, kind))
     other = (runtime, DENSE) if kind == SAME else (TRANSFORMERS, DISTINCT)
     reference = outcome.read(work.outcome(other[0], case, other[1]))
@@ -224,7 +228,7 @@ def _judge_one(work: Work, case: Case, runtime: str, kind: str) -> report.Row:
         own,
         reference,
         logits=(files[0], files[1]) if exposed else None,
-        cut=outcome.read(work.outcome(runtime, case, DENSE)).texts_cut,
+        cut=[one.ids for one in prompts.texts],
     )
     experts = "identical" if kind == SAME else "distinct"
     named = {"version": own.version, "reference": f"{other[1]} in {other[0]}"}

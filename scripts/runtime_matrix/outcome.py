@@ -34,12 +34,12 @@ class Prompts:
     Attributes:
         prompts: the prompts.
         end: ids that end a continuation (the last one of it, when it comes up).
-        texts: what the runtime's tokenizer is to cut, nothing else is done with it.
+        texts: what the runtime's own tokenizer is to cut, with what should come out.
     """
 
     prompts: list[Prompt]
     end: list[int]
-    texts: list[str]
+    texts: list[Prompt]
 
 
 # logarithms of probabilities of the likeliest tokens at one position, by token id
@@ -125,8 +125,8 @@ def until_end(ids: list[int], end: list[int]) -> list[int]:
 def read_prompts(path: Path) -> Prompts:
     """Return the prompts in a file."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    prompts = [Prompt(text=entry["text"], ids=entry["ids"]) for entry in content["prompts"]]
-    return Prompts(prompts=prompts, end=content["end"], texts=content["texts"])
+    prompts, texts = ([Prompt(**entry) for entry in content[key]] for key in ("prompts", "texts"))
+    return Prompts(prompts=prompts, end=content["end"], texts=texts)
 
 
 def write_prompts(path: Path, prompts: Prompts) -> None:

@@ -69,8 +69,8 @@ def _serve(job: Job, gguf: Path) -> Outcome:
             for ids, answer in zip(kept, answers, strict=True)
         ],
         texts_cut=[
-            _post(server, "tokenize", {"content": text, "add_special": False})["tokens"]
-            for text in job.prompts.texts
+            _post(server, "tokenize", {"content": one.text, "add_special": False})["tokens"]
+            for one in job.prompts.texts
         ],
     )
 

@@ -73,7 +73,7 @@ def _cut_texts(job: Job) -> tuple[list[list[int]] | None, str]:
     # a tokenizer that does not load says nothing about the weights
     except Exception as error:
         return None, one_line(error)
-    cut = [tokenizer.encode(text, add_special_tokens=False) for text in job.prompts.texts]
+    cut = [tokenizer.encode(one.text, add_special_tokens=False) for one in job.prompts.texts]
     return cut, ""
 
 

@@ -55,7 +55,7 @@ def _ask(job: Job) -> Outcome:
             for found, ids in zip(answers, kept, strict=True)
         ],
         texts_cut=[
-            list(tokenizer.encode(text, add_special_tokens=False)) for text in job.prompts.texts
+            list(tokenizer.encode(one.text, add_special_tokens=False)) for one in job.prompts.texts
         ],
     )
 

@@ -1,4 +1,4 @@
-"""A tiny run on the disk, and one in memory for the tests that repeat it for every step."""
+"""A tiny run, all of it in memory: the tests repeat it for every step and every name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from adaconvert.testing.writing import Recorded, TinyRun, record, tiny_source
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> TinyRun:
-    """A run from `src` to `out` in the same folder, which holds nothing else."""
-    return TinyRun(source=tiny_source(tmp_path / "src"), destination=tmp_path / "out")
-
-
-@pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one: hundreds of runs are synced here."""
     shared = Path("/dev/shm")
@@ -30,8 +24,14 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def tiny(memory: Path) -> TinyRun:
+    """A run from `src` to `out` in the same folder, which holds nothing else."""
+    return TinyRun(source=tiny_source(memory / "src"), destination=memory / "out")
+
+
+@pytest.fixture
 def quick(memory: Path) -> TinyRun:
-    """A run from `src` to `new/out`, all of it in memory; there is no folder `new`."""
+    """A run from `src` to `new/out`; there is no folder `new`."""
     return TinyRun(source=tiny_source(memory / "src"), destination=memory / "new" / "out")
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_g7_what_is_complete_is_kept(
     replace(quick, resume=True).run(fs)
     assert fs.shards_written == 2
     assert tree_digest(quick.destination.parent) == recorded.tree
+
+
+def test_g7_a_shard_being_synced_is_waited_for(quick: TinyRun, recorded: Recorded) -> None:
+    def late() -> None:
+        # by then the second shard is written, and the run waits for the first.
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+
+    synced = recorded.steps[recorded.first("fsync", "-00001-of-00003.safetensors")]
+    error = stop(quick, HookedFileSystem(synced, late))
+    assert str(error).startswith("stopped by SIGTERM. 1 complete shard is kept: run")
 
 
 def test_g7_nothing_complete_nothing_kept(quick: TinyRun, recorded: Recorded) -> None:

@@ -81,9 +81,9 @@ def test_g1_empty_folder_is_used(tiny: TinyRun) -> None:
     assert (tiny.destination / "adaconvert.json").is_file()
 
 
-def test_g1_below_a_file(tiny: TinyRun, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    refused(replace(tiny, destination=tmp_path / "file" / "out"), "out: lies below a file")
+def test_g1_below_a_file(tiny: TinyRun, memory: Path) -> None:
+    (memory / "file").write_text("mine")
+    refused(replace(tiny, destination=memory / "file" / "out"), "out: lies below a file")
 
 
 @pytest.mark.parametrize(
@@ -100,25 +100,25 @@ def test_g1_below_a_file(tiny: TinyRun, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_g2_overlap(
-    tiny: TinyRun, tmp_path: Path, destination: str, message: str, overwrite: bool
+    tiny: TinyRun, memory: Path, destination: str, message: str, overwrite: bool
 ) -> None:
-    (tmp_path / "link").symlink_to("src")
-    refused(replace(tiny, destination=tmp_path / destination, overwrite=overwrite), message)
+    (memory / "link").symlink_to("src")
+    refused(replace(tiny, destination=memory / destination, overwrite=overwrite), message)
 
 
-def test_g2_source_given_through_a_link(tiny: TinyRun, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("src")
-    through = replace(tiny, source=tmp_path / "link", destination=tmp_path / "src" / "out")
+def test_g2_source_given_through_a_link(tiny: TinyRun, memory: Path) -> None:
+    (memory / "link").symlink_to("src")
+    through = replace(tiny, source=memory / "link", destination=memory / "src" / "out")
     refused(through, "out: lies inside the source")
 
 
-def test_g2_source_in_the_reserved_neighbour(tiny: TinyRun, tmp_path: Path) -> None:
-    inside = tiny_source(tmp_path / ".out.adaconvert-partial" / "checkpoint")
+def test_g2_source_in_the_reserved_neighbour(tiny: TinyRun, memory: Path) -> None:
+    inside = tiny_source(memory / ".out.adaconvert-partial" / "checkpoint")
     refused(replace(tiny, source=inside), "out: contains the source")
 
 
-def test_g2_bind_mount(tiny: TinyRun, tmp_path: Path) -> None:
-    other = tmp_path / "other"
+def test_g2_bind_mount(tiny: TinyRun, memory: Path) -> None:
+    other = memory / "other"
     other.mkdir()
     script = 'mount --bind "$1" "$2" 2>/dev/null || exit 77; shift 2; exec "$@"'
     code = (
@@ -143,15 +143,15 @@ def test_g1_a_mount_point_is_refused(tiny: TinyRun) -> None:
     refused(at_proc, "proc: is a mount point. Name a new folder inside it instead")
 
 
-def test_g3_missing_parents_are_made(tiny: TinyRun, tmp_path: Path) -> None:
-    deep = replace(tiny, destination=tmp_path / "a" / "b" / "out")
+def test_g3_missing_parents_are_made(tiny: TinyRun, memory: Path) -> None:
+    deep = replace(tiny, destination=memory / "a" / "b" / "out")
     deep.run()
-    assert (tmp_path / "a" / "b" / "out" / "adaconvert.json").is_file()
-    assert os.listdir(tmp_path / "a" / "b") == ["out"]
+    assert (memory / "a" / "b" / "out" / "adaconvert.json").is_file()
+    assert os.listdir(memory / "a" / "b") == ["out"]
 
 
 @pytest.mark.parametrize("below", ["out", "new/out"])
-def test_g3_parent_not_writable(tiny: TinyRun, tmp_path: Path, below: str) -> None:
+def test_g3_parent_not_writable(tiny: TinyRun, memory: Path, below: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         source = tiny_source(home / "src")
@@ -189,13 +189,13 @@ def test_g3_parent_not_writable(tiny: TinyRun, tmp_path: Path, below: str) -> No
         "trailing.",
     ],
 )
-def test_g16_names(tiny: TinyRun, tmp_path: Path, name: str) -> None:
-    target = replace(tiny, destination=tmp_path / name)
+def test_g16_names(tiny: TinyRun, memory: Path, name: str) -> None:
+    target = replace(tiny, destination=memory / name)
     target.run()
-    assert sorted(os.listdir(tmp_path)) == sorted(["src", name])
+    assert sorted(os.listdir(memory)) == sorted(["src", name])
     again = replace(target, overwrite=True, seed=1)
     again.run()
-    assert sorted(os.listdir(tmp_path)) == sorted(["src", name])
+    assert sorted(os.listdir(memory)) == sorted(["src", name])
     with pytest.raises(OutputConflictError, match="exists and is not empty") as caught:
         target.run()
     assert "\n" not in str(caught.value)
@@ -212,11 +212,11 @@ def test_g16_names(tiny: TinyRun, tmp_path: Path, name: str) -> None:
         ("\ud800", "is no name for a folder"),
     ],
 )
-def test_g16_impossible_names(tiny: TinyRun, tmp_path: Path, name: str, message: str) -> None:
+def test_g16_impossible_names(tiny: TinyRun, memory: Path, name: str, message: str) -> None:
     with pytest.raises(OutputConflictError, match=message) as caught:
-        replace(tiny, destination=tmp_path / name).run()
+        replace(tiny, destination=memory / name).run()
     assert caught.value.exit_code == 4
-    assert os.listdir(tmp_path) == ["src"]
+    assert os.listdir(memory) == ["src"]
 
 
 def test_g16_root_of_the_file_system(tiny: TinyRun) -> None:
@@ -224,8 +224,8 @@ def test_g16_root_of_the_file_system(tiny: TinyRun) -> None:
         replace(tiny, destination=Path("/")).run()
 
 
-def test_g16_neighbours_stay_apart(tmp_path: Path) -> None:
-    long = [Destination.resolve(tmp_path / ("n" * 254 + end)) for end in "ab"]
+def test_g16_neighbours_stay_apart(memory: Path) -> None:
+    long = [Destination.resolve(memory / ("n" * 254 + end)) for end in "ab"]
     assert long[0].staging != long[1].staging
     assert all(len(os.fsencode(d.staging.name)) <= 255 for d in long)
     assert all(d.staging.parent == d.path.parent == d.old.parent for d in long)

@@ -13,8 +13,8 @@ from adaconvert.testing.writing import TinyRun, tree_digest
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_g15_modes(tiny: TinyRun, tmp_path: Path, umask: int) -> None:
-    tiny = replace(tiny, destination=tmp_path / "parent" / "out")
+def test_g15_modes(tiny: TinyRun, memory: Path, umask: int) -> None:
+    tiny = replace(tiny, destination=memory / "parent" / "out")
     (tiny.source / "tokenizer.json").chmod(0o600)
     before = os.umask(umask)
     try:
@@ -28,8 +28,8 @@ def test_g15_modes(tiny: TinyRun, tmp_path: Path, umask: int) -> None:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
 
 
-def test_g15_side_files_are_files_not_links(tiny: TinyRun, tmp_path: Path) -> None:
-    blob = tmp_path / "blob"
+def test_g15_side_files_are_files_not_links(tiny: TinyRun, memory: Path) -> None:
+    blob = memory / "blob"
     (tiny.source / "tokenizer.json").rename(blob)
     (tiny.source / "tokenizer.json").symlink_to(blob)
     tiny.run()
