@@ -199,3 +199,16 @@ def test_h2_resume_from_another_source(quick: TinyRun, recorded: Recorded) -> No
     with pytest.raises(OutputConflictError, match="had another plan") as caught:
         replace(quick, resume=True).run()
     assert caught.value.exit_code == 4
+
+
+def test_h2_resume_from_a_source_whose_weights_were_rewritten(
+    quick: TinyRun, recorded: Recorded
+) -> None:
+    kill_before_the_manifest(quick, recorded)
+    shard = sorted(quick.source.glob("*.safetensors"))[0]
+    changed = bytearray(shard.read_bytes())
+    changed[-1] ^= 1
+    shard.write_bytes(changed)
+    with pytest.raises(OutputConflictError, match="had another plan .*source files") as caught:
+        replace(quick, resume=True).run()
+    assert caught.value.exit_code == 4
