@@ -77,7 +77,7 @@ def convert(
         memory=memory,
         probe=None if probe is None else Path(probe),
         allow_nonfinite=allow_nonfinite,
-        keep_config=tuple(keep_config),
+        keep_config=(keep_config,) if isinstance(keep_config, str) else tuple(keep_config),
         ignore_unindexed=ignore_unindexed,
         progress=progress,
     )
@@ -135,7 +135,7 @@ def verify(
         VerificationError: it differs from what its manifest and class promise; `report` is attached
             (5).
     """
-    from adaconvert.conversion import verify_existing
+    from adaconvert.proof import verify_existing
 
     return verify_existing(
         [str(c) for c in checkpoints],

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaconvert import __version__
-from adaconvert.errors import AdaconvertError, OptionError, SourceError, VerificationError
+from adaconvert.errors import (
+    OptionError,
+    SourceError,
+)
 from adaconvert.export.card import render_card
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
-from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
 from adaconvert.methods.registry import Prepared, make_config, prepare
@@ -27,16 +29,15 @@ from adaconvert.methods.sources import (
     check_vocabulary,
     open_source,
 )
-from adaconvert.methods.upcycle.plan import build_plan
 from adaconvert.planning.alignment import aligned
 from adaconvert.planning.digest import run_digest
 from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Plan
+from adaconvert.proof import checked, found_complete, probe_of
 from adaconvert.reports import ConversionResult, PlanReport
 
 if TYPE_CHECKING:
-    from adaconvert.verification.report import VerificationReport
-    from adaconvert.verification.tokens import Probe
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,16 +135,26 @@ def run(
     )
     report = PlanReport.of(planned, cap)
     digest = run_digest(planned.plan, cap)
-    probe = _probe(settings.probe, opened[0].root) if settings.verify else None
+    probe = probe_of(settings.probe, opened[0].root) if settings.verify else None
     found = None
     if settings.resume:
         found = already_committed(settings.destination, plan_digest=digest, fs=settings.fs)
     if found is not None:
+        lines = found_complete(
+            settings.destination,
+            found,
+            opened,
+            planned.plan,
+            verify=settings.verify,
+            probe=probe,
+            memory=memory,
+            progress=settings.progress,
+        )
         return ConversionResult(
             destination=settings.destination,
             report=report,
             manifest=found,
-            verification_lines=("an earlier run completed it; nothing was left to do",),
+            verification_lines=lines,
         )
     with Staging.open(
         settings.destination,
@@ -152,7 +163,7 @@ def run(
         resume=settings.resume,
         plan_digest=_session(digest, opened),
         needed_bytes=sum(layout.nbytes for layout in layouts),
-        facts=_facts(planned.plan, cap, opened),
+        facts={**_facts(planned.plan, cap, opened), "keep_config": list(settings.keep_config)},
         fs=settings.fs,
     ) as staging:
         for item in planned.described:
@@ -169,9 +180,9 @@ def run(
         )
         _write_side_files(staging, planned.plan, planned.described, layouts)
         record = _manifest(planned.plan, planned.described, done, staging.files, digest)
-        checked = None
+        proven = None
         if settings.verify:
-            checked = _checked(
+            proven = checked(
                 opened,
                 staging.path,
                 record,
@@ -181,10 +192,10 @@ def run(
                 progress=settings.progress,
                 name=settings.destination.name,
             )
-        proof = checked.record_lines() if checked else None
+        proof = proven.record_lines() if proven else None
         staging.write_file("README.md", render_card(report, opened, proof, __version__).encode())
         record["files"] = dict(staging.files)
-        record["verification"] = checked.record() if checked else None
+        record["verification"] = proven.record() if proven else None
         for source in opened:
             source.assert_unchanged()
         staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
@@ -193,7 +204,7 @@ def run(
         destination=settings.destination,
         report=report,
         manifest=record,
-        verification_lines=tuple(checked.lines()) if checked else ("not verified (--no-verify)",),
+        verification_lines=tuple(proven.lines()) if proven else ("not verified (--no-verify)",),
     )
 
 
@@ -288,96 +299,3 @@ def _versions() -> dict[str, str]:
     """Return the versions of the packages the bytes and the verification depend on."""
     names = ("numpy", "safetensors", "torch", "transformers")
     return {name: metadata.version(name) for name in names}
-
-
-def _probe(file: Path | None, source: Path) -> Probe | None:
-    """Return the tokens of a file, None for the shipped text; before anything long begins."""
-    if file is None:
-        return None
-    from adaconvert.verification.tokens import Probe
-
-    return Probe.from_file(file, source)
-
-
-def _checked(
-    sources: Sequence[Source],
-    folder: Path,
-    record: Mapping[str, object],
-    plan: Plan | None,
-    *,
-    probe: Probe | None,
-    memory: int | None,
-    progress: bool,
-    name: str,
-) -> VerificationReport:
-    """Return the verification of a checkpoint that keeps its promise.
-
-    Raises:
-        VerificationError: it does not; the report is attached.
-    """
-    from adaconvert.verification.report import verify_checkpoint
-
-    report = verify_checkpoint(
-        [source.root for source in sources],
-        folder,
-        manifest=record,
-        memory=memory,
-        probe=probe,
-        progress=progress,
-        plan=plan,
-    )
-    if not report.ok:
-        error = VerificationError(report.problem(), where=name)
-        error.report = report
-        raise error
-    return report
-
-
-def verify_existing(
-    checkpoints: Sequence[str],
-    *,
-    memory: str | int | None = None,
-    probe: Path | None = None,
-    revision: str | None = None,
-    progress: bool = False,
-) -> VerificationReport:
-    """Return the verification of a committed checkpoint against its sources; see `api.verify`."""
-    if len(checkpoints) < 2:
-        raise OptionError("needs a source and a converted checkpoint", where="verify")
-    size = None if memory is None else parse_size(memory, "--memory")
-    *sources, target = checkpoints
-    folder = Path(target)
-    if not folder.is_dir():
-        raise OptionError(
-            "is no folder", where=escape(target), hint="Name the converted checkpoint last."
-        )
-    record = manifest.read(folder)
-    described = [open_source(source, revision=revision) for source in sources]
-    opened = [item.source for item in described]
-    return _checked(
-        opened,
-        folder,
-        record,
-        _planned_again(record, described),
-        probe=_probe(probe, opened[0].root),
-        memory=size,
-        progress=progress,
-        name=folder.resolve().name,
-    )
-
-
-def _planned_again(record: Mapping[str, object], described: Sequence[Described]) -> Plan | None:
-    """Return the plan a manifest was written by, None when these are not its sources.
-
-    With it, verification accounts for every tensor of the sources and names wrong dtypes.
-    """
-    options, sources = record["options"], record["sources"]
-    assert isinstance(options, dict)
-    assert isinstance(sources, list)
-    if [entry.get("fingerprint") for entry in sources] != [d.source.fingerprint for d in described]:
-        return None
-    digest = options.get("router_prompts") or ""
-    try:
-        return build_plan(make_config(str(record["method"]), options), described, digest).plan
-    except AdaconvertError:
-        return None

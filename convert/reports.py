@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaconvert.arch.base import RuntimeVerdict
@@ -17,7 +17,7 @@ from adaconvert.methods.sources import Described, differing_files
 from adaconvert.methods.upcycle.plan import UpcyclePlan
 from adaconvert.planning.digest import run_digest
 from adaconvert.planning.estimate import Costs, costs, working_memory
-from adaconvert.planning.ops import Exactness
+from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.units import human_bytes, human_count
 
 #: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash
@@ -74,7 +74,7 @@ class PlanReport:
             memory=BASE_MEMORY + working_memory(plan),
             before=costs(spec, {n: r.dtype for n, r in source.tensors.items()}),
             after=costs(target, {t.name: t.dtype for t in plan.targets}),
-            runtimes=verdicts(plan.config),
+            runtimes=_verdicts(plan),
             notes=(*plan.notes, *_source_notes(planned)),
             digest=run_digest(plan, parse_size(max_shard_size)),
         )
@@ -113,6 +113,17 @@ class PlanReport:
         rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
         rows += [f"note: {note}" for note in self.notes]
         return rows
+
+
+def _verdicts(plan: Plan) -> tuple[RuntimeVerdict, ...]:
+    """Return the verdicts; a result that is not the dense model is compared with itself."""
+    found = verdicts(plan.config)
+    if plan.exactness.kind in {"exact", "exact-fp32"}:
+        return found
+    return tuple(
+        replace(v, why=v.why.replace("as the dense model", "as this checkpoint defines"))
+        for v in found
+    )
 
 
 def _source_notes(planned: UpcyclePlan) -> list[str]:

@@ -137,7 +137,7 @@ def test_resuming_a_finished_run_does_nothing(dense: Path, tmp_path: Path) -> No
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     again = adaconvert.convert(dense, destination=out, verify=False, resume=True)
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
-    assert "nothing was left to do" in again.verification_lines[0]
+    assert "an earlier run completed it" in again.verification_lines[0]
     with pytest.raises(OutputConflictError):
         adaconvert.convert(dense, destination=out, verify=False, resume=True, experts=4)
 
@@ -147,3 +147,16 @@ def test_verify_needs_a_manifest(dense: Path) -> None:
         adaconvert.verify(dense, dense)
     with pytest.raises(OptionError, match="needs a source and a converted checkpoint"):
         adaconvert.verify(dense)
+
+
+def test_resuming_a_finished_run_checks_it(tmp_path: Path) -> None:
+    source, out = make("llama", tmp_path / "dense"), tmp_path / "out"
+    adaconvert.convert(source, destination=out, verify=False)
+    with pytest.raises(OutputConflictError, match="was not verified when it was written"):
+        adaconvert.convert(source, destination=out, resume=True)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"config\.json"):
+        adaconvert.convert(source, destination=out, verify=False, resume=True)
+    make("llama", source, seed=1)
+    with pytest.raises(OutputConflictError, match="made from other weights"):
+        adaconvert.convert(source, destination=out, verify=False, resume=True)

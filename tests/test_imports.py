@@ -30,11 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     # the card prints the plan's own report
     "export": {"io", "arch", "planning", "layerwise", "reports"},
     "inspection": {"io", "arch", "planning", "methods", "reports"},
+    "proof": {"io", "arch", "planning", "methods", "verification"},
     "conversion": {
         *("io", "arch", "planning", "layerwise", "methods"),
-        *("verification", "export", "reports", "inspection"),
+        *("verification", "export", "reports", "inspection", "proof"),
     },
-    "api": {"conversion", "inspection", "reports", "verification"},
+    "api": {"conversion", "inspection", "proof", "reports", "verification"},
     "cli": {"api"},
     "__init__": {"api"},
     "__main__": {"cli"},

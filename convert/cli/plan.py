@@ -52,12 +52,14 @@ def plan_upcycle(sources: tuple[str, ...], as_json: bool, **settings: Any) -> No
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the sources without a last one that can only be the DST of the same `upcycle` call.
+    """Return the sources without a last one that is the DST of the same `upcycle` call.
 
-    Something that is neither there nor shaped like a hub id (org/name) cannot be a source.
+    The last of several is a source only if it is a checkpoint adaconvert did not write, or a hub id
+    (org/name where there is no folder org).
     """
-    last = sources[-1]
-    could_be_hub_id = last.count("/") == 1 and not last.startswith((".", "/", "~"))
-    if len(sources) > 1 and not could_be_hub_id and not Path(last).exists():
-        return sources[:-1]
-    return sources
+    if len(sources) == 1:
+        return sources
+    last = Path(sources[-1])
+    dense = (last / "config.json").exists() and not (last / "adaconvert.json").exists()
+    hub_id = sources[-1].count("/") == 1 and not last.is_absolute() and not last.parent.exists()
+    return sources if dense or hub_id else sources[:-1]

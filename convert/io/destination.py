@@ -13,7 +13,7 @@ from typing import Final
 
 from adaconvert.errors import OutputConflictError
 from adaconvert.io.fs import FileSystem, reporting
-from adaconvert.io.manifest import MANIFEST_FILE, is_ours
+from adaconvert.io.manifest import MANIFEST_FILE, foreign_entries, is_ours
 from adaconvert.io.names import escape
 
 _STAGING: Final = ".adaconvert-partial"
@@ -109,6 +109,13 @@ class Destination:
                 self.given,
                 f"holds no {MANIFEST_FILE}, so adaconvert did not write it and will not replace it",
                 hint="Remove the folder yourself or choose another destination.",
+            )
+        strange = foreign_entries(self.path)
+        if strange:
+            raise _conflict(
+                self.given,
+                f"holds '{escape(strange[0])}', which adaconvert did not write",
+                hint="Move it away first: --overwrite replaces the whole folder.",
             )
 
     def check_apart(self, sources: Iterable[Path]) -> None:

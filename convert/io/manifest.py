@@ -144,6 +144,19 @@ def is_ours(folder: Path) -> bool:
     return isinstance(manifest.get("adaconvert"), str) and isinstance(manifest.get("format"), int)
 
 
+def foreign_entries(folder: Path) -> list[str]:
+    """Return what lies in an output folder that its manifest does not list, sorted."""
+    try:
+        manifest = _parse(_raw(folder)) or {}
+    except AdaconvertError:
+        manifest = {}
+    known = {MANIFEST_FILE}
+    for key in ("files", "shards"):
+        entries = manifest.get(key)
+        known |= set(entries) if isinstance(entries, dict) else set()
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+
+
 def records(manifest: Mapping[str, object]) -> dict[str, ShardRecord]:
     """Return the shards a manifest that `read` returned lists, by file."""
     found = {}

@@ -113,7 +113,9 @@ class LayerwiseModel:
     """
 
     def __init__(self, where: Path | Source, *, dtype: str = "float32") -> None:
-        self.source = where if isinstance(where, Source) else Source.open(where)
+        if not isinstance(where, Source):
+            where = Source.open(where, ignore_unindexed=True)
+        self.source = where
         self.config = load_config(self.source)
         self.dtype = dtype
         self.count = ReadCount()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 
+from adaconvert.arch import rope
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.check import Audit, audit
 from adaconvert.arch.registry import describe
@@ -19,15 +20,19 @@ from adaconvert.io.source import Source
 _MAX_TOKENIZER = 512 << 20
 #: config keys that must agree as they stand.
 _SAME_KEYS = (
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
     "max_position_embeddings",
     "bos_token_id",
     "eos_token_id",
 )
 #: side files that decide how text becomes token ids.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +165,7 @@ def _facts(spec: ModelSpec) -> dict[str, object]:
         "vocab_size": spec.vocab,
     }
     facts.update(asdict(spec.traits))
+    facts["rope"] = rope.read(spec)
     for key in _SAME_KEYS:
         facts[key] = spec.config.get(key)
     return facts

@@ -126,7 +126,7 @@ def compare(
         VerificationError: transformers refuses the target, or its logits have another shape.
         ResourceError: `memory` does not even suffice for one block.
     """
-    sources = (Source.open(source_dir), Source.open(target_dir))
+    sources = (Source.open(source_dir, ignore_unindexed=True), Source.open(target_dir))
     mode = choose_mode(sources, probe.tokens, memory)
     run = Comparison(
         sources,

@@ -154,7 +154,7 @@ def _files(
         elif file in side and (what := _side_file_fault(folder / file, str(side[file]))):
             yield Problem(file=file, what=what)
     for entry in sorted(os.listdir(folder)):
-        if entry.endswith(".safetensors") and entry not in written:
+        if entry not in written and entry not in side and entry != MANIFEST_FILE:
             yield Problem(file=entry, what=f"is not listed in {MANIFEST_FILE}")
 
 

@@ -163,7 +163,8 @@ def verify_checkpoint(
     """
     if not sources:
         raise OptionError("needs a source to compare with", where="verify")
-    opened = [Source.open(source) for source in sources]
+    # what a conversion may leave out was decided when it opened its sources
+    opened = [Source.open(source, ignore_unindexed=True) for source in sources]
     record = manifests.read(target) if manifest is None else manifest
     integrity = check(target, record, sources=opened, plan=plan, progress=progress)
     probe = probe or Probe.shipped(opened[0].root)

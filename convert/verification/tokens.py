@@ -146,7 +146,7 @@ def _limits(source_dir: Path) -> tuple[int, int]:
     from adaconvert.arch.registry import describe
     from adaconvert.io.source import Source
 
-    source = Source.open(source_dir)
+    source = Source.open(source_dir, ignore_unindexed=True)
     spec = describe(source.config, source.tensors.keys())
     return spec.vocab, spec.max_positions
 

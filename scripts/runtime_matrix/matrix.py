@@ -232,6 +232,8 @@ def _judge_one(work: Work, case: Case, runtime: str, kind: str, prompts: Prompts
     )
     experts = "identical" if kind == SAME else "distinct"
     named = {"version": own.version, "reference": f"{other[1]} in {other[0]}"}
+    # results are kept in the repository: no path of this machine in them
+    named["detail"] = judgement.detail.replace(f"{work.folder}/", "")
     return report.row(case, experts, runtime, judgement) | named
 
 

@@ -58,6 +58,14 @@ CASES = (
         target="qwen2_moe",
         options=("--shared-experts", "split"),
     ),
+    Case(name="llama-scaled-rope", source="llama-llama3-rope", target="mixtral"),
+    Case(
+        name="llama-wide-heads",
+        source="llama-head-dim",
+        target="mixtral",
+        overrides={"head_dim": 64},
+    ),
+    # not named after its source: llama.cpp patches the vocabulary of models that are called phi-3
     Case(name="fused", source="phi3", target="mixtral", overrides={"sliding_window": None}),
     Case(
         name="mistral-window",
@@ -67,9 +75,16 @@ CASES = (
     ),
     Case(name="olmo", source="olmo", target="mixtral"),
     Case(name="qwen2", source="qwen2", target="qwen2_moe"),
+    Case(name="qwen2-tied", source="qwen2-tied", target="qwen2_moe"),
     Case(name="qwen3", source="qwen3", target="qwen3_moe"),
     Case(name="qwen3-layers", source="qwen3", target="qwen3_moe", options=("--layers", "1")),
     Case(name="granite", source="granite", target="granitemoe"),
+    Case(
+        name="granite-shared",
+        source="granite",
+        target="granitemoeshared",
+        options=("--shared-experts", "split"),
+    ),
     Case(name="llama-bias", source="llama-attention-bias", target="granitemoe"),
     Case(name="gemma", source="gemma", target="granitemoe"),
     Case(name="olmo2", source="olmo2", target="flex_olmo"),

@@ -104,6 +104,9 @@ def test_plan_takes_the_arguments_of_the_conversion(
         (("src",), 1),
         (("missing",), 1),
         (("src", "other"), 2),
+        (("src", "output"), 1),
+        (("src", "empty"), 1),
+        (("src", "src/moe"), 1),
         (("src", "org/name"), 2),
         (("src", "new"), 1),
         (("src", "./new/folder"), 1),
@@ -115,7 +118,11 @@ def test_plan_knows_a_destination_from_a_source(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").mkdir()
-    (tmp_path / "other").mkdir()
+    for name in ("other", "output", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("other", "output"):
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "output" / "adaconvert.json").write_text("{}")
     assert plan_module._without_destination(given) == given[:kept]
 
 

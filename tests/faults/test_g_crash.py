@@ -209,6 +209,6 @@ def test_h2_resume_from_a_source_whose_weights_were_rewritten(
     changed = bytearray(shard.read_bytes())
     changed[-1] ^= 1
     shard.write_bytes(changed)
-    with pytest.raises(OutputConflictError, match="had another plan .*source files") as caught:
+    with pytest.raises(OutputConflictError, match=r"had another plan .*source files") as caught:
         replace(quick, resume=True).run()
     assert caught.value.exit_code == 4

@@ -244,8 +244,6 @@ def test_g17_staging_is_beside_the_destination(
 def test_g13_g14_replacing_leaves_nothing_of_the_old(tiny: TinyRun) -> None:
     tiny.run()
     target = tiny.destination
-    for name in ("pytorch_model.bin", "model-00009-of-00009.safetensors", "extra.txt"):
-        (target / name).write_text("left over")
     assert (target / "model.safetensors.index.json").is_file()
     replace(tiny, overwrite=True, max_shard_size="5GB").run()
     # the source's own index would name files that are not there.
@@ -256,6 +254,17 @@ def test_g13_g14_replacing_leaves_nothing_of_the_old(tiny: TinyRun) -> None:
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoint-500", "pytorch_model.bin"])
+def test_g12_what_we_did_not_write_is_not_replaced(tiny: TinyRun, name: str) -> None:
+    tiny.run()
+    strange = tiny.destination / name
+    strange.mkdir() if name.startswith("checkpoint") else strange.write_text("mine")
+    before = tree_digest(tiny.destination)
+    with pytest.raises(OutputConflictError, match=f"holds '{name}', which adaconvert did not"):
+        replace(tiny, overwrite=True).run()
+    assert tree_digest(tiny.destination) == before
 
 
 def test_g12_replacing_an_edited_output_of_ours(tiny: TinyRun) -> None:

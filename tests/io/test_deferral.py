@@ -25,10 +25,15 @@ def test_a_signal_waits_for_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupt_is_raised_after_the_block() -> None:
-    done = False
-    with pytest.raises(KeyboardInterrupt), signals_deferred():
-        signal.raise_signal(signal.SIGINT)
-        done = True
+    done: list[bool] = []
+
+    def block() -> None:
+        with signals_deferred():
+            signal.raise_signal(signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert done
 
 

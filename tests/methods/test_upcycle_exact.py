@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adaconvert
-from adaconvert.errors import OptionError, SourceError
+from adaconvert.errors import OptionError, SourceError, VerificationError
 from adaconvert.testing.tiny_models import VARIANTS, make
 
 #: variant or family -> (options, host that must come out).
@@ -151,3 +151,61 @@ def test_plan_says_what_it_costs(tmp_path: Path) -> None:
         3 * 3 * 32 * 64 + 8 * 32
     )
     assert {v.runtime for v in report.runtimes} >= {"vllm", "llama.cpp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"shared_experts": "neutral", "shared_width": 999}, "--shared-width: is wider than"),
+        ({"shared_experts": "split", "shared_width": 63}, "a multiple of 4 neurons in float32"),
+        ({"granularity": 32, "experts": 32, "top_k": 32}, "gives experts 2 neurons wide"),
+        ({"base": "other"}, "--base: needs several sources; found other"),
+    ],
+)
+def test_what_could_not_run_is_refused_before_anything_is_written(
+    options: dict[str, object], match: str, tmp_path: Path
+) -> None:
+    source = make("llama", tmp_path / "dense")
+    with pytest.raises(OptionError, match=match):
+        adaconvert.convert(source, destination=tmp_path / "out", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_float64_is_refused_unless_cast(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "dense", dtype="float64")
+    with pytest.raises(OptionError, match="--dtype: transformers cannot run experts in float64"):
+        adaconvert.plan(source)
+    assert adaconvert.plan(source, dtype="float32").exactness.kind == "exact-fp32"
+
+
+def test_a_result_without_a_bound_is_held_to_its_own_sources(tmp_path: Path) -> None:
+    one, two = make("llama", tmp_path / "one"), make("llama", tmp_path / "two", seed=1)
+    noisy, mix = tmp_path / "noisy", tmp_path / "mix"
+    adaconvert.convert(one, destination=noisy, verify=False, experts=2, noise=0.01)
+    assert adaconvert.verify(one, noisy).ok
+    adaconvert.convert(one, two, destination=mix, verify=False, experts=2)
+    assert adaconvert.verify(one, two, mix).ok
+    for wrong in ((two, noisy), (two, one, mix), (one, mix)):
+        with pytest.raises(VerificationError, match="was not made from these sources"):
+            adaconvert.verify(*wrong)
+
+
+def test_tensors_outside_the_index_can_be_left_out(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "dense")
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    moved = content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    with pytest.raises(SourceError, match="--ignore-unindexed"):
+        adaconvert.plan(source)
+    content["weight_map"]["model.norm.weight"] = moved
+    index.write_text(json.dumps(content))
+
+
+def test_prompts_that_look_alike_are_refused(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "dense")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the same\nthe same\n")
+    options = {"experts": 2, "router_init": "hidden", "router_prompts": str(prompts)}
+    with pytest.raises(OptionError, match="two groups of prompts look the same"):
+        adaconvert.convert(source, destination=tmp_path / "out", **options)

@@ -75,6 +75,12 @@ def routers_from_means(means: Array, repeat: int) -> Array:
     if square > 0:
         centred -= numpy.outer(centred @ common / square, common)
     length = numpy.linalg.norm(centred, axis=1, keepdims=True)
+    if len(means) > 1 and bool((length <= 1e-6 * math.sqrt(square)).any()):
+        raise OptionError(
+            "two groups of prompts look the same to the model",
+            where="--router-prompts",
+            hint="Give each expert prompts of its own kind.",
+        )
     rows = centred / numpy.where(length > 0, length, 1.0)
     logits = means.astype(numpy.float64) @ rows.T
     spread = float(logits.std(axis=1).mean())

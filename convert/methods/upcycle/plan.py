@@ -10,6 +10,7 @@ from adaconvert.arch.base import Carry, HostLayout, HostRequest, HostTensor, Mod
 from adaconvert.arch.host import HOSTS, Host, choose
 from adaconvert.dtypes import BY_NAME
 from adaconvert.errors import OptionError
+from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.io.tensor_ref import TensorRef
 from adaconvert.methods.sources import Described
@@ -58,6 +59,13 @@ def host_request(config: UpcycleConfig, spec: ModelSpec) -> HostRequest:
         shared = config.shared_width or total // 2 // WIDTH_MULTIPLE * WIDTH_MULTIPLE
     elif config.shared_experts == "neutral":
         shared = config.shared_width or min(NEUTRAL_WIDTH, total)
+    if shared > total:
+        raise OptionError(
+            "is wider than the dense FFN",
+            where="--shared-width",
+            expected=f"1 to {total}",
+            found=shared,
+        )
     routed = total - (shared if config.shared_experts == "split" else 0)
     if routed < 1:
         raise OptionError(
@@ -92,6 +100,8 @@ def base_index(config: UpcycleConfig, sources: Sequence[Source]) -> int | None:
         OptionError: `base` names none of the sources.
     """
     if len(sources) == 1:
+        if config.base != "average":
+            raise OptionError("needs several sources", where="--base", found=escape(config.base))
         return 0
     if config.base == "average":
         return None
@@ -309,6 +319,7 @@ def build_plan(
     base = base_index(config, sources)
     first = described[0].source.tensors[spec.ffn_rows(0)["up"].tensor]
     main_dtype = DTYPES[config.dtype] or first.dtype
+    _check_runs(request, main_dtype)
     layout = host.layout(spec, request, BY_NAME[main_dtype].config_name)
     stored = [s.tensors for s in sources]
     builder = ExpertBuilder(
@@ -336,6 +347,31 @@ def build_plan(
     return UpcyclePlan(
         plan=plan, host=host, layout=layout, request=request, described=tuple(described)
     )
+
+
+def _check_runs(request: HostRequest, dtype: str) -> None:
+    """Hold experts to what the grouped GEMM of transformers takes: 32 or 16 bits, rows of 16 bytes.
+
+    Raises:
+        OptionError: stock transformers would load the result and fail at its first token.
+    """
+    if dtype == "F64":
+        raise OptionError(
+            "transformers cannot run experts in float64",
+            where="--dtype",
+            expected="float32, bfloat16 or float16",
+            found="float64",
+        )
+    item = BY_NAME[dtype].nbytes
+    multiple = 16 // item
+    for width in (request.expert_width, request.shared_width):
+        if width % multiple:
+            raise OptionError(
+                f"gives experts {width} neurons wide, and transformers wants rows of 16 bytes",
+                where="--granularity or --shared-width",
+                expected=f"a multiple of {multiple} neurons in {BY_NAME[dtype].config_name}",
+                found=width,
+            )
 
 
 def _choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:
