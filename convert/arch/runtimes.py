@@ -151,11 +151,6 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     ),
     "vllm": (
         _Rule(
-            hosts=frozenset({"dots1"}),
-            verdict="refused",
-            why="its last release with this architecture is 0.23",
-        ),
-        _Rule(
             hosts=frozenset({"qwen2_moe", "qwen3_moe", "glm4_moe", "ernie4_5_moe"}),
             when="not silu",
             verdict="refused",
@@ -197,23 +192,25 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
             verdict="wrong",
             why="it ignores windows that only some blocks have",
         ),
+        _Rule(hosts=frozenset({"mixtral"}), verdict="right", why=_SAME_TOKENS),
         _Rule(
             when="windowed",
             verdict="untested",
             why="its source applies the window; nobody has run it",
         ),
+        _Rule(hosts=frozenset({"qwen3_moe"}), verdict="right", why=_SAME_TOKENS),
         _Rule(
             when="dense blocks",
             verdict="untested",
             why="its source allows dense blocks; nobody has run it",
         ),
         _Rule(
-            hosts=frozenset({"flex_olmo"}),
-            verdict="untested",
-            why="it runs on its transformers backend; nobody has compared the result",
+            hosts=frozenset({"flex_olmo", "dots1"}),
+            verdict="right",
+            why=f"{_SAME_TOKENS}; it runs on its transformers backend",
         ),
         _Rule(
-            hosts=frozenset({"mixtral", "qwen3_moe", "qwen2_moe"}),
+            hosts=frozenset({"qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe"}),
             verdict="right",
             why=_SAME_TOKENS,
         ),
@@ -302,7 +299,11 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
             verdict="wrong",
             why="it does not scale rotary positions dynamically: long texts differ",
         ),
-        _Rule(hosts=frozenset({"mixtral", "qwen3_moe"}), verdict="right", why=_SAME_TOKENS),
+        _Rule(
+            hosts=frozenset({"mixtral", "qwen3_moe", "granitemoe"}),
+            verdict="right",
+            why=_SAME_TOKENS,
+        ),
         _Rule(
             hosts=frozenset({"ernie4_5_moe"}),
             verdict="untested",

@@ -70,7 +70,7 @@ def test_a_head_size_of_its_own_is_refused_by_some(host: str) -> None:
 
 
 def test_windows() -> None:
-    assert told("mistral-sliding", "mixtral") == ["right", "right", "untested", "wrong"]
+    assert told("mistral-sliding", "mixtral") == ["right", "right", "right", "wrong"]
     head = {"head_dim": 8}
     assert told("qwen2-sliding", "qwen2_moe", overrides=head) == [
         "wrong",
@@ -98,17 +98,18 @@ def test_biases_that_are_dropped_without_a_word() -> None:
 
 def test_dense_blocks() -> None:
     some: dict[str, Any] = {"moe_layers": frozenset({1})}
-    assert told("qwen3", "qwen3_moe", **some) == ["right", "right", "untested", "refused"]
+    assert told("qwen3", "qwen3_moe", **some) == ["right", "right", "right", "refused"]
     assert judge("llama", "ernie4_5_moe", **some)[LLAMA_CPP][0] == "refused"
     tail: dict[str, Any] = {"moe_layers": frozenset({2, 3})}
     assert judge("llama", "ernie4_5_moe", **tail)[LLAMA_CPP][0] == "untested"
 
 
 def test_what_was_never_run_is_untested() -> None:
-    assert told("granite", "granitemoe") == ["right", "right", "untested", "untested"]
-    assert told("olmo2", "flex_olmo") == ["right", "right", "untested", "refused"]
-    assert told("llama", "glm4_moe") == ["right", "right", "untested", "refused"]
-    assert told("qwen3", "dots1") == ["right", "right", "refused", "refused"]
+    assert told("granite", "granitemoe") == ["right"] * 4
+    assert told("granite", "granitemoeshared")[2:] == ["untested", "untested"]
+    assert told("olmo2", "flex_olmo") == ["right", "right", "right", "refused"]
+    assert told("llama", "glm4_moe") == ["right", "right", "right", "refused"]
+    assert told("qwen3", "dots1") == ["right", "right", "right", "refused"]
 
 
 def test_longrope_is_lost_in_llama_cpp() -> None:
