@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shared + routed split": {"shared_experts": "split"},
     "shared + routed split, Qwen2-MoE": {"shared_experts": "split", "target": "qwen2_moe"},
     "neutral shared expert, Qwen2-MoE": {"shared_experts": "neutral", "target": "qwen2_moe"},
-    "every second half of the layers": {"layers": "15-29", "target": "qwen2_moe"},
+    "upper half of the layers": {"layers": "15-29", "target": "qwen2_moe"},
 }
 FIELDS = (
     "variant",

@@ -75,7 +75,7 @@ def routers_from_means(means: Array, repeat: int) -> Array:
     if square > 0:
         centred -= numpy.outer(centred @ common / square, common)
     length = numpy.linalg.norm(centred, axis=1, keepdims=True)
-    if len(means) > 1 and bool((length <= 1e-6 * math.sqrt(square)).any()):
+    if square > 0 and len(means) > 1 and bool((length <= 1e-6 * math.sqrt(square)).any()):
         raise OptionError(
             "two groups of prompts look the same to the model",
             where="--router-prompts",
