@@ -7,7 +7,7 @@ is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,15 +49,16 @@ def copied_bytes(target: TargetTensor) -> Bytes | None:
     return None
 
 
-def spans_of(expr: Bytes, sources: Sequence[Source], files: FdCache) -> list[Span]:
-    """Return the byte ranges of open source files an expression is the concatenation of."""
-    spans = []
+def spans_of(expr: Bytes, sources: Sequence[Source], files: FdCache) -> Iterator[Span]:
+    """Yield the byte ranges of open source files an expression is the concatenation of.
+
+    Each is to be used before the next is asked for: `files` keeps only a few open.
+    """
     for piece in expr.pieces:
         source = sources[piece.source]
         ref = source.tensors[piece.tensor]
         fd = files.shard(source, ref.file)
-        spans.append(Span(fd, ref.start + piece.start, piece.nbytes, piece.stride, piece.count))
-    return spans
+        yield Span(fd, ref.start + piece.start, piece.nbytes, piece.stride, piece.count)
 
 
 def execute(
@@ -105,7 +106,9 @@ def execute(
                         for bits in stored_parts(target, sources, fitted):
                             shard.write(target.name, bits)
                     else:
-                        shard.copy(target.name, spans_of(copied, sources, files))
+                        # piece by piece: a descriptor is good until a few other files are used
+                        for span in spans_of(copied, sources, files):
+                            shard.copy(target.name, [span])
                         copies[target.name] = copied
                     shown.update(placed.nbytes)
                 shard.finish(_digests(pool, copies))

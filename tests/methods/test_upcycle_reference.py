@@ -393,3 +393,18 @@ def test_routers_from_prompts_choose_their_own_expert(
 
 def test_every_host_is_compared_with_distinct_experts() -> None:
     assert {host for _, host, _ in CASES} == set(HOSTS)
+
+
+def test_experts_of_more_files_than_stay_open(tmp_path: Path) -> None:
+    sources = [make("granite", tmp_path / str(i), seed=i, max_shard_size="9KB") for i in range(4)]
+    assert all(len(list(s.glob("*.safetensors"))) > 8 for s in sources)
+    out = tmp_path / "out"
+    adaconvert.convert(
+        *sources, destination=out, verify=False, experts=4, target="granitemoe", base="0"
+    )
+    fused = "model.layers.0.block_sparse_moe.input_linear.weight"
+    got = read_folder(out)[1][fused]
+    for index, source in enumerate(sources):
+        dense = read_folder(source)[1]
+        parts = [dense[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        assert np.array_equal(got[index], np.concatenate(parts))
