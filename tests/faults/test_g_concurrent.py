@@ -42,7 +42,8 @@ class SignalledFileSystem(RecordingFileSystem):
 
     def before(self, step: Step) -> None:
         """Send it, or note that it is due."""
-        self._due = step == self._at
+        # the thread that syncs takes steps too: another step must not call it off
+        self._due = self._due or step == self._at
         if not self._within:
             self.deliver()
 
