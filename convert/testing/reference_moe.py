@@ -101,7 +101,7 @@ def rotary(config: dict[str, Any], rotated: int, tokens: int) -> tuple[Array, fl
             stretch = rope["long_factor" if tokens > original else "short_factor"]
             longer = config["max_position_embeddings"] / original
             return plain / stretch, math.sqrt(1 + math.log(longer) / math.log(original))
-    raise NotImplementedError(rope["rope_type"])
+    raise ValueError(f"the reference knows no rope of type {rope['rope_type']}")
 
 
 class ReferenceMoE:
@@ -272,5 +272,5 @@ class ReferenceMoE:
     def _act(self, x: Array) -> Array:
         act = self.config["hidden_act"]
         if act not in {"silu", "gelu_pytorch_tanh"}:
-            raise NotImplementedError(act)
+            raise ValueError(f"the reference knows no activation {act}")
         return x * sigmoid(x) if act == "silu" else gelu_tanh(x)
