@@ -1,0 +1,1 @@
+"""The runtime of adaptive checkpoints; its flat files are copied into every checkpoint it runs."""

@@ -1,0 +1,221 @@
+"""What one forward pass knows: which tokens are real, which knobs hold, who counts and collects.
+
+The outer model makes one `Call` per forward pass and enters it in a context variable, so threads
+and nested models each see their own and no module carries state from one call to the next.
+Recomputation under gradient checkpointing runs in the call of the forward pass it repeats, marked
+`recomputing`: it routes alike, and neither counts nor collects again.
+
+Shapes: B sequences, S positions of this pass, T tokens in the order of the flattened [B, S], E
+experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SiteAccount:
+    """What one site did, summed over the passes counted.
+
+    Attributes:
+        tokens: tokens that reached the site, padding not counted.
+        routed_tokens: those of them that a router looked at; with every expert on none runs.
+        neurons: (token, neuron) pairs that were selected, always-on neurons included.
+        executed: (token, neuron) pairs that were computed.
+        experts: [E] how many tokens used each expert.
+        neuron_flops, router_flops, gate_flops: FLOPs of one selected neuron, and of router and of a
+            gate that is run in full, for one token.
+        neuron_bytes, fixed_bytes: weight bytes of one neuron, and of what every token reads.
+    """
+
+    neuron_flops: int
+    router_flops: int
+    gate_flops: int
+    neuron_bytes: int
+    fixed_bytes: int
+    tokens: int = 0
+    routed_tokens: int = 0
+    neurons: int = 0
+    executed: int = 0
+    experts: Tensor | None = None
+
+    @property
+    def ideal_flops(self) -> int:
+        """Return the FLOPs of the selected neurons alone."""
+        return self.neurons * self.neuron_flops
+
+    @property
+    def routed_flops(self) -> int:
+        """Return the FLOPs of the selected neurons, the router and a gate run in full."""
+        return self.ideal_flops + self._fixed_flops
+
+    @property
+    def executed_flops(self) -> int:
+        """Return the FLOPs that were spent, masked neurons included."""
+        return self.executed * self.neuron_flops + self._fixed_flops
+
+    @property
+    def _fixed_flops(self) -> int:
+        return self.routed_tokens * self.router_flops + self.tokens * self.gate_flops
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the weight bytes the tokens would read if each ran alone."""
+        return self.neurons * self.neuron_bytes + self.tokens * self.fixed_bytes
+
+
+@dataclass
+class Account:
+    """What a model did, summed over the passes counted (1 MAC = 2 FLOPs).
+
+    Attributes:
+        tokens: tokens, padding not counted.
+        sites: path -> what the site did.
+        attention_flops: of scores and weighted sums, at the length each token really saw.
+        static_flops, static_bytes: per token, everything outside sites and attention scores: the
+            projections, norms left out, head included, embedding look-up not.
+        reference: `config.adaptive.reference`.
+    """
+
+    static_flops: int
+    static_bytes: int
+    reference: Mapping[str, Any]
+    tokens: int = 0
+    attention_flops: int = 0
+    sites: dict[str, SiteAccount] = field(default_factory=dict)
+
+    def flops_per_token(self) -> dict[str, float]:
+        """Return routed FLOPs per token: "ffn" (selected neurons), "router" (routers and full
+        gates) and "total" (both, projections, attention and head)."""
+        tokens = max(self.tokens, 1)
+        ffn = sum(site.ideal_flops for site in self.sites.values()) / tokens
+        routed = sum(site.routed_flops for site in self.sites.values()) / tokens
+        total = routed + self.static_flops + self.attention_flops / tokens
+        return {"ffn": ffn, "router": routed - ffn, "total": total}
+
+    def weight_bytes_per_token(self) -> dict[str, float]:
+        """Return the weight bytes a token reads when it runs alone, as batch-1 decoding does."""
+        tokens = max(self.tokens, 1)
+        routed = sum(site.weight_bytes for site in self.sites.values()) / tokens
+        fixed = sum(site.tokens * site.fixed_bytes for site in self.sites.values()) / tokens
+        return {"ffn": routed - fixed, "router": fixed, "total": routed + self.static_bytes}
+
+    def compute(self) -> float:
+        """Return routed FLOPs per token as a fraction of the reference at its stated length."""
+        flops = self.flops_per_token()
+        whole = self.reference["flops_per_token"]
+        rest = whole - self.reference["ffn_flops_per_token"]
+        return float((rest + flops["ffn"] + flops["router"]) / whole)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward pass.
+
+    Attributes:
+        token_mask: [B, S] True for real tokens, None when all are.
+        phase: "train", "prefill" or "decode".
+        knobs: site path, or "*", -> selection that overrides the config's.
+        account: who counts, None for nobody.
+        collected: what -> site path -> list of tensors; empty when nobody collects.
+        recomputing: this is the second run of a checkpointed segment.
+    """
+
+    token_mask: Tensor | None = None
+    phase: str = "prefill"
+    knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    account: Account | None = None
+    collected: Mapping[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+    recomputing: bool = False
+
+    def select(self, path: str) -> Mapping[str, Any] | None:
+        """Return the selection that overrides the config's at a site, None for none."""
+        return self.knobs.get(path) or self.knobs.get("*")
+
+    def flat_mask(self, tokens: int) -> Tensor | None:
+        """Return the mask for T flattened tokens, None when all are real."""
+        if self.token_mask is None or self.token_mask.numel() != tokens:
+            return None
+        return self.token_mask.reshape(-1)
+
+
+_CALL: ContextVar[Call | None] = ContextVar("adaptive_call", default=None)
+_NOTHING = Call()
+
+
+def current() -> Call:
+    """Return the call this code runs in; outside a model's forward pass, one without knobs."""
+    return _CALL.get() or _NOTHING
+
+
+@contextmanager
+def entered(call: Call) -> Iterator[Call]:
+    """Run the body in `call`."""
+    token = _CALL.set(call)
+    try:
+        yield call
+    finally:
+        _CALL.reset(token)
+
+
+@contextmanager
+def gathered(index: Tensor) -> Iterator[Call]:
+    """Run the body on a part of the tokens; what a site sees of the call moves with them.
+
+    Args:
+        index: [T'] positions in the flattened [B, S], or [B, S'] positions in each sequence.
+    """
+    call = current()
+    mask = call.token_mask
+    if mask is not None:
+        mask = mask.reshape(-1)[index] if index.dim() == 1 else mask.gather(1, index)
+    with entered(replace(call, token_mask=mask)) as inner:
+        yield inner
+
+
+def checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a checkpoint function whose recomputation runs in the call of its first run.
+
+    Args:
+        inner: `torch.utils.checkpoint.checkpoint` or a partial of it: (function, *args) -> output.
+    """
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = _CALL.get()
+        if call is None:
+            return inner(function, *args, **kwargs)
+        first = [True]
+
+        def segment(*a: Any, **k: Any) -> Any:
+            own = call if first[0] else replace(call, recomputing=True)
+            first[0] = False
+            with entered(own):
+                return function(*a, **k)
+
+        return inner(segment, *args, **kwargs)
+
+    return run
+
+
+def token_mask_of(attention_mask: Tensor | None, positions: int) -> Tensor | None:
+    """Return which tokens of this pass are real, [B, S], from a mask over cache and pass.
+
+    Args:
+        attention_mask: [B, past + S] with 1 for real tokens; masks of other ranks say nothing about
+            padding.
+        positions: S.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    if attention_mask.shape[1] < positions:
+        return None
+    own = attention_mask[:, attention_mask.shape[1] - positions :]
+    return own.to(torch.bool)

@@ -1,0 +1,257 @@
+"""Feed-forward networks split into experts of which each token runs some.
+
+A site keeps the stock module, its child modules and every tensor name; its class becomes a subclass
+of the stock class that knows experts. Expert e holds the neurons [shared + e*m, shared + (e+1)*m)
+of the stock matrices, whose neurons the conversion has put in that order; the first `shared`
+neurons always run, selected experts weigh one, and the output bias is added once. With every expert
+on, the stock forward runs, so the result is the dense network's.
+
+Shapes: T tokens, d hidden size, f neurons, E experts, m = neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from .adaptive_context import Call, SiteAccount, current
+from .adaptive_execution import ExpertWeights, run_experts
+from .adaptive_routers import Router, grouped, make_router
+from .adaptive_select import runs_all, select_experts
+
+_PLAIN = (nn.Linear, Conv1D)
+
+
+class AdaptiveFFN(nn.Module):
+    """What a stock feed-forward class becomes a subclass of; see the module docstring.
+
+    Attributes:
+        adaptive_path: the site's path in the model.
+        adaptive_spec: the site's "ffn" spec.
+    """
+
+    adaptive_path: str
+    adaptive_spec: dict[str, Any]
+    adaptive_gated: bool
+    adaptive_activation: Callable[[Tensor], Tensor]
+    router: Router | None
+
+    def adaptive_init(self, path: str, spec: Mapping[str, Any]) -> None:
+        """Add the site's own tensors to the stock module."""
+        self.adaptive_path = path
+        self.adaptive_spec = dict(spec)
+        names = spec["weights"]
+        self.adaptive_gated = "gate" in names or "gate_up" in names
+        # activations are stateless; kept out of the module tree so that the stock one stays alone
+        object.__setattr__(self, "adaptive_activation", ACT2FN[spec["activation"]])
+        self.router = make_router(
+            spec["router"],
+            spec["hidden"],
+            spec["experts"]["count"],
+            gated=self.adaptive_gated,
+            activation=self.adaptive_activation,
+        )
+        if spec["partition"].get("permuted", True):
+            order = torch.arange(spec["intermediate"], dtype=torch.int32)
+            self.register_buffer("neuron_order", order)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = current()
+        select = call.select(self.adaptive_path) or self.adaptive_spec["select"]
+        wanted = "router_scores" in call.collected
+        if runs_all(select, self.adaptive_spec["experts"]["count"]) and not wanted:
+            if call.account is not None and not call.recomputing:
+                self._count_all(call, hidden_states)
+            stock: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return stock
+        return self._routed(call, select, hidden_states)
+
+    def _routed(self, call: Call, select: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        real = call.flat_mask(x.shape[0])
+        gated, scores = self._scores(x)
+        chosen = select_experts(scores.detach(), select)
+        if real is not None:
+            chosen = chosen & real[:, None]
+        if call.collected:
+            # recomputation must repeat every operation, so only the keeping is left out there
+            self._collect(call, scores if real is None else scores[real])
+        out, executed = self._run(x, chosen, gated)
+        if call.account is not None and not call.recomputing:
+            self._count(call, chosen, real, executed)
+        return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
+
+    def _scores(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the activated gate where the router computes it, [T, f], and scores [T, E]."""
+        spec = self.adaptive_spec
+        experts, shared = spec["experts"]["count"], spec.get("shared", 0)
+        kind = spec["router"]["kind"]
+        if self.router is not None:
+            return None, self.router(x)
+        if kind == "gate":
+            gated = self.adaptive_activation(self._gate(x))
+            return gated, grouped(gated.abs().float(), experts, shared)
+        if kind == "oracle":
+            hidden = self._hidden(x).float() * self._down_norms()
+            return None, grouped(hidden * hidden, experts, shared).sqrt()
+        return None, x.new_ones(x.shape[0], experts, dtype=torch.float32)
+
+    def _run(self, x: Tensor, chosen: Tensor, gated: Tensor | None) -> tuple[Tensor, int]:
+        weights = None if torch.is_grad_enabled() else self._weights()
+        if weights is not None:
+            out, executed = run_experts(x, weights, chosen, gated=gated)
+            return self._after(out), executed
+        hidden = self._hidden(x, gated) * self._neuron_mask(chosen).to(x.dtype)
+        down = self.adaptive_spec["weights"].get("down")
+        if down is not None:
+            hidden = self._after(getattr(self, down)(hidden))
+        return hidden, x.shape[0] * self.adaptive_spec["intermediate"]
+
+    def _after(self, out: Tensor) -> Tensor:
+        if self.training:
+            for child in self.children():
+                if isinstance(child, nn.Dropout):
+                    out = child(out)
+        return out
+
+    def _gate(self, x: Tensor) -> Tensor:
+        """Return what goes into the activation, [T, f]: of the gate, or of a plain network's up."""
+        names = self.adaptive_spec["weights"]
+        if "gate_up" in names:
+            fused: Tensor = getattr(self, names["gate_up"])(x)
+            return fused.chunk(2, dim=-1)[0]
+        gate: Tensor = getattr(self, names.get("gate", names.get("up")))(x)
+        return gate
+
+    def _hidden(self, x: Tensor, gated: Tensor | None = None) -> Tensor:
+        """Return what goes into the down projection, [T, f]; runs the modules, so adapters,
+        quantised weights and hooks take part."""
+        names = self.adaptive_spec["weights"]
+        if "gate_up" in names:
+            fused: Tensor = getattr(self, names["gate_up"])(x)
+            gate, up = fused.chunk(2, dim=-1)
+            return (self.adaptive_activation(gate) if gated is None else gated) * up
+        if gated is None:
+            gated = self.adaptive_activation(self._gate(x))
+        if not self.adaptive_gated:
+            return gated
+        plain: Tensor = getattr(self, names["up"])(x)
+        return gated * plain
+
+    def _neuron_mask(self, chosen: Tensor) -> Tensor:
+        """Return which neurons run, [T, f]."""
+        spec = self.adaptive_spec
+        routed = chosen.repeat_interleave(spec["experts"]["width"], dim=-1)
+        shared = spec.get("shared", 0)
+        if not shared:
+            return routed
+        return torch.cat([routed.new_ones(routed.shape[0], shared), routed], dim=-1)
+
+    def _child_weights(self) -> dict[str, tuple[Tensor, Tensor | None]] | None:
+        """Return (weight [out, in], bias) by role; None when a child is not an untouched matrix."""
+        found = {}
+        for role, name in self.adaptive_spec["weights"].items():
+            child = getattr(self, name)
+            plain = type(child) in _PLAIN and not (
+                child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
+            )
+            if not plain or not child.weight.is_floating_point():
+                return None
+            weight = child.weight.T if type(child) is Conv1D else child.weight
+            found[role] = (weight, child.bias)
+        return found
+
+    def _weights(self) -> ExpertWeights | None:
+        """Return the experts' matrices; None when the modules themselves must run."""
+        found = self._child_weights()
+        if found is None or "down" not in found:
+            return None
+        gate, gate_bias = found.get("gate", (None, None))
+        if "gate_up" in found:
+            weight, bias = found["gate_up"]
+            (gate, up) = weight.chunk(2)
+            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        else:
+            up, up_bias = found["up"]
+        down, down_bias = found["down"]
+        spec = self.adaptive_spec
+        return ExpertWeights(
+            gate=gate,
+            up=up,
+            down=down,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            activation=self.adaptive_activation,
+            width=spec["experts"]["width"],
+            shared=spec.get("shared", 0),
+        )
+
+    def _down_norms(self) -> Tensor:
+        """Return the norm of each neuron's output column, [f]; ones where the site has no down."""
+        found = self._child_weights()
+        if found is None or "down" not in found:
+            return torch.ones(self.adaptive_spec["intermediate"])
+        return torch.linalg.vector_norm(found["down"][0].float(), dim=0)
+
+    def _account(self, call: Call) -> SiteAccount:
+        assert call.account is not None
+        site = call.account.sites.get(self.adaptive_path)
+        if site is None:
+            site = call.account.sites[self.adaptive_path] = self._new_account()
+        return site
+
+    def _new_account(self) -> SiteAccount:
+        spec = self.adaptive_spec
+        d, f = spec["hidden"], spec["intermediate"]
+        names = spec["weights"]
+        item = getattr(self, names.get("up", names.get("gate_up"))).weight.element_size()
+        matrices = 3 if self.adaptive_gated else 2
+        full = spec["router"]["kind"] == "gate"
+        router_bytes = sum(t.numel() * t.element_size() for t in self._router_tensors())
+        return SiteAccount(
+            neuron_flops=2 * d * (matrices - full),
+            router_flops=0 if self.router is None else self.router.flops,
+            gate_flops=2 * d * f if full else 0,
+            neuron_bytes=d * item * (matrices - full),
+            fixed_bytes=router_bytes + (d * f * item if full else 0),
+        )
+
+    def _router_tensors(self) -> list[Tensor]:
+        return [] if self.router is None else [*self.router.parameters(), *self.router.buffers()]
+
+    def _count(self, call: Call, chosen: Tensor, real: Tensor | None, executed: int) -> None:
+        spec = self.adaptive_spec
+        site = self._account(call)
+        tokens = chosen.shape[0] if real is None else int(real.sum())
+        uses = chosen.sum(dim=0).cpu()
+        site.tokens += tokens
+        site.routed_tokens += tokens
+        site.neurons += int(uses.sum()) * spec["experts"]["width"]
+        site.neurons += tokens * spec.get("shared", 0)
+        if executed == chosen.shape[0] * spec["intermediate"]:
+            executed = tokens * spec["intermediate"]
+        site.executed += executed
+        site.experts = uses if site.experts is None else site.experts + uses
+
+    def _count_all(self, call: Call, hidden_states: Tensor) -> None:
+        spec = self.adaptive_spec
+        site = self._account(call)
+        total = hidden_states.numel() // hidden_states.shape[-1]
+        real = call.flat_mask(total)
+        tokens = total if real is None else int(real.sum())
+        site.tokens += tokens
+        site.neurons += tokens * spec["intermediate"]
+        site.executed += tokens * spec["intermediate"]
+        uses = torch.full((spec["experts"]["count"],), tokens, dtype=torch.int64)
+        site.experts = uses if site.experts is None else site.experts + uses
+
+    def _collect(self, call: Call, scores: Tensor) -> None:
+        kept = call.collected.get("router_scores")
+        if kept is not None and not call.recomputing:
+            kept.setdefault(self.adaptive_path, []).append(scores)

@@ -1,0 +1,105 @@
+"""The one compute knob: from a fraction of the reference's FLOPs to selections per site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Select = Mapping[str, Any]
+Knobs = dict[str, Select]
+#: what a fraction may miss a row by before the row counts as above it (rounding of decimals).
+SLACK = 1e-9
+
+
+def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
+    """Return the selections that run at most `compute` of the reference's FLOPs per token.
+
+    A calibrated model takes the largest row of its table that is not above `compute`; rows are
+    never interpolated. Without a table every site runs the same share of its experts by top-k, the
+    largest that stays within `compute`: a rule that knows nothing of the model, so calibrate.
+
+    Raises:
+        ValueError: nothing the model can do costs that little; the message gives the range.
+    """
+    if not isinstance(compute, int | float) or isinstance(compute, bool) or not compute > 0:
+        raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to 1")
+    if compute >= 1:
+        return {"*": {"rule": "all"}}
+    table = adaptive.get("calibration")
+    return _uniform(adaptive, compute) if table is None else _row(table["rows"], compute)
+
+
+def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
+    fitting = [row for row in rows if row["compute"] <= compute + SLACK]
+    if not fitting:
+        low = min((row["compute"] for row in rows), default=1.0)
+        raise ValueError(
+            f"compute {compute:g} is below what this model was calibrated for: {low:.4f} to 1"
+        )
+    best = max(fitting, key=lambda row: (row["compute"], -row.get("loss", 0.0)))
+    return dict(best["select"])
+
+
+def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
+    reference = adaptive["reference"]
+    sites = {path: slots["ffn"] for path, slots in adaptive["sites"].items() if "ffn" in slots}
+    whole = reference["flops_per_token"]
+    budget = compute * whole - (whole - reference["ffn_flops_per_token"])
+    # unconverted feed-forward networks cost what they cost
+    budget -= reference["ffn_flops_per_token"] - sum(_dense_flops(s) for s in sites.values())
+    budget -= sum(fixed_flops(spec) for spec in sites.values())
+    per_share = sum(_routed_flops(spec) for spec in sites.values())
+    least = sum(_routed_flops(s) / s["experts"]["count"] for s in sites.values())
+    if not sites or budget < least:
+        low = compute + (least - budget) / whole
+        raise ValueError(
+            f"compute {compute:g} is out of reach: this model can run {low:.4f} to 1 of the "
+            "reference's FLOPs per token"
+        )
+    share = budget / per_share
+    return {
+        path: {"rule": "top-k", "k": max(1, int(share * spec["experts"]["count"] + SLACK))}
+        if share < 1
+        else {"rule": "all"}
+        for path, spec in sites.items()
+    }
+
+
+def _matrices(spec: Mapping[str, Any]) -> int:
+    names = spec["weights"]
+    return 3 if "gate" in names or "gate_up" in names else 2
+
+
+def _dense_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of the dense network for one token."""
+    return 2 * int(spec["hidden"]) * int(spec["intermediate"]) * _matrices(spec)
+
+
+def _routed_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of all routed experts together for one token."""
+    routed = spec["experts"]["count"] * spec["experts"]["width"]
+    run = _matrices(spec) - (spec["router"]["kind"] == "gate")
+    return int(2 * spec["hidden"] * routed * run)
+
+
+def router_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a site's router for one token, a gate that is run in full left out."""
+    hidden, experts = int(spec["hidden"]), int(spec["experts"]["count"])
+    kind = spec["router"]["kind"]
+    if kind in {"param-center", "similarity"}:
+        return 2 * hidden * experts
+    if kind == "analytic":
+        return 2 * hidden * experts * (_matrices(spec) - 1)
+    if kind == "contribution":
+        return 2 * int(spec["router"]["width"]) * (hidden + experts)
+    return 0
+
+
+def fixed_flops(spec: Mapping[str, Any]) -> int:
+    """Return what every token costs at a site before an expert is chosen: router, full gate,
+    always-on neurons."""
+    hidden = int(spec["hidden"])
+    full = spec["router"]["kind"] == "gate"
+    gate = 2 * hidden * int(spec["intermediate"]) if full else 0
+    shared = 2 * hidden * int(spec.get("shared", 0)) * (_matrices(spec) - full)
+    return int(router_flops(spec) + gate + shared)

@@ -1,0 +1,175 @@
+"""The schema of `config.adaptive`, version 1, and what may be combined with what.
+
+    adaptive = {
+        version,
+        base:        {architecture, config, model_type},     the stock classes underneath
+        reference:   {flops_per_token, ffn_flops_per_token, length},   the dense source
+        sites:       {module path: {slot: spec}},            slots: "linear", "ffn", "layer"
+        model:       {exits, recursion, decode_policy},
+        calibration: None, or the measured compute/loss table,
+    }
+
+An "ffn" site whose down projection lies in another module (BERT) has no "down" among its weights
+and names that matrix's path in `down_path`; it returns the masked hidden units.
+
+A slot is filled by one class (`SLOTS` in adaptive_slots.py); methods edit the fields of a slot's
+spec and never replace one another's modules. This file needs no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+VERSION = 1
+#: built inside out.
+SLOT_ORDER = ("linear", "ffn", "layer")
+RULES: Mapping[str, str | None] = {
+    "all": None,
+    "top-k": "k",
+    "dynamic-k": "tau",
+    "threshold": "threshold",
+    "top-p": "p",
+}
+ROUTERS = ("none", "oracle", "gate", "param-center", "similarity", "analytic", "contribution")
+#: pairs of things a model may hold that cannot be combined, and why; every other pair composes.
+REFUSED: Mapping[frozenset[str], str] = {
+    frozenset({"model.recursion", "model.exits"}): (
+        "an exit inside a shared block would leave at every pass"
+    ),
+}
+_TOP = {"version", "base", "reference", "sites", "model", "calibration", "origin"}
+_MODEL = {"exits", "recursion", "decode_policy"}
+
+
+class AdaptiveConfigError(ValueError):
+    """`config.adaptive` is not what this version of the runtime can run."""
+
+
+#: version -> the function that turns a config of that version into one of the next; pure.
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def read(adaptive: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checked copy of `config.adaptive` in the present version.
+
+    Raises:
+        AdaptiveConfigError: it is newer than this code, or something in it is wrong.
+    """
+    if not isinstance(adaptive, Mapping):
+        raise AdaptiveConfigError(
+            f"config.adaptive is {type(adaptive).__name__}, expected an object"
+        )
+    version = adaptive.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise AdaptiveConfigError(f"config.adaptive.version is {version!r}, expected {VERSION}")
+    if version > VERSION:
+        raise AdaptiveConfigError(
+            f"config.adaptive.version is {version} and this code knows up to {VERSION}: "
+            "install a newer adaconvert, or load with the checkpoint's own code "
+            "(trust_remote_code=True)"
+        )
+    known = copy.deepcopy(dict(adaptive))
+    while known["version"] < VERSION:
+        known = MIGRATIONS[known["version"]](known)
+    _check_keys("config.adaptive", known, _TOP)
+    _check_keys("config.adaptive.model", known.get("model") or {}, _MODEL)
+    if not isinstance(known.get("sites"), Mapping):
+        raise AdaptiveConfigError("config.adaptive has no sites")
+    for path, slots in known["sites"].items():
+        _check_site(path, slots)
+    check_composition(known)
+    return known
+
+
+def parts(adaptive: Mapping[str, Any]) -> set[str]:
+    """Return the names of what a model holds: slots that are filled, and parts of the model."""
+    found = {slot for slots in adaptive.get("sites", {}).values() for slot in slots}
+    model = adaptive.get("model") or {}
+    return found | {f"model.{name}" for name in ("exits", "recursion") if model.get(name)}
+
+
+def check_composition(adaptive: Mapping[str, Any]) -> None:
+    """Refuse what cannot be combined.
+
+    Raises:
+        AdaptiveConfigError: naming the pair and the reason.
+    """
+    held = parts(adaptive)
+    for pair, reason in REFUSED.items():
+        if pair <= held:
+            names = " and ".join(sorted(pair))
+            raise AdaptiveConfigError(f"{names} cannot be combined: {reason}")
+
+
+def _check_keys(where: str, found: Any, known: set[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise AdaptiveConfigError(f"{where} is {type(found).__name__}, expected an object")
+    unknown = sorted(set(found) - known)
+    if unknown:
+        raise AdaptiveConfigError(
+            f"{where} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+        )
+
+
+def _check_site(path: str, slots: Mapping[str, Any]) -> None:
+    where = f"config.adaptive.sites[{path!r}]"
+    _check_keys(where, slots, set(SLOT_ORDER))
+    if "ffn" in slots:
+        _check_ffn(f"{where}.ffn", slots["ffn"])
+
+
+_FFN = {
+    *("weights", "activation", "hidden", "intermediate", "partition", "experts", "shared"),
+    *("router", "select", "combine", "null", "down_path"),
+}
+
+
+def _check_ffn(where: str, spec: Mapping[str, Any]) -> None:
+    _check_keys(where, spec, _FFN)
+    try:
+        count, width = spec["experts"]["count"], spec["experts"]["width"]
+        total, shared = spec["intermediate"], spec.get("shared", 0)
+        kind, select = spec["router"]["kind"], spec["select"]
+    except (KeyError, TypeError) as error:
+        raise AdaptiveConfigError(f"{where} lacks {error}") from None
+    if min(count, width) < 1 or shared < 0 or shared + count * width != total:
+        raise AdaptiveConfigError(
+            f"{where}: {shared} shared neurons and {count} experts of {width} do not make "
+            f"{total} neurons"
+        )
+    if kind not in ROUTERS:
+        raise AdaptiveConfigError(f"{where}.router.kind is {kind!r}, known: {', '.join(ROUTERS)}")
+    if spec.get("combine", "unit") != "unit":
+        raise AdaptiveConfigError(f"{where}.combine is {spec['combine']!r}, known: unit")
+    check_select(f"{where}.select", select, count)
+
+
+def check_select(where: str, select: Mapping[str, Any], experts: int) -> None:
+    """Refuse a selection that means nothing.
+
+    Args:
+        where: named in the message.
+        select: {"rule": ..., and the value the rule needs}.
+        experts: routed experts of the site.
+
+    Raises:
+        AdaptiveConfigError: unknown rule, or its value is missing or out of range.
+    """
+    rule = str(select.get("rule"))
+    if rule not in RULES:
+        raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(RULES)}")
+    name = RULES[rule]
+    if name is None:
+        return
+    value = select.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise AdaptiveConfigError(f"{where}: {rule} needs a number {name}, found {value!r}")
+    limits = {"k": (1, experts), "tau": (0.0, 1.0), "p": (0.0, 1.0)}
+    if name in limits:
+        low, high = limits[name]
+        if not low <= value <= high:
+            raise AdaptiveConfigError(f"{where}.{name} is {value}, expected {low} to {high}")
+    if name == "k" and value != int(value):
+        raise AdaptiveConfigError(f"{where}.k is {value}, expected a whole number")

@@ -1,0 +1,105 @@
+"""Checkpoints loaded with the installed classes, adaptive or stock; no checkpoint code runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaconvert.errors import OptionError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX = "adaptive_"
+#: the files of this package that a checkpoint carries to load without adaconvert.
+CODE_FILES = (
+    "adaptive_context.py",
+    "adaptive_execution.py",
+    "adaptive_ffn.py",
+    "adaptive_knobs.py",
+    "adaptive_routers.py",
+    "adaptive_schema.py",
+    "adaptive_select.py",
+    "adaptive_slots.py",
+    "configuration_adaptive.py",
+    "modeling_adaptive.py",
+)
+
+
+def code_folder() -> Path:
+    """Return where the installed `CODE_FILES` lie."""
+    return Path(__file__).parent
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot be read: {error}", where=str(path)) from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise SourceError("has no model_type", where=str(path))
+    return found
+
+
+def is_adaptive(config: dict[str, Any]) -> bool:
+    """Return whether a config.json is of an adaptive checkpoint."""
+    return str(config.get("model_type", "")).startswith(PREFIX)
+
+
+def model_class(config: dict[str, Any]) -> Any:
+    """Return the class that runs a config.json: ours for adaptive ones, else transformers'.
+
+    Raises:
+        SourceError: transformers has no class of the name in `architectures`.
+    """
+    import transformers
+
+    from adaconvert.modeling import modeling_adaptive
+
+    names = config.get("architectures") or []
+    home: Any = modeling_adaptive if is_adaptive(config) else transformers
+    for name in names:
+        found = getattr(home, str(name), None)
+        if found is not None:
+            return found
+    if names:
+        raise SourceError(
+            f"this version of transformers ({transformers.__version__}) has no {names[0]}",
+            where="config.json: architectures",
+            hint="Install the version that wrote the checkpoint.",
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def load_model(
+    folder: str | Path, *, dtype: str = "auto", device: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Return a checkpoint's model in evaluation mode.
+
+    Args:
+        folder: checkpoint, adaptive or stock.
+        dtype: torch name of the dtype, or "auto" for the stored one.
+        device: where it goes, the CPU when not given.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        SourceError: the checkpoint cannot be loaded, or its adaptive part is damaged or newer than
+            this code.
+        OptionError: unknown dtype.
+    """
+    import torch
+
+    where = Path(folder)
+    made = model_class(_config_of(where))
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype, None)
+    if wanted is None or (dtype != "auto" and not isinstance(wanted, torch.dtype)):
+        raise OptionError("unknown dtype", where="--dtype", expected="a torch dtype", found=dtype)
+    try:
+        model = made.from_pretrained(where, dtype=wanted, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise SourceError(f"cannot be loaded: {error}", where=str(where)) from error
+    model.eval()
+    loaded: PreTrainedModel = model.to(device) if device is not None else model
+    return loaded

@@ -1,0 +1,400 @@
+"""Adaptive models over any model class of transformers.
+
+`Adaptive<Base>` exists for every class of transformers; it is made when asked for. It builds the
+stock model, fills the sites `config.adaptive` names, and gives the forward pass its call: token
+mask, knobs, account, collectors. Everything else, loading, saving, generation, caches, devices, is
+the stock class's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .adaptive_context import Account, Call, checkpointed, entered, token_mask_of
+from .adaptive_ffn import AdaptiveFFN
+from .adaptive_knobs import Knobs, knobs_for
+from .adaptive_routers import Router
+from .adaptive_schema import RULES, AdaptiveConfigError, check_select, read
+from .adaptive_slots import fill
+from .configuration_adaptive import made_config
+
+_MADE: dict[str, type] = {}
+_PREFIX = "Adaptive"
+#: ending of a class name -> the Auto class that loads it.
+_AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForPreTraining": "AutoModelForPreTraining",
+    "ForNextSentencePrediction": "AutoModelForNextSentencePrediction",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
+    "Model": "AutoModel",
+}
+_KNOBS: ContextVar[tuple[int, Knobs] | None] = ContextVar("adaptive_knobs", default=None)
+#: an adaptive model is being built; models inside it are parts of it and fill no sites.
+_BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
+_WATCH: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("adaptive_watch", default=None)
+
+
+class Setting:
+    """Knobs that were just set; as a context manager it puts back what was there before."""
+
+    def __init__(self, model: Any, before: Knobs) -> None:
+        self._model, self._before = model, before
+
+    def __enter__(self) -> Setting:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._model._adaptive_knobs = self._before
+
+
+class AdaptiveMixin:
+    """What every adaptive model can do besides what its stock class can."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        inside = _BUILDING.get()
+        token = _BUILDING.set(True)
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            _BUILDING.reset(token)
+        self._adaptive_knobs: Knobs = {}
+        self._adaptive_sites: tuple[str, ...] = ()
+        if inside or config.adaptive is None:
+            return
+        adaptive = read(config.adaptive)
+        own: Any = self
+        sites = fill(own, adaptive, own.base_model_prefix)
+        self._adaptive_sites = tuple(sites)
+        for module in sites.values():
+            assert isinstance(module, AdaptiveFFN)
+            if module.router is not None and not next(module.router.parameters()).is_meta:
+                self._init_weights(module.router)
+
+    # -- what a caller uses
+
+    def adaptive_sites(self) -> dict[str, AdaptiveFFN]:
+        """Return the feed-forward sites by path."""
+        return {path: self._site(path) for path in self._adaptive_sites}
+
+    def set_select(
+        self, rule: str | None = None, *, sites: list[str] | None = None, **value: float
+    ) -> Setting:
+        """Select experts by `rule` from now on; as a context manager, until its end.
+
+        Args:
+            rule: "all", "top-k" (k), "dynamic-k" (tau), "threshold" (threshold) or "top-p" (p);
+                None goes back to what the configuration says.
+            sites: paths it holds for; all when not given.
+            value: the rule's value by its name.
+
+        Raises:
+            ValueError: unknown rule, site or value.
+        """
+        before = self._adaptive_knobs
+        if rule is None:
+            self._adaptive_knobs = {}
+            return Setting(self, before)
+        select = {"rule": rule, **value}
+        unknown = sorted(set(sites or ()) - set(self._adaptive_sites))
+        if unknown:
+            raise AdaptiveConfigError(f"no such site: {', '.join(unknown)}")
+        for path in sites or self._adaptive_sites:
+            experts = self._site(path).adaptive_spec["experts"]["count"]
+            check_select(f"set_select at {path}", select, experts)
+        if set(value) - {RULES[rule]}:
+            raise AdaptiveConfigError(
+                f"{rule} takes {RULES[rule] or 'no value'}, not {sorted(value)}"
+            )
+        self._adaptive_knobs = (
+            {"*": select} if sites is None else {**before, **dict.fromkeys(sites, select)}
+        )
+        return Setting(self, before)
+
+    def set_compute(self, compute: float | None) -> Setting:
+        """Spend at most this fraction of the reference's FLOPs per token from now on.
+
+        Args:
+            compute: fraction above 0; 1 runs every expert, None goes back to what the
+                configuration says. See `adaptive_knobs.knobs_for`.
+
+        Raises:
+            ValueError: out of reach; the message gives the range.
+        """
+        before = self._adaptive_knobs
+        adaptive = self.config.adaptive  # type: ignore[attr-defined]
+        self._adaptive_knobs = {} if compute is None else knobs_for(adaptive, compute)
+        return Setting(self, before)
+
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """Count what the forward passes inside the body do."""
+        static_flops, static_bytes = self._static_costs()
+        reference = self.config.adaptive["reference"]  # type: ignore[attr-defined]
+        made = Account(static_flops=static_flops, static_bytes=static_bytes, reference=reference)
+        with self._watching(account=made):
+            yield made
+
+    @contextmanager
+    def collect(self, *names: str) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect tensors of the forward passes inside the body: "router_scores" ([T, E] of the
+        real tokens, with their gradients). Yields path -> list of tensors."""
+        if names != ("router_scores",):
+            raise ValueError(f"cannot collect {names}; known: router_scores")
+        kept: dict[str, list[Tensor]] = {}
+        with self._watching(collected={"router_scores": kept}):
+            yield kept
+
+    def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
+        """Generate as the stock class does, at `compute` when it is given."""
+        if compute is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        knobs = knobs_for(self.config.adaptive, compute)  # type: ignore[attr-defined]
+        token = _KNOBS.set((id(self), knobs))
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _KNOBS.reset(token)
+
+    # -- what transformers calls
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as the stock class does, and refuse a model whose adaptive part did not load.
+
+        Raises:
+            AdaptiveConfigError: tensors of a site are missing, or quantisation replaced a site.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(info["missing_keys"])
+        # a class the checkpoint was not written for brings a head of its own
+        if missing and cls.__name__ in (model.config.architectures or [cls.__name__]):
+            raise AdaptiveConfigError(f"the checkpoint lacks {', '.join(missing[:5])}")
+        for path in model._adaptive_sites:
+            if not isinstance(model._site(path), AdaptiveFFN):
+                raise AdaptiveConfigError(
+                    f"{path} was replaced while loading; its experts are lost"
+                )
+        return (model, info) if wanted else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Router):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=0.02)
+            for buffer in module.buffers():
+                init.zeros_(buffer)
+        elif isinstance(module, AdaptiveFFN) and hasattr(module, "neuron_order"):
+            order: Any = module.neuron_order
+            init.copy_(order, torch.arange(order.numel(), dtype=order.dtype))
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        given = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
+        if enable and getattr(given, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "adaptive models need use_reentrant=False: the reentrant form runs the first pass "
+                "without gradients, so router losses would get none"
+            )
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable=enable, gradient_checkpointing_func=checkpointed(given), **kwargs
+        )
+
+    # -- one call
+
+    @contextmanager
+    def _watching(self, **what: Any) -> Iterator[None]:
+        watch = _WATCH.get() or {}
+        mine = {**watch.get(id(self), {}), **what}
+        token = _WATCH.set({**watch, id(self): mine})
+        try:
+            yield
+        finally:
+            _WATCH.reset(token)
+
+    def _adaptive_call(self, inputs: Mapping[str, Any]) -> Call:
+        """Return the call of one forward pass over bound arguments."""
+        given = next((inputs[n] for n in _INPUTS if inputs.get(n) is not None), None)
+        positions = given.shape[1] if isinstance(given, Tensor) and given.dim() in (2, 3) else 0
+        mask = inputs.get("attention_mask")
+        override = _KNOBS.get()
+        knobs = override[1] if override and override[0] == id(self) else self._adaptive_knobs
+        watch = (_WATCH.get() or {}).get(id(self), {})
+        cached = _cached(inputs.get("past_key_values"))
+        phase = "decode" if positions == 1 and cached else "prefill"
+        call = Call(
+            token_mask=token_mask_of(mask, positions) if positions else None,
+            phase="train" if self.training else phase,  # type: ignore[attr-defined]
+            knobs=knobs,
+            account=watch.get("account"),
+            collected=watch.get("collected", {}),
+        )
+        if call.account is not None and isinstance(given, Tensor):
+            self._count_tokens(call, given, mask, cached)
+        return call
+
+    def _count_tokens(self, call: Call, given: Tensor, mask: Any, cached: int) -> None:
+        assert call.account is not None
+        batch = given.shape[0]
+        positions = given.shape[1] if given.dim() < 4 else self._patches()
+        lengths = torch.arange(1, positions + 1).expand(batch, positions) + cached
+        real = torch.ones(batch, positions, dtype=torch.bool)
+        if call.token_mask is not None:
+            real = call.token_mask.cpu()
+            lengths = mask.cpu().long().cumsum(dim=1)[:, -positions:]
+        if not self._causal():
+            lengths = real.sum(dim=1, keepdim=True).expand(batch, positions)
+        call.account.tokens += int(real.sum())
+        call.account.attention_flops += self._attention_flops(lengths[real])
+
+    def _attention_flops(self, lengths: Tensor) -> int:
+        """Return the FLOPs of scores and weighted sums of tokens that see `lengths` positions."""
+        config: Any = self.config.get_text_config()  # type: ignore[attr-defined]
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        window = getattr(config, "sliding_window", None)
+        layers = config.num_hidden_layers
+        kinds = (
+            getattr(config, "layer_types", None)
+            or ["sliding_attention" if window else "full_attention"] * layers
+        )
+        full = int(lengths.sum())
+        near = int(lengths.clamp_max(window).sum()) if window else full
+        seen = sum(near if "sliding" in kind else full for kind in kinds[:layers])
+        return int(4 * heads * head * seen)
+
+    def _static_costs(self) -> tuple[int, int]:
+        """Return FLOPs and weight bytes per token of every matrix outside the sites."""
+        inside = {
+            id(getattr(site, name))
+            for site in self.adaptive_sites().values()
+            for name in site.adaptive_spec["weights"].values()
+        }
+        for site in self.adaptive_sites().values():
+            if "down_path" in site.adaptive_spec:
+                inside.add(id(self._at(site.adaptive_spec["down_path"])))
+        flops = size = 0
+        for module in self.modules():  # type: ignore[attr-defined]
+            if id(module) in inside or not isinstance(module, nn.Linear | Conv1D | nn.Conv2d):
+                continue
+            flops += 2 * module.weight.numel()
+            size += module.weight.numel() * module.weight.element_size()
+        return flops, size
+
+    def _causal(self) -> bool:
+        return self.config.model_type.removeprefix("adaptive_") not in _ENCODERS  # type: ignore[attr-defined]
+
+    def _patches(self) -> int:
+        config: Any = self.config  # type: ignore[attr-defined]
+        return int(config.image_size // config.patch_size) ** 2 + 1
+
+    def _site(self, path: str) -> Any:
+        return self._at(path)
+
+    def _at(self, path: str) -> Any:
+        prefix = self.base_model_prefix  # type: ignore[attr-defined]
+        bare = bool(prefix) and not hasattr(self, prefix)
+        return self.get_submodule(path.removeprefix(f"{prefix}.") if bare else path)  # type: ignore[attr-defined]
+
+
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
+_ENCODERS = frozenset({"bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2"})
+
+
+def _cached(cache: Any) -> int:
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else 0
+
+
+def _forward_of(stock: Any) -> Any:
+    """Return the stock forward inside its call, with the stock signature."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._adaptive_sites:
+            return stock(self, *args, **kwargs)
+        inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
+        with entered(self._adaptive_call(inputs)):
+            return stock(self, *args, **kwargs)
+
+    return forward
+
+
+def _register_names(name: str, base: Any) -> None:
+    """Give the class the stock one's names on disk, where they differ from those in memory."""
+    own_type = f"{_PREFIX.lower()}_{base.config_class.model_type}"
+    for stock, own in ((base.__name__, name), (base.config_class.model_type, own_type)):
+        mapping = get_checkpoint_conversion_mapping(stock)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+
+
+def _register_backbone(config_class: Any, base: Any) -> None:
+    """Let stock heads that build their backbone through AutoModel build the stock one."""
+    found: Any = transformers.MODEL_MAPPING.get(base.config_class, None)
+    backbone = found[0] if isinstance(found, tuple) else found
+    if backbone is not None and config_class not in transformers.MODEL_MAPPING:
+        transformers.MODEL_MAPPING.register(config_class, backbone)
+
+
+def _make(name: str) -> type:
+    base: Any = getattr(transformers, name.removeprefix(_PREFIX), None)
+    if base is None or not issubclass(base, transformers.PreTrainedModel):
+        raise AttributeError(f"transformers has no model {name.removeprefix(_PREFIX)}")
+    bases: tuple[type, ...] = (AdaptiveMixin, base)
+    if issubclass(base, GenerationMixin):
+        bases += (GenerationMixin,)
+    body: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "config_class": made_config(f"{_PREFIX}{base.config_class.__name__}"),
+        "forward": _forward_of(base.forward),
+        # a rounded router chooses other experts
+        "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "router"},
+    }
+    made = type(name, bases, body)
+    _register_names(name, base)
+    _register_backbone(body["config_class"], base)
+    auto = next((auto for end, auto in _AUTO.items() if name.endswith(end)), None)
+    if auto is not None:
+        made.register_for_auto_class(auto)  # type: ignore[attr-defined]
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(_PREFIX) and name[len(_PREFIX) :][:1].isupper():
+        if name not in _MADE:
+            _MADE[name] = _make(name)
+        return _MADE[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
