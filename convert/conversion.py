@@ -8,25 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adaconvert import __version__
 from adaconvert.errors import (
     OptionError,
     SourceError,
 )
+from adaconvert.export.adaptive import code_files
 from adaconvert.export.card import render_card
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
-from adaconvert.methods.registry import Prepared, make_config, prepare
+from adaconvert.methods.planned import PlainPlan, Planned, Prepared
+from adaconvert.methods.registry import Method, make_config, method_of, prepare
 from adaconvert.methods.sources import (
     Described,
     check_agreement,
     check_ties,
     check_vocabulary,
+    left_behind,
     open_source,
 )
 from adaconvert.planning.alignment import aligned
@@ -35,9 +37,6 @@ from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Plan
 from adaconvert.proof import checked, found_complete, probe_of
 from adaconvert.reports import ConversionResult, PlanReport
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,24 +78,51 @@ def prepare_run(
         for where in sources
     ]
     for item in described:
-        _check_dense(item)
+        _check_kind(item, method_of(method))
+    _check_count(described, method)
     check_agreement(described)
     prepared = prepare(config, described)
     if not keep_config:
         return prepared
     planned = prepared.planned
     config_json = _kept(planned.plan.config, described[0], keep_config)
-    return replace(
-        prepared, planned=replace(planned, plan=replace(planned.plan, config=config_json))
+    return replace(prepared, planned=_with_config(planned, config_json))
+
+
+def _with_config(planned: Planned, config: dict[str, object]) -> PlainPlan:
+    """Return a plan that writes another config.json."""
+    return PlainPlan(
+        plan=replace(planned.plan, config=config),
+        described=planned.described,
+        target=planned.target,
+        runtimes=planned.runtimes,
+        files=planned.files,
     )
 
 
-def _check_dense(item: Described) -> None:
+def _check_kind(item: Described, method: Method) -> None:
+    """Hold a source to what a method accepts.
+
+    Raises:
+        SourceError: it is a mixture, split already, or not split at all.
+    """
+    where = f"{item.source.label}/config.json"
     if item.spec.num_experts:
         raise SourceError(
             f"is already a mixture of {item.spec.num_experts} experts ({item.spec.model_type})",
-            where=f"{item.source.label}/config.json",
-            hint="upcycle needs a dense model.",
+            where=where,
+            hint=method.refusal,
+        )
+    is_adaptive = item.spec.adaptive is not None
+    if method.accepts not in ("any", "adaptive" if is_adaptive else "dense"):
+        what = "is already adaptive" if is_adaptive else "is a dense model"
+        raise SourceError(f"{what} ({item.spec.model_type})", where=where, hint=method.refusal)
+
+
+def _check_count(described: Sequence[Described], method: str) -> None:
+    if len(described) > 1 and not method_of(method).several:
+        raise OptionError(
+            f"{method} takes one checkpoint", where="SRC", expected=1, found=len(described)
         )
 
 
@@ -169,17 +195,20 @@ def run(
         for item in planned.described:
             check_ties(item)
             check_vocabulary(item)
+        fitted = prepared.fit(settings.progress)
         done = execute(
             planned.plan,
             opened,
             staging,
             layouts,
-            fitted=prepared.fit(),
+            fitted=fitted,
             allow_nonfinite=settings.allow_nonfinite,
             progress=settings.progress,
         )
-        _write_side_files(staging, planned.plan, planned.described, layouts)
-        record = _manifest(planned.plan, planned.described, done, staging.files, digest)
+        config_json = prepared.config_of(fitted) if prepared.config_of else planned.plan.config
+        _write_side_files(staging, planned, config_json, layouts)
+        notes = prepared.notes_of(_hashes(done)) if prepared.notes_of else []
+        record = _manifest(planned.plan, planned.described, done, staging.files, digest, notes)
         proven = None
         if settings.verify:
             proven = checked(
@@ -205,6 +234,7 @@ def run(
         report=report,
         manifest=record,
         verification_lines=tuple(proven.lines()) if proven else ("not verified (--no-verify)",),
+        found=tuple(notes),
     )
 
 
@@ -237,19 +267,28 @@ def _facts(plan: Plan, cap: int, sources: Sequence[Source]) -> dict[str, object]
     }
 
 
+def _hashes(done: Execution) -> dict[str, str]:
+    """Return the sha256 of every tensor that was written."""
+    return {name: sha for shard in done.shards.values() for name, sha in shard.tensors.items()}
+
+
 def _write_side_files(
     staging: Staging,
-    plan: Plan,
-    described: Sequence[Described],
+    planned: Planned,
+    config: Mapping[str, object],
     layouts: Sequence[ShardLayout],
 ) -> None:
     """Write every file beside the weights: those of the first source byte for byte, then our
     own."""
-    source = described[0].source
+    source = planned.described[0].source
     for name in aux_files.classify(source).copied:
         staging.copy_file(name, source.path(name))
-    text = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-    staging.write_file("config.json", text.encode())
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+    own = {"config.json": text.encode(), **planned.files}
+    if "adaptive" in config:
+        own |= code_files()
+    for name, content in own.items():
+        staging.write_file(name, content)
     index = index_json(layouts)
     if index is not None:
         staging.write_file("model.safetensors.index.json", index)
@@ -261,9 +300,10 @@ def _manifest(
     done: Execution,
     files: Mapping[str, str],
     digest: str,
+    found: Sequence[str],
 ) -> dict[str, object]:
     """Return the content of adaconvert.json, not yet verified and sealed."""
-    notes = list(plan.notes)
+    notes = [*plan.notes, *found]
     notes += done.nonfinite
     for item in described:
         notes += [
@@ -271,7 +311,7 @@ def _manifest(
         ]
         notes += [
             f"{item.source.label}: {name} not copied ({reason})"
-            for name, reason in sorted(aux_files.classify(item.source).dropped.items())
+            for name, reason in sorted(left_behind(item).items())
         ]
     return manifest.build(
         method=plan.method,

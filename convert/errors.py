@@ -58,6 +58,12 @@ class SourceError(AdaconvertError):
     exit_code = 3
 
 
+class DataError(AdaconvertError):
+    """Text or labelled data the user named is missing, damaged or does not fit (exit code 2)."""
+
+    exit_code = 2
+
+
 class OutputConflictError(AdaconvertError):
     """The destination exists, overlaps a source or is in use by another run (exit code 4)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.check import audit
 from adaconvert.arch.registry import describe
@@ -48,6 +49,7 @@ class Inspection:
             "intermediate_size": spec.intermediate if spec else None,
             "num_experts": spec.num_experts if spec else None,
             "top_k": spec.top_k if spec else None,
+            "adaptive": bool(spec and spec.adaptive is not None),
             "tied": spec.traits.tied if spec else None,
             "costs": self.costs.to_json() if self.costs else None,
             "dtype_bytes": self.dtypes,
@@ -75,8 +77,25 @@ def _family_line(spec: ModelSpec | None) -> str:
     if spec is None:
         return "not a model adaconvert can describe"
     experts = f", {spec.num_experts} experts top-{spec.top_k}" if spec.num_experts else ", dense"
+    if spec.adaptive is not None:
+        experts = f", adaptive: {_split_text(spec)}"
     tied = ", tied embeddings" if spec.traits.tied else ""
     return f"{spec.model_type} ({spec.architecture}){experts}{tied}"
+
+
+def _split_text(spec: ModelSpec) -> str:
+    """Return how many networks of an adaptive checkpoint are split, and how the first one is."""
+    assert spec.adaptive is not None
+    found = [partition for _, partition in sites_of(spec, spec.adaptive)]
+    if not found:
+        return "nothing is split"
+    first = found[0]
+    numbers = [f"{value:g}" for value in first.select.values() if isinstance(value, int | float)]
+    rule = " ".join([str(first.select.get("rule")), *numbers])
+    return (
+        f"{len(found)} of {spec.layers} feed-forward networks split, {first.experts} experts of "
+        f"{first.width} neurons, router {first.router['kind']}, {rule}"
+    )
 
 
 def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:

@@ -17,9 +17,8 @@ from adaconvert.io.digest import DigestPool
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.io.writer import parse_size
-from adaconvert.methods.registry import make_config
+from adaconvert.methods.registry import method_of
 from adaconvert.methods.sources import Described, open_source
-from adaconvert.methods.upcycle.plan import build_plan
 from adaconvert.planning.ops import Plan
 from adaconvert.verification.integrity import check
 
@@ -202,8 +201,8 @@ def _planned_again(record: Mapping[str, object], described: Sequence[Described])
     assert isinstance(options, dict)
     if _recorded(record, "fingerprint") != [d.source.fingerprint for d in described]:
         return None
-    digest = options.get("router_prompts") or ""
     try:
-        return build_plan(make_config(str(record["method"]), options), described, digest).plan
-    except AdaconvertError:
+        return method_of(str(record["method"])).replan(options, described)
+    except (AdaconvertError, TypeError):
+        # another version of adaconvert may have had other options
         return None

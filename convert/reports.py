@@ -8,16 +8,15 @@ from pathlib import Path
 
 from adaconvert.arch.base import RuntimeVerdict
 from adaconvert.arch.registry import FAMILIES, describe
-from adaconvert.arch.runtimes import verdicts
 from adaconvert.io import aux_files
 from adaconvert.io.layout import PAGE
 from adaconvert.io.names import escape
 from adaconvert.io.writer import layout_shards, parse_size
-from adaconvert.methods.sources import Described, differing_files
-from adaconvert.methods.upcycle.plan import UpcyclePlan
+from adaconvert.methods.planned import Planned
+from adaconvert.methods.sources import Described, differing_files, left_behind
 from adaconvert.planning.digest import run_digest
 from adaconvert.planning.estimate import Costs, costs, working_memory
-from adaconvert.planning.ops import Exactness, Plan
+from adaconvert.planning.ops import Exactness
 from adaconvert.units import human_bytes, human_count
 
 #: memory a run takes besides the largest computed tensor: interpreter, numpy, copy and hash
@@ -57,15 +56,15 @@ class PlanReport:
     digest: str
 
     @classmethod
-    def of(cls, planned: UpcyclePlan, max_shard_size: str | int) -> PlanReport:
+    def of(cls, planned: Planned, max_shard_size: str | int) -> PlanReport:
         """Return the report of a planned run."""
         plan = planned.plan
         spec, source = planned.described[0].spec, planned.described[0].source
-        target = describe(plan.config)
+        target = describe(plan.config, {tensor.name for tensor in plan.targets})
         layouts = layout_shards(plan.targets, parse_size(max_shard_size))
         return cls(
             method=plan.method,
-            target=planned.host.model_type,
+            target=planned.target,
             options=plan.options,
             exactness=plan.exactness,
             tensors=len(plan.targets),
@@ -74,7 +73,7 @@ class PlanReport:
             memory=BASE_MEMORY + working_memory(plan),
             before=costs(spec, {n: r.dtype for n, r in source.tensors.items()}),
             after=costs(target, {t.name: t.dtype for t in plan.targets}),
-            runtimes=_verdicts(plan),
+            runtimes=_verdicts(planned),
             notes=(*plan.notes, *_source_notes(planned)),
             digest=run_digest(plan, parse_size(max_shard_size)),
         )
@@ -108,17 +107,17 @@ class PlanReport:
             f"needs       {human_bytes(self.disk)} of disk, {human_bytes(self.memory)} of memory "
             "(without verification)",
             *cost_lines(self.before, self.after),
-            _flops_line(more),
+            _flops_line(self.method, more),
         ]
         rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
         rows += [f"note: {note}" for note in self.notes]
         return rows
 
 
-def _verdicts(plan: Plan) -> tuple[RuntimeVerdict, ...]:
+def _verdicts(planned: Planned) -> tuple[RuntimeVerdict, ...]:
     """Return the verdicts; a result that is not the dense model is compared with itself."""
-    found = verdicts(plan.config)
-    if plan.exactness.kind in {"exact", "exact-fp32"}:
+    found = planned.runtimes
+    if planned.plan.exactness.kind in {"exact", "exact-fp32"}:
         return found
     return tuple(
         replace(v, why=v.why.replace("as the dense model", "as this checkpoint defines"))
@@ -126,13 +125,16 @@ def _verdicts(plan: Plan) -> tuple[RuntimeVerdict, ...]:
     )
 
 
-def _source_notes(planned: UpcyclePlan) -> list[str]:
+def _source_notes(planned: Planned) -> list[str]:
     """Return what opening the sources found, and what of them the target will not hold."""
     notes = []
     for item in planned.described:
         label = item.source.label
         found = [*item.source.notes, *item.audit.notes]
-        left = aux_files.classify(item.source).dropped
+        if item.spec.adaptive is not None:
+            # what makes it adaptive is undone or made anew, which goes without saying
+            found = [note for note in found if "dropped auto_map" not in note]
+        left = left_behind(item)
         found += [f"{name} is not copied: {why}" for name, why in left.items() if name != CARD]
         keys = _keys_left(item, planned.plan.config)
         if keys:
@@ -147,16 +149,23 @@ def _keys_left(item: Described, config: Mapping[str, object]) -> list[str]:
     family = FAMILIES[item.spec.model_type]
     read = {name for key in family.keys.values() for name in (key.name, *key.aliases)}
     known = read | set(config) | _ABOUT_THE_FILE
+    if item.spec.adaptive is not None:
+        known = known | {"adaptive"}
     return sorted(escape(key, 60) for key in item.source.config if key not in known)
 
 
-def _flops_line(ratio: float) -> str:
-    if ratio > 1.005:
+def _flops_line(method: str, ratio: float) -> str:
+    if ratio > 1.005 and method == "upcycle":
         return (
             f"each token costs {ratio:.2f}x the FLOPs of the dense model: upcycling adds capacity, "
             "it does not save compute"
         )
-    if ratio < 0.995:
+    if ratio > 1.005 and method in ("moefy", "d2dmoe"):
+        return (
+            f"each token costs {ratio:.2f}x the FLOPs of the dense model while every expert runs; "
+            "fewer experts cost less"
+        )
+    if not 0.995 <= ratio <= 1.005:
         return f"each token costs {ratio:.2f}x the FLOPs of the dense model"
     return "each token costs the same FLOPs as the dense model"
 
@@ -184,12 +193,14 @@ class ConversionResult:
         report: the plan it followed.
         manifest: the content of its adaconvert.json.
         verification_lines: the verification for people; one line when it was skipped.
+        found: what was found while writing, one sentence each.
     """
 
     destination: Path
     report: PlanReport
     manifest: dict[str, object]
     verification_lines: tuple[str, ...]
+    found: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the result as JSON data."""
@@ -201,4 +212,11 @@ class ConversionResult:
 
     def lines(self) -> list[str]:
         """Return the result as text."""
-        return [*self.report.lines(), "", *self.verification_lines, f"wrote {self.destination}"]
+        found = [f"found: {sentence}" for sentence in self.found]
+        return [
+            *self.report.lines(),
+            *found,
+            "",
+            *self.verification_lines,
+            f"wrote {self.destination}",
+        ]

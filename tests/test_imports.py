@@ -23,26 +23,36 @@ ALLOWED: dict[str, set[str]] = {
     "io": set(),
     "arch": {"io"},
     "planning": {"io", "arch"},
-    "layerwise": {"io", "arch"},
-    "methods": {"io", "arch", "planning", "layerwise"},
-    "verification": {"io", "arch", "planning", "layerwise"},
+    "modeling": {"kernels"},
+    "auto": {"arch", "modeling"},
+    "clustering": set(),
+    "layerwise": {"io", "arch", "modeling"},
+    "data": {"io", "layerwise"},
+    "evaluate": {"io", "arch", "planning", "data", "layerwise", "modeling"},
+    "methods": {"io", "arch", "planning", "layerwise", "modeling", "clustering", "data"},
+    "verification": {"io", "arch", "planning", "layerwise", "modeling"},
     "reports": {"io", "arch", "planning", "methods"},
+    "train": {"io", "arch", "data", "layerwise", "modeling", "methods", "export"},
     # the card prints the plan's own report
-    "export": {"io", "arch", "planning", "layerwise", "reports"},
+    "export": {"io", "arch", "planning", "layerwise", "modeling", "reports"},
+    "activations": {"io", "arch", "layerwise", "data"},
     "inspection": {"io", "arch", "planning", "methods", "reports"},
     "proof": {"io", "arch", "planning", "methods", "verification"},
     "conversion": {
         *("io", "arch", "planning", "layerwise", "methods"),
         *("verification", "export", "reports", "inspection", "proof"),
     },
-    "api": {"conversion", "inspection", "proof", "reports", "verification"},
+    "api": {
+        *("activations", "conversion", "evaluate", "inspection", "methods", "proof"),
+        *("reports", "train", "verification"),
+    },
     "cli": {"api"},
     "__init__": {"api"},
     "__main__": {"cli"},
     # shipped for the tests of method authors; nothing in the library imports it
     "testing": {
         *("io", "arch", "planning", "layerwise", "methods", "verification"),
-        *("export", "reports", "inspection", "conversion", "api"),
+        *("export", "reports", "inspection", "conversion", "api", "modeling", "data"),
     },
     "kernels": set(),
     "recipes": set(),
@@ -55,7 +65,10 @@ NOT_AT_IMPORT = {
     "io": HEAVY | {"numpy", "huggingface_hub"},
     "arch": HEAVY | {"numpy"},
     "planning": HEAVY,
+    "data": HEAVY | {"numpy", "datasets", "pyarrow"},
+    "evaluate": HEAVY | {"lm_eval"},
     "cli": HEAVY | {"numpy", "huggingface_hub", "safetensors"},
+    "activations": HEAVY | {"numpy"},
     "api": HEAVY,
     "__init__": HEAVY | {"numpy"},
 }
@@ -75,13 +88,22 @@ def layer_of(path: Path) -> str:
     return "kernels" if path.is_relative_to(ROOT / "kernels") else "recipes"
 
 
+class Flat(ast.Module):
+    """The tree of a file that is copied into checkpoints."""
+
+
 def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
-    """Yield each import statement with the full name of what it imports."""
+    """Yield each import statement with the full name of what it imports.
+
+    Files that are copied into checkpoints import their neighbours relatively.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node, alias.name
         elif isinstance(node, ast.ImportFrom):
+            if node.level == 1 and isinstance(tree, Flat):
+                continue
             assert node.level == 0, f"relative import on line {node.lineno}"
             for alias in node.names:
                 yield node, f"{node.module}.{alias.name}"
@@ -106,6 +128,8 @@ def at_import(tree: ast.Module) -> set[ast.AST]:
 def test_module_imports_only_what_its_layer_may(path: Path) -> None:
     layer = layer_of(path)
     tree = ast.parse(path.read_text())
+    if layer == "modeling":
+        tree = Flat(body=tree.body, type_ignores=[])
     early = at_import(tree)
     for node, name in imports(tree):
         top, _, rest = name.partition(".")

@@ -10,6 +10,7 @@ Roles name what a tensor is for, the same in every family:
   router, expert_gate, expert_up, expert_down, expert_gate_up and expert_downs (fused over experts),
   shared_gate, shared_up, shared_down, shared_gate_up, shared_router, score_bias
   qkv_by_head (GPT-NeoX: rows q|k|v of head 0, then of head 1, ...), type_embed, embed_norm, pooler,
+  neuron_order (I32, adaptive checkpoints: where each neuron came from),
   class_token, mask_token, patch_embed, and heads of encoders: head_transform, head_norm, pair_head,
   span_head, classifier, pixel_head; each with its _bias
 A plain (ungated) FFN has `up` and `down` only.
@@ -114,6 +115,8 @@ class ModelSpec:
         legacy: regular expressions of buffers that old files hold and no model reads (dropped with
             a reason).
         num_experts, top_k: 0 for a dense model.
+        adaptive: `config.adaptive` of an adaptive checkpoint, None for every other; all else then
+            describes the stock model underneath, and `tensors` its own tensors as well.
     """
 
     model_type: str
@@ -133,6 +136,7 @@ class ModelSpec:
     num_experts: int = 0
     top_k: int = 0
     config: Mapping[str, object] = field(default_factory=dict)
+    adaptive: Mapping[str, object] | None = None
 
     def ffn_rows(self, layer: int) -> dict[str, Rows]:
         """Return where gate, up and down of a dense block lie; a plain FFN has no "gate".

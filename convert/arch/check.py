@@ -15,6 +15,8 @@ from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, WEIGHT_DTYPES
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
 
+#: tensors of adaptive checkpoints whose dtype is not that of the model.
+_OWN_ROLES = frozenset({"router", "neuron_order"})
 #: names given in full before the rest is only counted.
 _SHOWN = 5
 
@@ -72,11 +74,12 @@ def audit(spec: ModelSpec, stored: Mapping[str, Stored]) -> Audit:
     ties = tuple(_ties(spec, present))
     dropped |= {head: f"tied: same bytes as {embed}" for head, embed in ties}
     used = tuple(tensor.name for tensor in present if tensor.name not in dropped)
+    own = {t.name for t in present if spec.adaptive is not None and t.role in _OWN_ROLES}
     return Audit(
         used=used,
         dropped=dropped,
         compare_ties=ties,
-        notes=tuple(_notes(spec, [stored[name] for name in used])),
+        notes=tuple(_notes(spec, [stored[name] for name in used if name not in own])),
     )
 
 
@@ -171,9 +174,20 @@ def _place(template: Template, name: str) -> dict[str, int] | None:
     return {word: int(match.groupdict().get(word) or -1) for word in ("layer", "expert")}
 
 
+def dtypes_of(tensor: TensorSpec) -> tuple[str, ...]:
+    """Return the dtypes a stored tensor may have."""
+    return ("I32",) if tensor.role == "neuron_order" else WEIGHT_DTYPES
+
+
 def _check_dtype(tensor: TensorSpec, found: Stored) -> None:
-    if found.dtype in WEIGHT_DTYPES:
+    if found.dtype in dtypes_of(tensor):
         return
+    if tensor.role == "neuron_order":
+        raise SourceError(
+            f"dtype {escape(found.dtype, 20)} is not that of an order of neurons",
+            where=_where(tensor.name, found),
+            expected="I32",
+        )
     kind = "8-bit float" if found.dtype in BY_NAME and BY_NAME[found.dtype].is_float else "no float"
     raise SourceError(
         f"dtype {escape(found.dtype, 20)} is {kind}, so the weights are quantised or damaged",

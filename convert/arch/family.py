@@ -131,11 +131,28 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where the feed-forward module of a block lies, for families whose files say it otherwise.
+
+    Attributes:
+        path: of the module in memory; {p} stands for the family's prefix.
+        stored: what a tensor of that module is called by on disk.
+        children: role -> child module that holds the matrix.
+    """
+
+    path: str
+    stored: str
+    children: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One model family, as data.
 
     Attributes:
         model_type: key in config.json.
+        stem: what the names of its transformers classes begin with; empty for hosts.
+        site: where its feed-forward modules lie; None where the names of `up` say it.
         kind: "decoder", "encoder" or "vision".
         architectures: supported class -> flags it sets; the first is assumed when none is named.
         keys: our name -> config key. Every family has hidden, layers and heads.
@@ -168,3 +185,5 @@ class Family:
     refusals: Mapping[str, str] = field(default_factory=dict)
     legacy: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    stem: str = ""
+    site: Site | None = None

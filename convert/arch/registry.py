@@ -88,6 +88,10 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
     Raises:
         SourceError: the model_type or architecture is not supported, or a value is unusable.
     """
+    if str(config.get("model_type")).startswith("adaptive_"):
+        from adaconvert.arch import adaptive
+
+        return adaptive.describe(config, stored)
     family = _family(config)
     return interpret(family, config, _architecture(family, config), stored)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adaconvert.arch import registry
+from adaconvert.arch import adaptive, registry
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict
 from adaconvert.dtypes import BY_CONFIG_NAME
 
@@ -55,6 +55,8 @@ def verdicts(config: Mapping[str, object]) -> tuple[RuntimeVerdict, ...]:
         SourceError: the config is not that of a known family.
     """
     target = _Target(spec=registry.describe(config), config=config)
+    if target.spec.adaptive is not None:
+        return adaptive.verdicts()
     return tuple(_verdict(runtime, target) for runtime in RUNTIMES)
 
 

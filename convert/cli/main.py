@@ -32,10 +32,40 @@ VERBS = {
         attribute="upcycle",
         summary="Turn dense checkpoints into a Mixture-of-Experts checkpoint.",
     ),
+    "moefy": Verb(
+        module="adaconvert.cli.moefy",
+        attribute="moefy",
+        summary="Split a dense checkpoint's feed-forward networks into experts.",
+    ),
+    "d2dmoe": Verb(
+        module="adaconvert.cli.d2dmoe",
+        attribute="d2dmoe",
+        summary="Split feed-forward networks, and train routers that choose among the experts.",
+    ),
+    "unmoefy": Verb(
+        module="adaconvert.cli.unmoefy",
+        attribute="unmoefy",
+        summary="Put a split checkpoint together again, bit for bit.",
+    ),
     "verify": Verb(
         module="adaconvert.cli.verify",
         attribute="verify",
         summary="Prove that a converted checkpoint is whole and computes what it should.",
+    ),
+    "finetune": Verb(
+        module="adaconvert.cli.finetune",
+        attribute="finetune",
+        summary="Tune a dense, mixture or adaptive checkpoint briefly on text.",
+    ),
+    "evaluate": Verb(
+        module="adaconvert.cli.evaluate",
+        attribute="evaluate",
+        summary="Say how good a checkpoint is, and what it costs.",
+    ),
+    "calibrate": Verb(
+        module="adaconvert.cli.calibrate",
+        attribute="calibrate",
+        summary="Measure compute and loss of an adaptive checkpoint, and set its default.",
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from adaconvert.cli import options, output, versions
-from adaconvert.cli.framework import Command, LazyGroup, Verb
+from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
 METHODS = {
@@ -16,6 +16,16 @@ METHODS = {
         module="adaconvert.cli.plan",
         attribute="plan_upcycle",
         summary="Plan turning dense checkpoints into a Mixture-of-Experts checkpoint.",
+    ),
+    "moefy": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_moefy",
+        summary="Plan splitting a dense checkpoint's feed-forward networks into experts.",
+    ),
+    "d2dmoe": Verb(
+        module="adaconvert.cli.d2dmoe",
+        attribute="plan_d2dmoe",
+        summary="Plan splitting feed-forward networks, with routers fitted on text.",
     ),
 }
 _RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
@@ -49,6 +59,32 @@ def plan_upcycle(sources: tuple[str, ...], as_json: bool, **settings: Any) -> No
 
     report = api.plan(*_without_destination(sources), method="upcycle", **settings)
     output.show(report, as_json=as_json)
+
+
+@click.command("moefy", cls=Command)
+@options.source_argument()
+@click.argument(
+    "destination",
+    cls=Argument,
+    metavar="[DST]",
+    required=False,
+    describe="Accepted, so that the arguments of `moefy` can stand; it is not looked at.",
+)
+@options.moefy_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_moefy(source: str, destination: str | None, as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert moefy`, with the same arguments.
+
+    Options that only matter to the run itself are accepted too and do not change the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    output.show(api.plan(source, method="moefy", **settings), as_json=as_json)
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def upcycle(sources: tuple[str, ...], destination: str, as_json: bool, **setting
     what gives this up (--noise, --drop, several sources) is said before anything is written. The
     result is a stock architecture and loads without custom code. DST appears whole or not at all.
     """
-    _refuse_conflicts(settings)
+    refuse_conflicts(settings)
     heard = begin(versions.COMPUTING)
     from adaconvert import api
 
@@ -40,7 +40,7 @@ def upcycle(sources: tuple[str, ...], destination: str, as_json: bool, **setting
         output.show(result, as_json=as_json)
 
 
-def _refuse_conflicts(settings: dict[str, Any]) -> None:
+def refuse_conflicts(settings: dict[str, Any]) -> None:
     """No option is given that another one makes meaningless.
 
     Raises:

@@ -13,6 +13,7 @@ from adaconvert.errors import ResourceError
 #: package -> (floor, why it is needed)
 FLOORS = {
     "click": ("8.2", "the command line is built on it"),
+    "datasets": ("4.4", "text to evaluate and train on is read with it"),
     "huggingface_hub": ("1.5", "nothing older is tested"),
     "numpy": ("1.26", "routers are made with it"),
     "safetensors": ("0.8", "nothing older is tested"),
@@ -22,6 +23,7 @@ FLOORS = {
 }
 READING = ("numpy",)
 COMPUTING = ("numpy", "safetensors", "torch", "transformers")
+EVALUATING = (*COMPUTING, "datasets")
 
 
 def require(packages: tuple[str, ...]) -> None:

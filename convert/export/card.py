@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from adaconvert.errors import AdaconvertError
+from adaconvert.export.words import Words, partition_words
 from adaconvert.io.regular import read_text
 from adaconvert.io.source import Source
 from adaconvert.reports import PlanReport, cost_lines
@@ -38,15 +39,30 @@ def _license_lines(source: Source) -> list[str]:
     return lines
 
 
-def _front_matter(sources: Sequence[Source]) -> list[str]:
+def _front_matter(sources: Sequence[Source], words: Words) -> list[str]:
     bases = [s.label for s in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", s.label, re.ASCII)]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["---", "library_name: transformers"]
+    if words.pipeline:
+        lines.append(f"pipeline_tag: {words.pipeline}")
     lines += _license_lines(sources[0])
     if len(bases) == len(sources):
         lines += ["base_model:", *(f"- {base}" for base in dict.fromkeys(bases))]
         relation = "merge" if len(sources) > 1 else "finetune"
         lines.append(f"base_model_relation: {relation}")
-    return [*lines, "tags:", "- adaconvert", "- sparse-upcycling", "- moe", "---"]
+    return [*lines, "tags:", "- adaconvert", *(f"- {tag}" for tag in words.tags), "---"]
+
+
+def _upcycle_words(report: PlanReport, name: str, names: str, version: str) -> Words:
+    """Return what the card of an upcycled model says."""
+    options = report.options
+    return Words(
+        title=f"{name}, upcycled to {options['experts']} experts",
+        intro=f"A `{report.target}` mixture of experts made from {names} by adaconvert {version}: "
+        f"{options['experts']} experts, {options['top_k']} per token. "
+        "It loads with stock `transformers`; no custom code.",
+        tags=("sparse-upcycling", "moe"),
+        sections=tuple(_training(report)),
+    )
 
 
 def _training(report: PlanReport) -> list[str]:
@@ -78,16 +94,15 @@ def render_card(
         version: of adaconvert.
     """
     names = " and ".join(f"`{s.label}`" for s in sources)
-    options = report.options
+    write = _upcycle_words if report.method == "upcycle" else partition_words
+    words = write(report, sources[0].label.split("/")[-1], names, version)
     body = [
-        *_front_matter(sources),
+        *_front_matter(sources, words),
         "",
         MARKER,
-        f"# {sources[0].label.split('/')[-1]}, upcycled to {options['experts']} experts",
+        f"# {words.title}",
         "",
-        f"A `{report.target}` mixture of experts made from {names} by adaconvert {version}: "
-        f"{options['experts']} experts, {options['top_k']} per token. "
-        "It loads with stock `transformers`; no custom code.",
+        words.intro,
         "",
         f"**Class: {report.exactness.kind}.** {_sentence(report.exactness.why)}",
         "",
@@ -101,8 +116,18 @@ def render_card(
         *cost_lines(report.before, report.after),
         "```",
         "",
-        *_training(report),
+        *words.sections,
         "",
+        *_runtimes(report),
+    ]
+    body += [f"- {_sentence(note)}" for note in report.notes]
+    return "\n".join(body).rstrip() + "\n"
+
+
+def _runtimes(report: PlanReport) -> list[str]:
+    if not report.runtimes:
+        return []
+    return [
         "## Where it runs",
         "",
         "| runtime | result | why |",
@@ -110,8 +135,6 @@ def render_card(
         *(f"| {v.runtime} | {v.verdict} | {v.why} |" for v in report.runtimes),
         "",
     ]
-    body += [f"- {_sentence(note)}" for note in report.notes]
-    return "\n".join(body).rstrip() + "\n"
 
 
 def _verification(lines: Sequence[str] | None) -> list[str]:

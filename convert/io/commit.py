@@ -131,6 +131,37 @@ class Staging:
         self._check_not_sealed(layout.file)
         return ShardWriter(self._fs, self.path, layout, self._copier, self._seal)
 
+    def adopt(self, record: ShardRecord, source: Path, *, link: bool) -> None:
+        """Take a shard of an earlier output over as it is: a second name of it, or a copy.
+
+        Args:
+            record: what its manifest says of it.
+            source: where it lies, a regular file.
+            link: give it a second name where the disk can; only for a source that is replaced.
+
+        Raises:
+            SourceError: it is missing, no regular file, or not of the recorded size.
+            ResourceError: the disk is full or broken.
+        """
+        self._check_not_sealed(record.file)
+        shown = escape(record.file)
+        with open_regular(source, shown) as (src, status):
+            if status.st_size != record.nbytes:
+                raise SourceError(
+                    f"is not the shard {MANIFEST_FILE} lists",
+                    where=shown,
+                    expected=f"{record.nbytes} bytes",
+                    found=f"{status.st_size} bytes",
+                )
+            path = self.path / record.file
+            with self._reporting(shown, record.nbytes):
+                if link and not source.is_symlink() and self._fs.link(source, path):
+                    self._records[record.file] = record
+                    return
+            with self._side_file(record.file, record.nbytes) as fd:
+                self._copier.copy(fd, 0, [(src, 0, record.nbytes)], where=shown)
+        self._records[record.file] = record
+
     def records(self) -> dict[str, ShardRecord]:
         """Return every complete shard by file, after waiting for the last one to be synced.
 

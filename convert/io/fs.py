@@ -21,6 +21,7 @@ from adaconvert.units import human_bytes
 COPY_CHUNK: Final = 256 << 20
 
 _UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+_UNLINKABLE: Final = _UNSUPPORTED | {errno.EPERM, errno.EXDEV, errno.EMLINK}
 _PLAIN: Final = {
     errno.ENOSPC: ("no space left on the disk", "Free some space or choose another destination."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space or choose another destination."),
@@ -134,6 +135,17 @@ class FileSystem:
         """Give a file or folder another name, atomically."""
         self.step("rename", f"{src} -> {dst}")
         os.rename(src, dst)
+
+    def link(self, src: Path, dst: Path) -> bool:
+        """Give a file a second name and return whether this disk can do so."""
+        self.step("link", f"{src} -> {dst}")
+        try:
+            os.link(src, dst, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _UNLINKABLE:
+                raise
+            return False
+        return True
 
     def unlink(self, path: Path) -> None:
         """Remove one file or link."""

@@ -57,6 +57,10 @@ class Block:
         self.module: nn.Module = find_blocks(model)[0]
         self._backbone: Any = model.base_model
 
+    def to(self, device: str) -> None:
+        """Move weights and buffers; hidden states must lie there too."""
+        self._backbone.to(device)
+
     def release(self) -> None:
         """Free the weights; the block cannot be run any more."""
         del self.module, self._backbone

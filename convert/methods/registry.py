@@ -1,42 +1,95 @@
-"""The closed list of methods; each name maps to the function that plans it."""
+"""The closed list of methods; each name maps to its options and to what plans a run of it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaconvert.errors import OptionError
+from adaconvert.methods import d2dmoe, moefy, upcycle
+from adaconvert.methods.d2dmoe.config import D2dmoeConfig
+from adaconvert.methods.moefy.config import MoefyConfig, UnmoefyConfig
+from adaconvert.methods.planned import Prepared as Prepared
 from adaconvert.methods.sources import Described
 from adaconvert.methods.upcycle.config import UpcycleConfig
-from adaconvert.methods.upcycle.hidden import fit_routers, read_prompts
-from adaconvert.methods.upcycle.plan import UpcyclePlan, build_plan
-
-if TYPE_CHECKING:
-    import numpy
-
-    Array = numpy.ndarray[Any, numpy.dtype[Any]]
+from adaconvert.planning.ops import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A planned run: the plan, and how to compute its `Fitted` leaves when it comes to executing
-    it."""
+class Method:
+    """One method.
 
-    planned: UpcyclePlan
-    fit: Callable[[], Mapping[str, Array]]
+    Attributes:
+        config: dataclass of its options.
+        prepare: plans a run over opened sources; reads no weights.
+        replan: the plan of a finished run, from the options in its manifest.
+        accepts: "dense" or "adaptive" checkpoints, or "any" of the two.
+        several: it can mix several sources.
+        refusal: what is said of any other checkpoint.
+    """
+
+    config: type[Any]
+    prepare: Callable[[Any, Sequence[Described]], Prepared]
+    replan: Callable[[Mapping[str, object], Sequence[Described]], Plan]
+    accepts: str = "dense"
+    several: bool = False
+    refusal: str = ""
 
 
-def make_config(method: str, options: Mapping[str, object]) -> UpcycleConfig:
-    """Return the checked options of a method.
+METHODS: dict[str, Method] = {
+    "upcycle": Method(
+        config=UpcycleConfig,
+        prepare=upcycle.prepare,
+        replan=upcycle.replan,
+        several=True,
+        refusal="upcycle needs a dense model.",
+    ),
+    "moefy": Method(
+        config=MoefyConfig,
+        prepare=moefy.prepare,
+        replan=moefy.replan,
+        refusal="moefy needs a dense model; `adaconvert unmoefy` makes one of an adaptive model.",
+    ),
+    "d2dmoe": Method(
+        config=D2dmoeConfig,
+        prepare=d2dmoe.prepare,
+        replan=d2dmoe.replan,
+        accepts="any",
+        refusal="d2dmoe needs a dense model, or one that was split.",
+    ),
+    "unmoefy": Method(
+        config=UnmoefyConfig,
+        prepare=moefy.prepare_inverse,
+        replan=moefy.replan_inverse,
+        accepts="adaptive",
+        refusal="unmoefy undoes moefy and d2dmoe; nothing of this checkpoint was split.",
+    ),
+}
+
+
+def method_of(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        OptionError: there is none of this name.
+    """
+    if name not in METHODS:
+        raise OptionError(
+            "unknown method", where="method", expected=" or ".join(METHODS), found=repr(name)
+        )
+    return METHODS[name]
+
+
+def make_config(method: str, options: Mapping[str, object]) -> Any:
+    """Return the checked options of a method, an instance of its `Method.config`.
 
     Raises:
         OptionError: the method or an option is unknown, or a value is wrong.
     """
-    if method != "upcycle":
-        raise OptionError("unknown method", where="method", expected="upcycle", found=repr(method))
-    known = [field.name for field in fields(UpcycleConfig)]
+    made = method_of(method).config
+    known = [field.name for field in fields(made)]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -45,19 +98,12 @@ def make_config(method: str, options: Mapping[str, object]) -> UpcycleConfig:
                 where=f"{method}: {name}",
                 hint=f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}.",
             )
-    return UpcycleConfig(**options)  # type: ignore[arg-type]
+    return made(**options)
 
 
-def prepare(config: UpcycleConfig, described: Sequence[Described]) -> Prepared:
+def prepare(config: Any, described: Sequence[Described]) -> Prepared:
     """Return the planned run of a method over opened sources; reads no weights."""
-    if config.router_prompts is None:
-        return Prepared(planned=build_plan(config, described), fit=dict)
-    prompts, digest = read_prompts(config.router_prompts, config.experts // config.granularity)
-    planned = build_plan(config, described, digest)
-
-    def fit() -> Mapping[str, Array]:
-        return fit_routers(
-            described[0].source.root, prompts, planned.request.moe_layers, config.granularity
-        )
-
-    return Prepared(planned=planned, fit=fit)
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method.prepare(config, described)
+    raise OptionError("belongs to no method", where="options", found=type(config).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -13,6 +14,7 @@ from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.check import Audit, audit
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
+from adaconvert.io import aux_files
 from adaconvert.io.reader import iter_chunks
 from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
@@ -23,6 +25,9 @@ _SAME_KEYS = (
     "max_position_embeddings",
     "bos_token_id",
     "eos_token_id",
+)
+_OWN_FILES = re.compile(
+    r"adaptive_\w+\.py|(configuration|modeling)_adaptive\.py|dense_config\.json"
 )
 #: side files that decide how text becomes token ids.
 _TOKENIZER_FILES = (
@@ -139,6 +144,15 @@ def check_agreement(described: Sequence[Described]) -> None:
                     where="sources",
                     hint="Experts must read the same token ids: use models of one tokenizer.",
                 )
+
+
+def left_behind(item: Described) -> dict[str, str]:
+    """Return the side files that do not go along, with the reasons; the code and the kept config of
+    an adaptive checkpoint go without saying."""
+    dropped = aux_files.classify(item.source).dropped
+    if item.spec.adaptive is None:
+        return dropped
+    return {name: why for name, why in dropped.items() if not _OWN_FILES.fullmatch(name)}
 
 
 def differing_files(described: Sequence[Described], names: Sequence[str]) -> list[str]:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 PREFIX = "adaptive_"
 #: the files of this package that a checkpoint carries to load without adaconvert.
 CODE_FILES = (
+    "adaptive_compiled.py",
     "adaptive_context.py",
     "adaptive_execution.py",
     "adaptive_ffn.py",
+    "adaptive_gather.py",
     "adaptive_knobs.py",
     "adaptive_routers.py",
     "adaptive_schema.py",
@@ -37,9 +39,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot be read: {error}", where=str(path)) from error
+        raise SourceError(
+            f"cannot be read: {error}", where=f"{folder.name}/config.json"
+        ) from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
-        raise SourceError("has no model_type", where=str(path))
+        raise SourceError("has no model_type", where=f"{folder.name}/config.json")
     return found
 
 
@@ -99,7 +103,7 @@ def load_model(
     try:
         model = made.from_pretrained(where, dtype=wanted, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise SourceError(f"cannot be loaded: {error}", where=str(where)) from error
+        raise SourceError(f"cannot be loaded: {error}", where=where.name) from error
     model.eval()
     loaded: PreTrainedModel = model.to(device) if device is not None else model
     return loaded

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from adaconvert.dtypes import nbytes_of
 from adaconvert.errors import AdaconvertError
 from adaconvert.io.tensor_ref import TensorRef
-from adaconvert.planning.ops import Apply, Bytes, Expr, Piece, Plan, TargetTensor
+from adaconvert.planning.ops import Apply, Bytes, Expr, Gather, Piece, Plan, TargetTensor
 
 
 class PlanError(AdaconvertError):
@@ -22,12 +22,19 @@ def pieces_of(expr: Expr) -> Iterator[Piece]:
     elif isinstance(expr, Apply):
         for arg in expr.args:
             yield from pieces_of(arg)
+    elif isinstance(expr, Gather):
+        yield from expr.arg.pieces
+        yield from pieces_of(expr.order)
 
 
 def _check_bytes(expr: Expr, target: str, stored: Sequence[Mapping[str, TensorRef]]) -> None:
     if isinstance(expr, Apply):
         for arg in expr.args:
             _check_bytes(arg, target, stored)
+    if isinstance(expr, Gather):
+        _check_gather(expr, target)
+        _check_bytes(expr.arg, target, stored)
+        _check_bytes(expr.order, target, stored)
     if not isinstance(expr, Bytes):
         return
     total = sum(piece.total for piece in expr.pieces)
@@ -45,6 +52,25 @@ def _check_bytes(expr: Expr, target: str, stored: Sequence[Mapping[str, TensorRe
         end = piece.start + piece.stride * (piece.count - 1) + piece.nbytes
         if piece.start < 0 or end > ref.nbytes or ref.dtype != expr.dtype:
             raise PlanError(f"reads outside {piece.tensor!r} or as another dtype", where=target)
+
+
+def _check_gather(expr: Gather, target: str) -> None:
+    """Hold a reordering to its shapes."""
+    size, rest = expr.arg.shape[expr.axis], expr.arg.shape[: expr.axis]
+    taken, over = divmod(expr.shape[expr.axis], expr.runs)
+    fits = (
+        size % expr.runs == 0
+        and over == 0
+        and 0 <= expr.first <= expr.length - taken
+        and (not expr.inverse or taken == expr.length)
+        and expr.order.shape == (expr.length,)
+        and expr.shape[: expr.axis] == rest
+        and expr.shape[expr.axis + 1 :] == expr.arg.shape[expr.axis + 1 :]
+        and len(expr.arg.pieces) == 1
+        and expr.arg.pieces[0].count == 1
+    )
+    if not fits:
+        raise PlanError("the order does not fit the tensor it reorders", where=target)
 
 
 def _check_target(target: TargetTensor) -> None:

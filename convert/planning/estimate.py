@@ -10,16 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
+from adaconvert.arch.registry import layer_mask
 from adaconvert.dtypes import nbytes_of
-from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Init, Plan
+from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Gather, Init, Plan
 
 #: context length at which attention is counted unless another is asked for.
 CONTEXT = 2048
 
 _FFN_ROLES = frozenset({"gate", "up", "down", "gate_up"})
 _PER_EXPERT = ("expert_",)
-_LOOKUPS = frozenset({"embed", "pos_embed"})
+_LOOKUPS = frozenset({"embed", "pos_embed", "neuron_order"})
+#: matrices every token passes through, besides those of the feed-forward networks.
+_PER_TOKEN = frozenset(
+    {"q", "k", "v", "o", "qkv", "qkv_by_head", "head", "head_transform", "patch_embed"}
+)
+#: tokens of context an adaptive model's compute is stated at.
+REFERENCE_LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +62,18 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _active_share(spec: ModelSpec, tensor: TensorSpec) -> float:
+def _active_share(
+    spec: ModelSpec, tensor: TensorSpec, split: Mapping[int, tuple[float, bool]]
+) -> float:
     """Return the share of a tensor's entries one token passes through."""
     if tensor.role in _LOOKUPS:
         return 0.0
+    if tensor.layer is not None and tensor.layer in split and tensor.role in _FFN_ROLES:
+        share, whole_gate = split[tensor.layer]
+        first = "gate" if spec.traits.ffn == "glu" else "up"
+        if whole_gate and tensor.role == "gate_up":
+            return (1 + share) / 2
+        return 1.0 if whole_gate and tensor.role == first else share
     if tensor.role.startswith(_PER_EXPERT):
         return spec.top_k / spec.num_experts
     return 1.0
@@ -73,11 +89,12 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     """
     total = active = ffn = read = 0.0
     head = False
+    split = active_share(spec)
     for tensor in spec.tensors:
         if tensor.name not in dtypes:
             continue
-        size, share = _count(tensor.shape), _active_share(spec, tensor)
-        total += size
+        size, share = _count(tensor.shape), _active_share(spec, tensor, split)
+        total += 0 if tensor.role == "neuron_order" else size
         active += size * share
         read += nbytes_of(dtypes[tensor.name], tensor.shape) * share
         head = head or tensor.role == "head"
@@ -101,6 +118,44 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     )
 
 
+def reference(
+    spec: ModelSpec, layers: frozenset[int], length: int = REFERENCE_LENGTH
+) -> dict[str, int]:
+    """Return what a dense model costs per token, as `config.adaptive.reference` states it.
+
+    2 FLOPs per entry of every matrix a token passes through, the head included and the embedding
+    look-up not; scores and weighted sums of attention at the mean length a token of a text of
+    `length` tokens sees. Pooler and classifier run once per text and are left out.
+
+    Args:
+        spec: the dense model.
+        layers: blocks whose feed-forward network is split; "ffn_flops_per_token" is theirs.
+        length: tokens of the text; an image has as many as it has.
+    """
+    per_token = ffn = 0
+    for tensor in spec.tensors:
+        size = 2 * _count(tensor.shape)
+        if tensor.role in _FFN_ROLES or tensor.role in _PER_TOKEN:
+            per_token += size
+        if tensor.role in _FFN_ROLES and tensor.layer in layers:
+            ffn += size
+        if tensor.role == "pos_embed" and spec.kind == "vision":
+            length = tensor.shape[1]
+    attended = sum(_mean_length(spec, layer, length) for layer in range(spec.layers))
+    whole = per_token + round(4 * spec.heads * spec.head_dim * attended)
+    return {"flops_per_token": whole, "ffn_flops_per_token": ffn, "length": length}
+
+
+def _mean_length(spec: ModelSpec, layer: int, length: int) -> float:
+    """Return how many tokens a token of a text attends to on average."""
+    if spec.kind != "decoder":
+        return length
+    sliding = layer_mask(spec, "sliding")
+    slides = sliding[layer] if sliding else spec.traits.sliding == "uniform"
+    window = min(spec.traits.sliding_window or length, length) if slides else length
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
 def _float_bytes(expr: Expr) -> int:
     """Return a bound on the float32 memory evaluating an expression takes: its tree, all alive at
     once."""
@@ -111,7 +166,14 @@ def _float_bytes(expr: Expr) -> int:
         return own + nbytes_of(expr.dtype, expr.shape)
     if isinstance(expr, Init | Fitted):
         return own
+    if isinstance(expr, Gather):
+        return own + gather_bytes(expr)
     return 2 * own + sum(_float_bytes(arg) for arg in expr.args)
+
+
+def gather_bytes(expr: Gather) -> int:
+    """Return a bound on the memory a reordering takes: the tensor, and a copy of a part of it."""
+    return 2 * nbytes_of(expr.arg.dtype, expr.arg.shape)
 
 
 def _largest_part(expr: Expr) -> tuple[int, ...]:
@@ -130,4 +192,5 @@ def working_memory(plan: Plan) -> int:
         if isinstance(t.expr, Apply | Init | Fitted)
         or (isinstance(t.expr, Bytes) and t.expr.dtype != t.dtype)
     ]
+    computed += [gather_bytes(t.expr) for t in plan.targets if isinstance(t.expr, Gather)]
     return max(computed, default=0)

@@ -10,7 +10,17 @@ from adaconvert.io.reader import read_bytes
 from adaconvert.io.source import Source
 from adaconvert.planning.arrays import from_float32, to_float32
 from adaconvert.planning.functions import FUNCTIONS
-from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Init, Piece, TargetTensor
+from adaconvert.planning.gather import gathered, gathered_parts
+from adaconvert.planning.ops import (
+    Apply,
+    Bytes,
+    Expr,
+    Fitted,
+    Gather,
+    Init,
+    Piece,
+    TargetTensor,
+)
 
 if TYPE_CHECKING:
     import numpy
@@ -52,6 +62,8 @@ def evaluate(expr: Expr, sources: Sequence[Source], fitted: Mapping[str, Array])
         return flat.reshape(expr.shape)
     if isinstance(expr, Fitted):
         return fitted[expr.key].reshape(expr.shape)
+    if isinstance(expr, Gather):
+        return to_float32(gathered(expr, sources, fitted), expr.arg.dtype)
     if isinstance(expr, Init):
         value = dict(expr.params)["value"]
         return numpy.full(expr.shape, float(value), dtype=numpy.float32)
@@ -66,7 +78,7 @@ def stored_parts(
     """Yield what is written for a computed target: its bits in the target's dtype, in order.
 
     A concatenation is computed and yielded part by part, so that a tensor that holds all experts of
-    a block takes no more memory than one of them.
+    a block takes no more memory than one of them. A reordered tensor is yielded as it is stored.
 
     Raises:
         SourceError: the cast makes finite values infinite.
@@ -74,6 +86,12 @@ def stored_parts(
     import numpy
 
     expr = target.expr
+    if isinstance(expr, Gather) and expr.arg.dtype == target.dtype:
+        yield from gathered_parts(expr, sources, fitted)
+        return
+    if isinstance(expr, Fitted) and not BY_NAME[target.dtype].is_float:
+        yield numpy.ascontiguousarray(fitted[expr.key], dtype=numpy_dtype(target.dtype))
+        return
     parts = expr.args if isinstance(expr, Apply) and expr.fn == "concat" else (expr,)
     for part in parts:
         values = evaluate(part, sources, fitted)

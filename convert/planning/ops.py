@@ -1,10 +1,10 @@
 """What a plan is made of: frozen data that says where every byte of the target comes from.
 
 Shapes: sizes outermost first, row-major. Offsets and lengths are bytes.
-An expression tree has three kinds of leaves (`Bytes`, `Init`, `Fitted`) and one kind of node
-(`Apply`). A target whose expression is a bare `Bytes` of its own dtype is copied by the kernel,
-file to file, and never enters the process; everything else is computed with numpy in float32, one
-tensor at a time.
+An expression tree has three kinds of leaves (`Bytes`, `Init`, `Fitted`) and two kinds of nodes
+(`Apply`, `Gather`). A target whose expression is a bare `Bytes` of its own dtype is copied by the
+kernel, file to file, and never enters the process; a bare `Gather` moves elements as they are
+stored; everything else is computed with numpy in float32, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ class Init:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """A small tensor computed before execution from the source model and user data.
+    """A small tensor computed from the source model and user data, before it is first needed.
 
     Attributes:
-        key: under which the method's fitter hands the float32 array to the executor.
+        key: under which the method's fitter hands the array to the executor: float32, or int64
+            where the target holds integers.
         shape: shape of the result.
         digest: sha256 of everything the fit depends on besides the source weights.
     """
@@ -92,7 +93,39 @@ class Apply:
     seed: int = 0
 
 
-Expr = Bytes | Init | Fitted | Apply
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gather:
+    """Elements of one stored tensor in another order, bit for bit whatever their dtype.
+
+    `arg` is `runs` equal runs along `axis`, one behind the other, that are reordered alike (gate
+    and up in one tensor). In each, position j of the result holds element order[first + j]; with
+    `inverse`, position order[j] holds element j.
+
+    Attributes:
+        arg: the stored tensor, one piece without gaps.
+        shape: shape of the result.
+        order: a permutation of the n elements of a run: fitted, or stored as I32.
+        axis: 0 or 1.
+        runs: how many runs `arg` consists of.
+        first: first position that is taken.
+        inverse: undo the order instead of applying it; then all positions are taken.
+    """
+
+    arg: Bytes
+    shape: tuple[int, ...]
+    order: Fitted | Bytes
+    axis: int = 0
+    runs: int = 1
+    first: int = 0
+    inverse: bool = False
+
+    @property
+    def length(self) -> int:
+        """Return n, the elements of one run."""
+        return self.arg.shape[self.axis] // self.runs
+
+
+Expr = Bytes | Init | Fitted | Apply | Gather
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,23 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.errors import VerificationError
-from adaconvert.io.names import escape
 from adaconvert.io.source import Source
-from adaconvert.layerwise.build import (
-    KeyReport,
-    attention_of,
-    causal_class,
-    find_blocks,
-    load,
-    report_of,
-)
-from adaconvert.layerwise.configs import load_config
-from adaconvert.layerwise.quiet import quiet
+from adaconvert.layerwise.build import KeyReport
+from adaconvert.layerwise.dense_view import dense_view
 from adaconvert.layerwise.runner import LayerwiseModel
-from adaconvert.layerwise.stored import ReadCount, stored_tensors
 from adaconvert.progress import bar
 from adaconvert.verification.logits import hidden_difference
+from adaconvert.verification.models import (
+    blocks_of,
+    inputs_of,
+    is_adaptive,
+    load_reference,
+    load_target,
+    run,
+)
+from adaconvert.verification.quality import Quality, measure
 from adaconvert.verification.routing import LayerRouting, RouterWatch
 from adaconvert.verification.tokens import Probe
 
@@ -42,6 +40,7 @@ class Comparison:
         differences: of what the first blocks receive, then of what each block returns.
         routing: statistics of each converted layer.
         keys: what transformers said about the target's tensor names.
+        quality: of an adaptive target as it is configured, None when it runs every expert.
     """
 
     def __init__(
@@ -52,33 +51,46 @@ class Comparison:
         granularity: int,
         stored_dtype: str | None,
         progress: bool,
+        tolerance: float = 1e-5,
     ) -> None:
         self._dense, self._target = sources
+        self._probe = probe
         self._ids = probe.tensor()
+        self._tolerance = tolerance
         self._granularity = granularity
         self._stored_dtype = stored_dtype
         self._progress = progress
         self.differences: list[float] = []
         self.routing: list[LayerRouting] = []
         self.keys = KeyReport()
+        self.quality: Quality | None = None
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logits [B, S, V] of both models, each loaded whole."""
         hidden: list[torch.Tensor] = []
         with bar(2, "comparing", "model", enabled=self._progress) as shown:
-            model = _load_dense(self._dense)
+            model = load_reference(self._dense)
             with _each_state(model, hidden.append):
-                dense = _run(model, self._ids)
+                dense = run(model, inputs_of(model, self._probe))
             # the target needs the room
             del model
             shown.update(1)
             target, self.keys = load_target(self._target)
-            logits = self._run_target(target, hidden)
+            inputs = inputs_of(target, self._probe)
+            with _every_expert(target, self._target):
+                logits = self._run_target(target, inputs, hidden)
+            if is_adaptive(self._target):
+                self.quality = measure(target, inputs, dense, tolerance=self._tolerance)
             shown.update(1)
         return dense, logits
 
-    def _run_target(self, model: PreTrainedModel, hidden: list[torch.Tensor]) -> torch.Tensor:
-        blocks, expected = find_blocks(model), iter(hidden)
+    def _run_target(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, torch.Tensor],
+        hidden: list[torch.Tensor],
+    ) -> torch.Tensor:
+        blocks, expected = blocks_of(model), iter(hidden)
         same_depth = len(blocks) + 1 == len(hidden)
 
         def compare(state: torch.Tensor) -> None:
@@ -88,14 +100,18 @@ class Comparison:
         with ExitStack() as stack:
             watches = [stack.enter_context(self._watch(block)) for block in blocks]
             stack.enter_context(_each_state(model, compare))
-            logits = _run(model, self._ids)
+            logits = run(model, inputs)
         for index, watch in enumerate(watches):
             self._note(watch, index)
         return logits
 
     def layerwise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits [B, S, V] of both models, run one block at a time."""
-        dense, target = LayerwiseModel(self._dense), LayerwiseModel(self._target)
+        """Return the logits [B, S, V] of both models, run one block at a time.
+
+        An adaptive one runs as the dense model that all its experts together are.
+        """
+        views = (dense_view(self._dense), dense_view(self._target))
+        dense, target = LayerwiseModel(views[0]), LayerwiseModel(views[1])
         left, right = dense.embed(self._ids), target.embed(self._ids)
         self.differences.append(hidden_difference(left, right))
         same_depth = dense.num_blocks == target.num_blocks
@@ -133,48 +149,16 @@ class Comparison:
             self.routing.append(found)
 
 
-def _load_dense(source: Source) -> PreTrainedModel:
-    """Return the source in float32, built from its validated files and its sanitised config."""
-    config = load_config(source)
-    model, keys = load(causal_class(config), config, stored_tensors(source, ReadCount()))
-    if keys.missing or keys.mismatched:
-        names = ", ".join([*keys.missing, *keys.mismatched][:5])
-        raise VerificationError(
-            f"weights are missing or of another shape: {escape(names)}",
-            where=escape(source.label),
-        )
-    return model
-
-
-def load_target(target: Source, *, dtype: str = "float32") -> tuple[PreTrainedModel, KeyReport]:
-    """Return the target as stock transformers loads it from its folder, and what it said of names.
-
-    Raises:
-        VerificationError: transformers refuses it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    attention = attention_of(causal_class(load_config(target)))
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(target.root),
-                dtype=getattr(torch, dtype),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                attn_implementation=attention,
-                output_loading_info=True,
-            )
-    except MemoryError:
-        raise
-    except Exception as error:
-        # whatever it raises, the verdict is the same: a user could not load it either
-        raise VerificationError(
-            f"transformers cannot load it: {escape(str(error), 400)}"
-        ) from error
-    return model.eval().requires_grad_(False), report_of(info)
+@contextmanager
+def _every_expert(model: PreTrainedModel, source: Source) -> Iterator[None]:
+    """Run every expert of an adaptive model, through its router and not past it."""
+    if not is_adaptive(source):
+        yield
+        return
+    runner: Any = model
+    # scores are only computed for selections that need them, or for whoever collects them
+    with runner.set_select("all"), runner.collect("router_scores"):
+        yield
 
 
 @contextmanager
@@ -187,7 +171,7 @@ def _each_state(model: PreTrainedModel, visit: Callable[[torch.Tensor], None]) -
     def on_output(module: nn.Module, args: Any, output: Any) -> None:
         visit(output[0] if isinstance(output, tuple) else output)
 
-    blocks = find_blocks(model)
+    blocks = blocks_of(model)
     hooks = [blocks[0].register_forward_pre_hook(on_input)]
     hooks += [block.register_forward_hook(on_output) for block in blocks]
     try:
@@ -195,12 +179,3 @@ def _each_state(model: PreTrainedModel, visit: Callable[[torch.Tensor], None]) -
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _run(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    runner: Any = model
-    with torch.no_grad():
-        logits: torch.Tensor = runner(input_ids=ids, use_cache=False).logits
-    return logits.float()

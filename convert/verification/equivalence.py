@@ -20,6 +20,7 @@ from adaconvert.units import human_bytes
 from adaconvert.verification.comparison import Comparison
 from adaconvert.verification.logits import LogitDifference, compare_logits
 from adaconvert.verification.memory import SHARE, available_memory, layerwise_need, whole_need
+from adaconvert.verification.quality import Quality
 from adaconvert.verification.routing import LayerRouting
 from adaconvert.verification.tokens import Probe
 
@@ -41,6 +42,8 @@ class Equivalence:
         probe: where the tokens come from.
         routing: statistics of each converted layer.
         keys: what transformers said about the target's tensor names.
+        quality: of an adaptive target as it is configured; `logits` and `layers` are with every
+            expert on. None when that is how it is configured, or when it was not run.
     """
 
     logits: LogitDifference
@@ -51,6 +54,7 @@ class Equivalence:
     probe: str
     routing: tuple[LayerRouting, ...] = ()
     keys: KeyReport = field(default_factory=KeyReport)
+    quality: Quality | None = None
 
     @property
     def relative(self) -> float:
@@ -134,6 +138,7 @@ def compare(
         granularity=granularity,
         stored_dtype=stored_dtype,
         progress=progress,
+        tolerance=tolerance,
     )
     dense, target = run.whole() if mode == "whole" else run.layerwise()
     if dense.shape != target.shape:
@@ -149,6 +154,7 @@ def compare(
         probe=probe.origin,
         routing=tuple(run.routing),
         keys=run.keys,
+        quality=run.quality,
     )
 
 

@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaconvert.arch.adaptive import auto_map
+from adaconvert.arch.base import TensorSpec
+from adaconvert.arch.check import dtypes_of
 from adaconvert.arch.registry import describe
-from adaconvert.dtypes import WEIGHT_DTYPES
 from adaconvert.errors import AdaconvertError, ResourceError
 from adaconvert.io.digest import TensorDigest, digest_tensor
 from adaconvert.io.layout import ShardRecord, shard_digest, shard_digest_of_file
@@ -286,21 +288,32 @@ def _described(target: Source) -> Iterator[Problem]:
         elif wanted is None:
             yield Problem(file=ref.file, tensor=name, what="is no part of what config.json implies")
         else:
-            yield from _fits(ref, wanted.shape)
+            yield from _fits(ref, wanted)
 
 
-def _fits(ref: TensorRef, shape: tuple[int, ...]) -> Iterator[Problem]:
-    if ref.shape != shape:
-        what = f"has shape {list(ref.shape)}, config.json implies {list(shape)}"
+def _fits(ref: TensorRef, wanted: TensorSpec) -> Iterator[Problem]:
+    if ref.shape != wanted.shape:
+        what = f"has shape {list(ref.shape)}, config.json implies {list(wanted.shape)}"
         yield Problem(file=ref.file, tensor=ref.name, what=what)
-    if ref.dtype not in WEIGHT_DTYPES:
-        what = f"has dtype {escape(ref.dtype)}, expected one of {', '.join(WEIGHT_DTYPES)}"
+    if ref.dtype not in dtypes_of(wanted):
+        what = f"has dtype {escape(ref.dtype)}, expected one of {', '.join(dtypes_of(wanted))}"
         yield Problem(file=ref.file, tensor=ref.name, what=what)
 
 
 def _config_keys(target: Source) -> Iterator[Problem]:
     for key in sanitise(target.raw_config)[1]:
+        if key == "auto_map" and _is_own_auto_map(target):
+            continue
         yield Problem(file="config.json", what=f"holds '{escape(key)}', which could load code")
+
+
+def _is_own_auto_map(target: Source) -> bool:
+    """Tell whether auto_map names the classes of the runtime in the folder and nothing else."""
+    try:
+        spec = describe(target.config, target.tensors.keys())
+    except AdaconvertError:
+        return False
+    return spec.adaptive is not None and target.raw_config["auto_map"] == auto_map(spec)
 
 
 def _source_notes(manifest: Mapping[str, object], sources: Sequence[Source]) -> Iterator[str]:

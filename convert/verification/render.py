@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from adaconvert.units import human_bytes
 from adaconvert.verification.equivalence import Equivalence
 from adaconvert.verification.integrity import Integrity
+from adaconvert.verification.quality import Quality, Setting
 from adaconvert.verification.routing import LayerRouting, even_entropy
 from adaconvert.verification.verdict import Verdict
 
@@ -41,6 +42,8 @@ def equivalence_lines(found: Equivalence, verdict: Verdict) -> list[str]:
     """Return the comparison of the logits."""
     logits = found.logits
     held = "measured" if verdict.bound is None else f"at most {verdict.bound:g}"
+    if found.quality is not None and verdict.bound is not None:
+        held = f"with every expert on {held}"
     return [
         f"promise      {verdict.kind} ({held})",
         f"logits       max|d| {logits.max_abs_diff:.3g} of max|logit| {logits.max_abs_logit:.3g}: "
@@ -48,7 +51,51 @@ def equivalence_lines(found: Equivalence, verdict: Verdict) -> list[str]:
         f"next token   same for {100 * logits.argmax_agreement:.4g} % of {logits.tokens} tokens "
         f"({logits.disputed} clear choices changed), KL {logits.kl:.3g} nats",
         f"compared     {found.mode} models in float32 on {found.probe}",
+        *quality_lines(found.quality),
     ]
+
+
+def quality_lines(quality: Quality | None) -> list[str]:
+    """Return what a split model costs and gives as it is configured."""
+    if quality is None:
+        return []
+    lines = [f"as configured, experts of {quality.width}: {_setting_text(quality.configured)}"]
+    if quality.single is not None:
+        lines.append(f"neuron by neuron, by the gate: {_setting_text(quality.single)}")
+    return [*lines, "(logits above are with every expert on)"]
+
+
+def quality_record(quality: Quality) -> list[str]:
+    """Return the same for a card: two digits, which every run of the conversion agrees on."""
+    setting = quality.configured
+    loss = "" if setting.loss is None else f"loss {setting.loss:+.2g} nats per token, "
+    return [
+        f"as configured, experts of {quality.width} neurons: {100 * setting.neurons:.2g} % of the "
+        f"neurons, {100 * setting.ffn:.2g} % of the FLOPs of the split networks; {loss}same most "
+        f"likely token for {100 * setting.logits.argmax_agreement:.2g} % of tokens"
+    ]
+
+
+def _setting_text(setting: Setting) -> str:
+    loss = "" if setting.loss is None else f"loss {setting.loss:+.3g} nats per token, "
+    return (
+        f"{setting.neurons:.1%} of the neurons, {setting.ffn:.1%} of the FLOPs; {loss}"
+        f"same choice for {100 * setting.logits.argmax_agreement:.4g} % of tokens, "
+        f"KL {setting.logits.kl:.3g} nats"
+    )
+
+
+def setting_json(setting: Setting | None, digits: int = _DIGITS) -> dict[str, object] | None:
+    """Return one way of running a split model as JSON data."""
+    if setting is None:
+        return None
+    return {
+        "neurons": rounded(setting.neurons, digits),
+        "ffn_flops": rounded(setting.ffn, digits),
+        "loss_increase_nats": rounded(setting.loss, digits),
+        "argmax_agreement": rounded(setting.logits.argmax_agreement, digits),
+        "kl_nats": rounded(setting.logits.kl, digits),
+    }
 
 
 def routing_lines(layers: Sequence[LayerRouting]) -> list[str]:
@@ -103,6 +150,8 @@ def equivalence_json(found: Equivalence) -> dict[str, object]:
         "unexpected_keys": list(found.keys.unexpected),
         "mismatched_keys": list(found.keys.mismatched),
         "routing": [_layer_json(layer) for layer in found.routing],
+        "configured": setting_json(found.quality.configured if found.quality else None),
+        "single_neurons": setting_json(found.quality.single if found.quality else None),
     }
 
 

@@ -13,6 +13,7 @@ from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.verification import render
 from adaconvert.verification.equivalence import Equivalence, compare
 from adaconvert.verification.integrity import Integrity, check
+from adaconvert.verification.models import is_adaptive, is_text
 from adaconvert.verification.tokens import Probe, compare_tokenizers, load_tokenizer
 from adaconvert.verification.verdict import EXACT, Verdict, bound_of, judge, promised, run_dtype
 
@@ -114,6 +115,8 @@ class VerificationReport:
                 "argmax_agreement": render.rounded(found.logits.argmax_agreement, 2),
                 "kl_nats_below": render.power_above(found.logits.kl),
             }
+            if found.quality is not None:
+                measured["configured"] = render.setting_json(found.quality.configured, 2)
         return {"ok": self.ok, "notes": list(self.notes), **measured}
 
     def record_lines(self) -> list[str]:
@@ -128,6 +131,8 @@ class VerificationReport:
             f"of the largest logit, over {found.logits.tokens} tokens ({found.probe})",
             f"same most likely next token: {100 * found.logits.argmax_agreement:.0f} % of tokens",
         ]
+        if found.quality is not None:
+            lines += render.quality_record(found.quality)
         return lines + [f"note: {note}" for note in self.notes]
 
 
@@ -167,7 +172,7 @@ def verify_checkpoint(
     opened = [Source.open(source, ignore_unindexed=True) for source in sources]
     record = manifests.read(target) if manifest is None else manifest
     integrity = check(target, record, sources=opened, plan=plan, progress=progress)
-    probe = probe or Probe.shipped(opened[0].root)
+    probe = _probe(probe, opened[0])
     notes = list(integrity.notes)
     if len(opened) > 1:
         notes.append("compared with the first source only")
@@ -183,6 +188,13 @@ def verify_checkpoint(
         return report
     promise = exactness or promised(record)
     return _compared(report, opened[0], target, promise, record, memory, probe, progress)
+
+
+def _probe(given: Probe | None, source: Source) -> Probe:
+    """Return what to compare on; images are drawn when the model is run."""
+    if not is_text(source):
+        return Probe(ids=((0,),), origin="random images", text="")
+    return given or Probe.shipped(source.root)
 
 
 def _compared(
@@ -214,8 +226,20 @@ def _compared(
         raise ResourceError(
             "ran out of memory while comparing", hint="Lower --memory, or free some."
         ) from error
-    notes = (*report.notes, *_split_note(found, run_dtype(target)))
+    notes = (*report.notes, *_split_note(found, run_dtype(target)), *_quality_notes(found, target))
     return replace(report, equivalence=found, verdict=judge(promise, bound, found), notes=notes)
+
+
+def _quality_notes(found: Equivalence, target: Source) -> list[str]:
+    """Return what the quality of a split model means, or why it was not measured."""
+    if found.quality is not None:
+        return found.quality.advice()
+    if is_adaptive(target) and found.mode == "layerwise":
+        return [
+            "too large to load whole, so the experts were compared block by block as the dense "
+            "networks they make together; the configured selection was not run"
+        ]
+    return []
 
 
 def _split_note(found: Equivalence, dtype: str | None) -> list[str]:

@@ -51,7 +51,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> StubApi:
     """`adaconvert.api` is a stub for the length of the test."""
     stub = StubApi()
     module = ModuleType("adaconvert.api")
-    for name in ("convert", "inspect", "plan", "verify"):
+    for name in ("calibrate", "convert", "evaluate", "inspect", "plan", "verify"):
         setattr(module, name, stub.function(name))
     monkeypatch.setitem(sys.modules, "adaconvert.api", module)
     monkeypatch.setattr(adaconvert, "api", module, raising=False)
@@ -78,7 +78,7 @@ module = types.ModuleType("adaconvert.api")
 sys.modules["adaconvert.api"] = adaconvert.api = module
 def stub(*args, **kwargs):
 {body}
-module.convert = module.inspect = module.plan = module.verify = stub
+module.convert = module.evaluate = module.inspect = module.plan = module.verify = stub
 class Reported:
     def __init__(self, *text): self.text = text
     def to_json(self): return {{"lines": list(self.text)}}

@@ -34,7 +34,7 @@ def test_help_imports_no_verb() -> None:
     ("typed", "message"),
     [
         ("upcyle", "error: no such command 'upcyle'. Did you mean 'upcycle'?"),
-        ("zzz", "error: no such command 'zzz'. Commands: inspect, plan, upcycle, verify."),
+        ("zzz", f"error: no such command 'zzz'. Commands: {', '.join(VERBS)}."),
     ],
 )
 def test_unknown_command_names_the_nearest(run: Run, typed: str, message: str) -> None:

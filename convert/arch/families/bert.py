@@ -10,6 +10,7 @@ _MLM = "cls.predictions"
 
 FAMILY = Family(
     model_type="bert",
+    stem="Bert",
     kind="encoder",
     architectures={
         "BertModel": ("pooled",),

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Key, Power, Rope
 
 FAMILY = Family(
     model_type="gemma",
+    stem="Gemma",
     architectures={"GemmaForCausalLM": ()},
     keys={
         **common.decoder_keys(

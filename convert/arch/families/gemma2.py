@@ -5,6 +5,7 @@ from adaconvert.arch.family import Choice, Family, Rope
 
 FAMILY = Family(
     model_type="gemma2",
+    stem="Gemma2",
     architectures={"Gemma2ForCausalLM": ()},
     keys={
         **common.decoder_keys(

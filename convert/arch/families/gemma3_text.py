@@ -5,6 +5,7 @@ from adaconvert.arch.family import Choice, Family, Key, Rope
 
 FAMILY = Family(
     model_type="gemma3_text",
+    stem="Gemma3Text",
     architectures={"Gemma3ForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -7,6 +7,7 @@ _BLOCK = "{p}h.{layer}"
 
 FAMILY = Family(
     model_type="gpt2",
+    stem="GPT2",
     architectures={"GPT2LMHeadModel": ("prefixed",)},
     prefix="transformer.",
     # the files on the hub were saved from the body alone

@@ -7,6 +7,7 @@ _BLOCK = "gpt_neox.layers.{layer}"
 
 FAMILY = Family(
     model_type="gpt_neox",
+    stem="GPTNeoX",
     architectures={"GPTNeoXForCausalLM": ()},
     keys={
         "vocab": Key(name="vocab_size", default=50432),

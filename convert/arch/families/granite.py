@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Ref, Rope
 
 FAMILY = Family(
     model_type="granite",
+    stem="Granite",
     architectures={"GraniteForCausalLM": ()},
     keys={
         **common.decoder_keys(

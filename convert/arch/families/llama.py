@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Ref, Rope
 
 FAMILY = Family(
     model_type="llama",
+    stem="Llama",
     architectures={"LlamaForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="mistral",
+    stem="Mistral",
     architectures={"MistralForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Power, Ref, Rope
 
 FAMILY = Family(
     model_type="olmo",
+    stem="Olmo",
     architectures={"OlmoForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="olmo2",
+    stem="Olmo2",
     architectures={"Olmo2ForCausalLM": ()},
     keys={
         **common.decoder_keys(

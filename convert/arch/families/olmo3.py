@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="olmo3",
+    stem="Olmo3",
     architectures={"Olmo3ForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -7,6 +7,7 @@ _BLOCK = "model.layers.{layer}"
 
 FAMILY = Family(
     model_type="phi3",
+    stem="Phi3",
     architectures={"Phi3ForCausalLM": ()},
     keys={
         **common.decoder_keys(

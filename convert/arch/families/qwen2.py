@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="qwen2",
+    stem="Qwen2",
     architectures={"Qwen2ForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="qwen3",
+    stem="Qwen3",
     architectures={"Qwen3ForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Key, Mask, Ref, Rope
 
 FAMILY = Family(
     model_type="smollm3",
+    stem="SmolLM3",
     architectures={"SmolLM3ForCausalLM": ()},
     keys={
         **common.decoder_keys(

@@ -5,11 +5,11 @@ Letters: N routed experts, k experts per token, G granularity, I neurons of the 
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from adaconvert.errors import OptionError
+from adaconvert.methods.options import check_choice, check_range, check_types, option
+from adaconvert.methods.options import parse_layers as parse_layers
 
 ROUTER_INITS = ("small", "zeros", "orthogonal", "hidden")
 SHARED = ("none", "neutral", "split")
@@ -66,15 +66,15 @@ class UpcycleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         self._check_routing()
-        self._check_choice("shared_experts", SHARED)
-        self._check_choice("drop_index", DROP_INDEX)
-        self._check_choice("router_init", ROUTER_INITS)
-        self._check_choice("dtype", tuple(DTYPES))
-        self._check_range("noise", 0.0, 10.0)
-        self._check_range("drop", 0.0, 1.0)
-        self._check_range("aux_loss_coef", 0.0, 100.0)
+        check_choice(self, "shared_experts", SHARED)
+        check_choice(self, "drop_index", DROP_INDEX)
+        check_choice(self, "router_init", ROUTER_INITS)
+        check_choice(self, "dtype", tuple(DTYPES))
+        check_range(self, "noise", 0.0, 10.0)
+        check_range(self, "drop", 0.0, 1.0)
+        check_range(self, "aux_loss_coef", 0.0, 100.0)
         if self.shared_width is not None and self.shared_experts == "none":
             raise OptionError(
                 "only means something with --shared-experts neutral or split",
@@ -86,45 +86,11 @@ class UpcycleConfig:
                 where="--router-prompts",
             )
 
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = str(field.type).split(" | ")[0]
-            optional = "None" in str(field.type)
-            if value is None and optional:
-                continue
-            fits = {
-                "int": isinstance(value, int) and not isinstance(value, bool),
-                "float": isinstance(value, int | float) and not isinstance(value, bool),
-                "str": isinstance(value, str),
-            }[kind]
-            if not fits:
-                raise OptionError(
-                    "wrong type", where=_option(field.name), expected=kind, found=repr(value)
-                )
-
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise OptionError(
-                "unknown choice",
-                where=_option(name),
-                expected=" or ".join(allowed),
-                found=repr(value),
-            )
-
-    def _check_range(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise OptionError(
-                "out of range", where=_option(name), expected=f"{low} to {high}", found=value
-            )
-
     def _check_routing(self) -> None:
         for name in ("experts", "top_k", "granularity"):
             if getattr(self, name) < 1:
                 raise OptionError(
-                    "must be at least 1", where=_option(name), found=getattr(self, name)
+                    "must be at least 1", where=option(name), found=getattr(self, name)
                 )
         if self.experts > 4096:
             raise OptionError(
@@ -155,7 +121,7 @@ class UpcycleConfig:
             if getattr(self, name) % g:
                 raise OptionError(
                     "must be a multiple of the granularity, or groups would be incomplete",
-                    where=_option(name),
+                    where=option(name),
                     expected=f"a multiple of {g}",
                     found=getattr(self, name),
                 )
@@ -167,38 +133,3 @@ class UpcycleConfig:
                 expected="small, orthogonal or hidden",
                 found="zeros",
             )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def parse_layers(text: str | None, count: int) -> frozenset[int]:
-    """Return the blocks a selection names.
-
-    Args:
-        text: comma-separated indexes and inclusive ranges, such as "4-20,22"; None for all.
-        count: blocks of the model.
-
-    Raises:
-        OptionError: the text is malformed, empty, or names a block that does not exist.
-    """
-    if text is None:
-        return frozenset(range(count))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part, re.ASCII)
-        if match is None:
-            raise OptionError(
-                "cannot be read",
-                where="--layers",
-                expected="indexes and ranges such as 4-20,22",
-                found=repr(text[:80]),
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last or last >= count:
-            raise OptionError(
-                f"the model has blocks 0 to {count - 1}", where="--layers", found=part.strip()
-            )
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)

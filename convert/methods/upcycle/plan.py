@@ -6,26 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from adaconvert.arch.base import Carry, HostLayout, HostRequest, HostTensor, ModelSpec
+from adaconvert.arch.base import (
+    HostLayout,
+    HostRequest,
+    HostTensor,
+    ModelSpec,
+    RuntimeVerdict,
+)
 from adaconvert.arch.host import HOSTS, Host, choose
+from adaconvert.arch.runtimes import verdicts
 from adaconvert.dtypes import BY_NAME
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
-from adaconvert.io.tensor_ref import TensorRef
+from adaconvert.methods.hosting import Carrier, check_runs, dtype_of, rounds
 from adaconvert.methods.sources import Described
 from adaconvert.methods.upcycle.config import DTYPES, UpcycleConfig, parse_layers
 from adaconvert.methods.upcycle.experts import ExpertBuilder
 from adaconvert.planning.accounting import check_plan, pieces_of
 from adaconvert.planning.ops import (
-    Apply,
-    Bytes,
     Drop,
     Exactness,
-    Expr,
-    Init,
-    Param,
-    Piece,
     Plan,
     TargetTensor,
 )
@@ -45,6 +46,21 @@ class UpcyclePlan:
     layout: HostLayout
     request: HostRequest
     described: tuple[Described, ...]
+
+    @property
+    def target(self) -> str:
+        """Return the model_type of the result."""
+        return self.host.model_type
+
+    @property
+    def runtimes(self) -> tuple[RuntimeVerdict, ...]:
+        """Return what each runtime does with the result."""
+        return verdicts(self.plan.config)
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """Return nothing: the result needs no further files."""
+        return {}
 
 
 def host_request(config: UpcycleConfig, spec: ModelSpec) -> HostRequest:
@@ -119,79 +135,6 @@ def base_index(config: UpcycleConfig, sources: Sequence[Source]) -> int | None:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Carrier:
-    """Turns a host's `Carry` into an expression over one source or the average of all."""
-
-    stored: Sequence[Mapping[str, TensorRef]]
-    base: int | None
-
-    def build(self, carry: Carry, shape: tuple[int, ...]) -> Expr:
-        params: dict[str, Param] = dict(carry.params)
-        if carry.tensor is None:
-            return Init(kind="constant", shape=shape, params=tuple(sorted(params.items())))
-        indexes = range(len(self.stored)) if self.base is None else (self.base,)
-        parts = [self._read(index, carry) for index in indexes]
-        expr: Expr = parts[0]
-        if len(parts) > 1:
-            expr = Apply(fn="mean", shape=parts[0].shape, args=tuple(parts))
-        if carry.fn is not None:
-            expr = Apply(
-                fn=carry.fn, shape=shape, args=(expr,), params=tuple(sorted(params.items()))
-            )
-        return expr
-
-    def _read(self, index: int, carry: Carry) -> Bytes:
-        assert carry.tensor is not None
-        ref = self.stored[index][carry.tensor]
-        first, count = carry.rows or (0, ref.shape[0])
-        row = ref.nbytes // ref.shape[0]
-        piece = Piece(source=index, tensor=ref.name, start=first * row, nbytes=count * row)
-        return Bytes(dtype=ref.dtype, shape=(count, *ref.shape[1:]), pieces=(piece,))
-
-
-def _dtype_of(expr: Expr, asked: str | None, default: str) -> str:
-    """Return the stored dtype: the one asked for, else the source's, wider for small computed
-    vectors.
-
-    A norm weight that is computed (w + 1, an average) would be rounded to 16 bits; it is stored in
-    float32 instead, which costs nothing and stays exact.
-    """
-    if asked is not None:
-        return asked
-    own = default
-    current = expr
-    while isinstance(current, Apply) and current.args:
-        current = current.args[0]
-    if isinstance(current, Bytes):
-        own = current.dtype
-    if isinstance(expr, Apply) and len(expr.shape) == 1 and BY_NAME[own].nbytes < 4:
-        return "F32"
-    return own
-
-
-def _rounds(expr: Expr, dtype: str) -> bool:
-    """Return whether storing the expression in `dtype` may round a weight of the dense model."""
-    if isinstance(expr, Bytes):
-        return BY_NAME[expr.dtype].nbytes > BY_NAME[dtype].nbytes or (
-            expr.dtype != dtype and BY_NAME[expr.dtype].nbytes == BY_NAME[dtype].nbytes
-        )
-    if not isinstance(expr, Apply) or expr.fn == "router":
-        return False
-    inner = any(_rounds(arg, dtype) for arg in expr.args)
-    moves = expr.fn in {"scale", "concat", "interleave_rope"}
-    if expr.fn == "scale":
-        factor = float(dict(expr.params)["factor"])
-        moves = factor > 0 and (factor == 2.0 ** round(_log2(factor)))
-    return inner or (not moves and BY_NAME[dtype].nbytes < 4)
-
-
-def _log2(value: float) -> float:
-    import math
-
-    return math.log2(value)
-
-
 def exactness_of(config: UpcycleConfig, sources: int, rounds: bool) -> Exactness:
     """Return what this variant promises about step 0."""
     if config.drop > 0:
@@ -256,7 +199,7 @@ def _group(tensor: HostTensor) -> str:
 
 
 def _targets(
-    config: UpcycleConfig, layout: HostLayout, builder: ExpertBuilder, carrier: _Carrier
+    config: UpcycleConfig, layout: HostLayout, builder: ExpertBuilder, carrier: Carrier
 ) -> tuple[TargetTensor, ...]:
     asked = DTYPES[config.dtype]
     first = builder.specs[0].ffn_rows(0)["up"].tensor
@@ -270,7 +213,7 @@ def _targets(
         targets.append(
             TargetTensor(
                 name=tensor.name,
-                dtype=_dtype_of(expr, asked, default),
+                dtype=dtype_of(expr, asked, default),
                 shape=tensor.shape,
                 expr=expr,
                 group=_group(tensor),
@@ -319,7 +262,7 @@ def build_plan(
     base = base_index(config, sources)
     first = described[0].source.tensors[spec.ffn_rows(0)["up"].tensor]
     main_dtype = DTYPES[config.dtype] or first.dtype
-    _check_runs(request, main_dtype)
+    check_runs(request, main_dtype)
     layout = host.layout(spec, request, BY_NAME[main_dtype].config_name)
     stored = [s.tensors for s in sources]
     builder = ExpertBuilder(
@@ -331,8 +274,8 @@ def build_plan(
         first_routed=request.shared_width if config.shared_experts == "split" else 0,
         prompts_digest=prompts_digest,
     )
-    targets = _targets(config, layout, builder, _Carrier(stored=stored, base=base))
-    rounds = any(_rounds(t.expr, t.dtype) for t in targets)
+    targets = _targets(config, layout, builder, Carrier(stored=stored, base=base))
+    lossy = any(rounds(t.expr, t.dtype) for t in targets)
     plan = Plan(
         method="upcycle",
         options=_options(config, host, sources, base, prompts_digest),
@@ -340,38 +283,13 @@ def build_plan(
         targets=targets,
         drops=_drops(described, targets, base),
         config=layout.config,
-        exactness=exactness_of(config, len(sources), rounds),
+        exactness=exactness_of(config, len(sources), lossy),
         notes=_notes(config, host, layout),
     )
     check_plan(plan, stored)
     return UpcyclePlan(
         plan=plan, host=host, layout=layout, request=request, described=tuple(described)
     )
-
-
-def _check_runs(request: HostRequest, dtype: str) -> None:
-    """Hold experts to what the grouped GEMM of transformers takes: 32 or 16 bits, rows of 16 bytes.
-
-    Raises:
-        OptionError: stock transformers would load the result and fail at its first token.
-    """
-    if dtype == "F64":
-        raise OptionError(
-            "transformers cannot run experts in float64",
-            where="--dtype",
-            expected="float32, bfloat16 or float16",
-            found="float64",
-        )
-    item = BY_NAME[dtype].nbytes
-    multiple = 16 // item
-    for width in (request.expert_width, request.shared_width):
-        if width % multiple:
-            raise OptionError(
-                f"gives experts {width} neurons wide, and transformers wants rows of 16 bytes",
-                where="--granularity or --shared-width",
-                expected=f"a multiple of {multiple} neurons in {BY_NAME[dtype].config_name}",
-                found=width,
-            )
 
 
 def _choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:

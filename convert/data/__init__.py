@@ -1,0 +1,1 @@
+"""Text and tokens for everything that measures, calibrates or trains."""

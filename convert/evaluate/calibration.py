@@ -1,0 +1,126 @@
+"""`calibrate`: which setting of a model's knobs gives which compute and loss, and which to use.
+
+1. On the ordering split every setting is measured, coarsely, then finely where the limit or the
+   budget is crossed; thresholds are read off scores of this split too.
+2. With a limit on the loss, settings are tested one by one on the testing split, from the most
+   careful to the cheapest, until one fails; see `testing_sequence`. With a budget, the setting of
+   least loss within it is taken and nothing is promised.
+3. What is reported is measured on the evaluation split, which has chosen nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from adaconvert.errors import OptionError
+from adaconvert.evaluate import calibration_output
+from adaconvert.evaluate.calibration_data import Reading, check_enough, read_data
+from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
+from adaconvert.evaluate.calibration_result import CalibrationResult
+from adaconvert.evaluate.calibration_search import Search
+from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.risk import Floats
+from adaconvert.evaluate.sweep import is_classifier
+from adaconvert.io.fs import FileSystem
+from adaconvert.io.names import escape
+
+_CLASS_LOSS: Final = "loss is that of the class the model chooses with every expert on"
+
+
+def calibrate(
+    folder: str | Path,
+    settings: CalibrationSettings,
+    *,
+    destination: str | Path | None = None,
+    overwrite: bool = False,
+    fs: FileSystem | None = None,
+) -> CalibrationResult:
+    """Return the calibration of a checkpoint, once it is written; see `api.calibrate`."""
+    settings.check()
+    checkpoint = open_checkpoint(folder)
+    calibration_output.check_destination(checkpoint, destination, overwrite=overwrite)
+    calibration_output.check_whole(checkpoint)
+    single = _classifies(checkpoint, settings)
+    data = read_data(settings.reading, checkpoint.folder, settings.shares, whole=single)
+    risk = settings.risk(single=single)
+    if risk is not None:
+        check_enough(data, risk, settings.shares, settings.promise)
+    found = Search(_loaded(checkpoint, settings), data, settings, risk).run()
+    result = CalibrationResult(
+        checkpoint=checkpoint.name,
+        rows=found.rows,
+        chosen=found.chosen,
+        risk=None if risk is None else risk.to_json(),
+        budget=settings.budget,
+        split=data.split_json(settings.reading.seed),
+        digests={
+            "weights": checkpoint.weights_digest(),
+            "config": calibration_output.config_digest(checkpoint.config),
+            "data": data.digest,
+        },
+        notes=(*found.notes, *([_CLASS_LOSS] if single else [])),
+    )
+    calibration_output.write(checkpoint, result, destination, overwrite=overwrite, fs=fs)
+    return result if destination is None else replace(result, checkpoint=Path(destination).name)
+
+
+def measure_matrix(
+    folder: str | Path, reading: Reading, shares: Sequence[float], *, batch: int | None = None
+) -> tuple[Floats, Floats, list[str]]:
+    """Return what `scripts/calibration_check.py` resamples; nothing is written.
+
+    Args:
+        folder: the checkpoint.
+        reading: the data.
+        shares: of the experts, each by the model's best rule.
+        batch: blocks at a time.
+
+    Returns:
+        computes [S], rises in loss of every unit [S, units], and names [S]; row 0 is the reference.
+    """
+    settings = CalibrationSettings(reading=reading, batch_size=batch, progress=reading.progress)
+    settings.check()
+    checkpoint = open_checkpoint(folder)
+    data = read_data(reading, checkpoint.folder, settings.shares)
+    return Search(_loaded(checkpoint, settings), data, settings, None).matrix(shares)
+
+
+def _classifies(checkpoint: Checkpoint, settings: CalibrationSettings) -> bool:
+    """Return whether the model classifies texts; otherwise it is a causal language model.
+
+    Raises:
+        OptionError: it is neither, or is asked for what it cannot promise.
+    """
+    name = str((checkpoint.config.get("architectures") or [""])[0])
+    if is_classifier(name):
+        if settings.max_loss_increase is not None:
+            raise OptionError(
+                "needs labels, which a classifier is not given here",
+                where="--max-loss-increase",
+                hint="Use --max-disagreement, the share of texts whose class changes.",
+            )
+        return True
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        raise OptionError(
+            "only causal language models and text classifiers can be calibrated",
+            where=escape(name, 80),
+        )
+    return False
+
+
+def _loaded(checkpoint: Checkpoint, settings: CalibrationSettings) -> Any:
+    """Return the model.
+
+    Raises:
+        OptionError: the device cannot be used.
+        SourceError: it cannot be loaded.
+    """
+    from adaconvert.layerwise.quiet import quiet
+    from adaconvert.modeling.loading import load_model
+
+    device = settings.chosen_device()
+    with quiet():
+        return load_model(checkpoint.folder, dtype=settings.dtype, device=device)

@@ -1,0 +1,317 @@
+"""Measures settings on the splits of the calibration data, tests them, and decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from adaconvert.errors import OptionError
+from adaconvert.evaluate.allocation import LEVELS, sensitivities
+from adaconvert.evaluate.calibration_data import CalibrationData, Part, too_small
+from adaconvert.evaluate.calibration_result import Row
+from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.candidates import (
+    Family,
+    between,
+    coarse,
+    default_rules,
+    per_layer,
+    uniform,
+)
+from adaconvert.evaluate.risk import Floats, Risk
+from adaconvert.evaluate.sweep import REFERENCE, Grid, Measured, Measurer, Setting, given
+from adaconvert.evaluate.testing_sequence import (
+    Certified,
+    Integers,
+    best_within,
+    certify,
+    frontier,
+)
+from adaconvert.progress import Bar, bar
+
+#: blocks a site's sensitivity is measured on.
+_SENSITIVITY_BLOCKS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The table, by rising compute, the position of the chosen row, and what to say about it."""
+
+    rows: tuple[Row, ...]
+    chosen: int | None
+    notes: tuple[str, ...] = ()
+
+
+class Search:
+    """One calibration of one model on one division of the data.
+
+    Args:
+        model: an adaptive model, in evaluation mode.
+        data: the splits.
+        settings: what is asked for.
+        risk: what is to be promised, None for nothing.
+
+    Attributes:
+        tried: every setting that was measured on the ordering split.
+    """
+
+    def __init__(
+        self, model: Any, data: CalibrationData, settings: CalibrationSettings, risk: Risk | None
+    ) -> None:
+        self.data = data
+        self.settings = settings
+        self.risk = risk
+        self.tried: list[Setting] = []
+        self._specs: dict[str, dict[str, Any]] = {
+            path: slots["ffn"]
+            for path, slots in model.config.adaptive["sites"].items()
+            if "ffn" in slots
+        }
+        self._measurer = Measurer(model, data.blocks, batch=settings.batch_size)
+        self._ordering: list[Measured] = []
+
+    def run(self) -> Found:
+        """Return the table and the choice.
+
+        Raises:
+            DataError: the data are too small to certify what they suggest; says how many would do.
+            OptionError: no rule can choose, or nothing is as cheap as the budget.
+            SourceError: a loss is not finite.
+        """
+        self._try_all()
+        found = None if self.risk is None else self._test(self.risk)
+        settings, rows = self._rows(found)
+        if found is not None:
+            chosen = settings.index(found.cheapest)
+            notes = _UNCERTIFIED if found.cheapest is None else ()
+            return Found(rows=rows, chosen=chosen, notes=notes)
+        budget = self.settings.budget
+        return Found(rows=rows, chosen=None if budget is None else _cheap_enough(rows, budget))
+
+    def matrix(self, shares: Sequence[float]) -> tuple[Floats, Floats, list[str]]:
+        """Return computes, rises in loss of every unit and names, the reference first.
+
+        Args:
+            shares: of the experts, each by the model's best rule.
+        """
+        family = self._families()[0]
+        settings = [setting for share in shares if (setting := family(share)) is not None]
+        parts = (self.data.ordering, self.data.evaluation)
+        computes, rows = [1.0], [np.zeros(self.data.units)]
+        with self._phase("measuring", settings, *parts):
+            for setting in settings:
+                measured = [(part, self._measurer.measure(setting, part.blocks)) for part in parts]
+                computes.append(float(np.mean([one.compute for _, one in measured])))
+                rows.append(np.concatenate([self._unit_rises(p, one) for p, one in measured]))
+        return np.array(computes), np.array(rows), [s.name for s in [REFERENCE, *settings]]
+
+    # -- what is tried
+
+    def _try_all(self) -> None:
+        """Measure every setting worth a look on the ordering split."""
+        if self.settings.values:
+            rule = self.settings.rules[0]
+            self._try([given(rule, value) for value in self.settings.values])
+            return
+        families = self._families()
+        for family in families:
+            self._try(coarse(family))
+        for family in families:
+            self._try(between(family, self._fits, first=self.risk is not None))
+
+    def _families(self) -> list[Family]:
+        """Return the ways to spend a share of the experts.
+
+        Raises:
+            OptionError: no rule can choose.
+        """
+        rules = self.settings.rules or default_rules(self._specs)
+        experts = {path: int(spec["experts"]["count"]) for path, spec in self._specs.items()}
+        grid = Grid(experts, self._measurer.scores(self.data.ordering.blocks))
+        families = [uniform(grid, rule) for rule in rules]
+        if self.settings.per_layer:
+            cost = {p: float(s["hidden"]) * s["intermediate"] for p, s in self._specs.items()}
+            families.append(per_layer(grid, rules[0], self._curves(grid, rules[0]), cost))
+        return families
+
+    def _curves(self, grid: Grid, rule: str) -> dict[str, list[tuple[float, float]]]:
+        """Return how the loss rises as each site alone runs fewer experts."""
+        blocks = self.data.ordering.blocks[:_SENSITIVITY_BLOCKS]
+        weights = self._weights(blocks)
+
+        def increase(shares: Mapping[str, float]) -> float:
+            setting = grid.per_site(rule, shares, name=f"{rule}, one layer")
+            rise = self._measurer.measure(setting, blocks).loss - self._reference(blocks)
+            return float(np.average(rise, weights=weights))
+
+        total = len(LEVELS) * len(self._specs) * len(blocks)
+        with self._shown(total, "layers"):
+            return sensitivities(list(self._specs), increase)
+
+    def _fits(self, setting: Setting) -> bool:
+        """Return whether a setting that was tried keeps to what was asked for."""
+        at = next(n for n, tried in enumerate(self.tried) if tried.select == setting.select)
+        if self.risk is not None:
+            return self._ordering_risks()[at] <= self.risk.limit
+        budget = self.settings.budget
+        return budget is not None and self._ordering[at].compute <= budget
+
+    def _try(self, settings: Sequence[Setting]) -> None:
+        """Measure settings on the ordering split, those left out that were measured already."""
+        fresh: list[Setting] = []
+        for setting in settings:
+            if all(setting.select != known.select for known in [*self.tried, *fresh]):
+                fresh.append(setting)
+        with self._phase("ordering", fresh, self.data.ordering):
+            for setting in fresh:
+                self._ordering.append(self._measurer.measure(setting, self.data.ordering.blocks))
+                self.tried.append(setting)
+
+    # -- losses of blocks and units
+
+    def _phase(self, name: str, settings: Sequence[object], *parts: Part) -> Bar:
+        return self._shown(len(settings) * sum(len(part.blocks) for part in parts), name)
+
+    def _shown(self, total: int, name: str) -> Bar:
+        shown = bar(total, name, "blocks", enabled=self.settings.progress)
+        self._measurer.shown = shown
+        return shown
+
+    def _reference(self, blocks: Integers) -> Floats:
+        return self._measurer.reference(blocks).loss
+
+    def _weights(self, blocks: Integers) -> Floats:
+        return self._measurer.predicted[blocks].astype(np.float64)
+
+    def _unit_means(self, part: Part, values: Floats) -> Floats:
+        return part.means(values, self._weights(part.blocks))
+
+    def _unit_rises(self, part: Part, measured: Measured) -> Floats:
+        """Return the rise in loss of each unit, not clipped."""
+        return self._unit_means(part, measured.loss - self._reference(part.blocks))
+
+    def _unit_risks(self, part: Part, measured: Measured) -> Floats:
+        """Return the clipped loss of each unit that the promise is about."""
+        if self.risk is None:
+            return self._unit_rises(part, measured)
+        if self.risk.kind == "disagreement":
+            return self._unit_means(part, measured.changed)
+        rises = measured.loss - self._reference(part.blocks)
+        return self._unit_means(part, self.risk.clip(rises))
+
+    def _computes(self) -> list[float]:
+        return [measured.compute for measured in self._ordering]
+
+    def _ordering_risks(self) -> list[float]:
+        return [float(self._unit_risks(self.data.ordering, m).mean()) for m in self._ordering]
+
+    # -- testing
+
+    def _test(self, risk: Risk) -> Certified:
+        """Return what the testing split certifies, of the settings cheaper than the reference."""
+        cheaper = self._cheaper()
+        ordering = [self._unit_risks(self.data.ordering, self._ordering[at]) for at in cheaper]
+        part = self.data.testing
+
+        def losses(candidate: int) -> Floats:
+            measured = self._measurer.measure(self.tried[cheaper[candidate]], part.blocks)
+            return self._unit_risks(part, measured)
+
+        with self._phase("testing", cheaper, part):
+            found = certify([self._computes()[at] for at in cheaper], ordering, losses, risk)
+        if not found.passed:
+            self._refuse_if_too_small(risk, ordering)
+        return found.renamed(cheaper)
+
+    def _cheaper(self) -> list[int]:
+        """Return the settings that were tried and cost less than the reference."""
+        return [at for at, cost in enumerate(self._computes()) if cost < 1]
+
+    def _refuse_if_too_small(self, risk: Risk, ordering: Sequence[Floats]) -> None:
+        """Return only when more data would not certify anything cheaper than the reference either.
+
+        Raises:
+            DataError: they would; says about how much.
+        """
+        guesses = [risk.needed(float(one.mean()), float(one.std())) for one in ordering]
+        needed = min((guess for guess in guesses if guess is not None), default=None)
+        if needed is None or needed <= self.data.testing.units:
+            return
+        what = f"the most careful setting within a limit of {risk.limit:g}"
+        raise too_small(self.data, needed, self.settings.shares, self.settings.promise, what)
+
+    # -- the table
+
+    def _rows(self, found: Certified | None) -> tuple[list[int | None], tuple[Row, ...]]:
+        """Return frontier, certified settings and reference by rising compute, and what they are.
+
+        A setting is its position among those tried, None for the reference.
+        """
+        cheaper = self._cheaper()
+        computes, risks = self._computes(), self._ordering_risks()
+        best = frontier([computes[at] for at in cheaper], [risks[at] for at in cheaper])
+        kept = sorted({cheaper[at] for at in best} | set(found.passed if found else ()))
+        part = self.data.evaluation
+        base = self._unit_means(part, self._reference(part.blocks))
+        rows: list[tuple[int | None, Row]] = [(None, self._reference_row(float(base.mean())))]
+        with self._phase("evaluation", kept, part):
+            rows += [(at, self._row(at, base, found)) for at in kept]
+        rows.sort(key=lambda row: (row[1].compute, row[1].loss))
+        return [at for at, _ in rows], tuple(row for _, row in rows)
+
+    def _reference_row(self, loss: float) -> Row:
+        return Row(
+            name=REFERENCE.name,
+            select=REFERENCE.select,
+            compute=1.0,
+            loss=loss,
+            loss_increase=0.0,
+            changed=0.0,
+            # it is what the promise compares with
+            guaranteed=self.risk is not None,
+        )
+
+    def _row(self, at: int, base: Floats, found: Certified | None) -> Row:
+        part = self.data.evaluation
+        measured = self._measurer.measure(self.tried[at], part.blocks)
+        loss = self._unit_means(part, measured.loss)
+        rises = measured.loss - self._reference(part.blocks)
+        clipped = None
+        if self.risk is not None and self.risk.kind == "loss-increase":
+            clipped = float(np.mean((rises < self.risk.low) | (rises > self.risk.high)))
+        return Row(
+            name=self.tried[at].name,
+            select=self.tried[at].select,
+            compute=measured.compute,
+            loss=float(loss.mean()),
+            loss_increase=float((loss - base).mean()),
+            changed=float(self._unit_means(part, measured.changed).mean()),
+            clipped=clipped,
+            guaranteed=found is not None and at in found.passed,
+            p_value=None if found is None else found.p_values.get(at),
+        )
+
+
+_UNCERTIFIED: Final = (
+    "no setting below full compute could be certified: the default runs every expert",
+)
+
+
+def _cheap_enough(rows: Sequence[Row], budget: float) -> int:
+    """Return the position of the best row within a budget.
+
+    Raises:
+        OptionError: none is.
+    """
+    best = best_within([row.compute for row in rows], [row.loss for row in rows], budget)
+    if best is None:
+        raise OptionError(
+            "nothing this model can do is that cheap",
+            where="--budget",
+            expected=f"{rows[0].compute:.3f} or more",
+            found=budget,
+        )
+    return best

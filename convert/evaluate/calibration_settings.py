@@ -1,0 +1,138 @@
+"""What a calibration is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from adaconvert.errors import OptionError
+from adaconvert.evaluate.calibration_data import Reading
+from adaconvert.evaluate.options import EvaluateOptions
+from adaconvert.evaluate.risk import Risk, disagreement_risk, loss_increase_risk
+from adaconvert.evaluate.sweep import KNOB, given
+from adaconvert.evaluate.testing_sequence import SHARES, SHARES_WITHOUT_TEST, UNITS
+from adaconvert.io.names import escape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """What is asked for.
+
+    Attributes:
+        reading: the data.
+        budget: largest compute; the setting of least loss within it is chosen, nothing is promised.
+        max_loss_increase: nats per token the loss may rise by; the cheapest setting for which that
+            is certified is chosen.
+        max_disagreement: the same for the share of top predictions that change.
+        confidence: of the promise, over the draw of the data.
+        clip: rises are clipped to this, None for the default of `loss_increase_risk`.
+        rules: selection rules to sweep, none for those that suit the routers.
+        values: values of the one rule instead of shares of the experts.
+        per_layer: also try giving each layer its own share.
+        batch_size: blocks at a time, None for what fits.
+        dtype: torch name, "auto" for as stored.
+        device: torch name, None for the accelerator there is, else the CPU.
+        progress: show progress bars on a terminal.
+    """
+
+    reading: Reading
+    budget: float | None = None
+    max_loss_increase: float | None = None
+    max_disagreement: float | None = None
+    confidence: float = 0.95
+    clip: float | None = None
+    rules: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
+    per_layer: bool = False
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    progress: bool = False
+
+    @staticmethod
+    def of(data: Sequence[str], options: Mapping[str, Any]) -> CalibrationSettings:
+        """Return the settings of options given by name, those of the data among them.
+
+        Raises:
+            TypeError: an option is unknown.
+        """
+        own = {field.name for field in fields(Reading)} - {"data", "progress"}
+        rest = {name: value for name, value in options.items() if name not in own}
+        reading = Reading(
+            data=tuple(data),
+            progress=bool(options.get("progress", False)),
+            **{name: value for name, value in options.items() if name in own},
+        )
+        return CalibrationSettings(reading=reading, **rest)
+
+    def chosen_device(self) -> str:
+        """Return the device to run on.
+
+        Raises:
+            OptionError: torch knows none of that name, or it is not here.
+        """
+        return EvaluateOptions(device=self.device).chosen_device()
+
+    def check(self) -> None:
+        """Return only when the options make sense together.
+
+        Raises:
+            OptionError: they do not.
+        """
+        asked = [self.budget, self.max_loss_increase, self.max_disagreement]
+        if sum(value is not None for value in asked) > 1:
+            raise OptionError(
+                "only one of --budget, --max-loss-increase and --max-disagreement can be chosen by",
+                where="calibrate",
+            )
+        _check_range("--budget", self.budget, 0, 1)
+        _check_range("--max-loss-increase", self.max_loss_increase, 0, math.inf)
+        _check_range("--max-disagreement", self.max_disagreement, 0, 1)
+        _check_range("--confidence", self.confidence, 0, 1)
+        _check_range("--clip", self.clip, self.max_loss_increase or 0, math.inf)
+        if self.reading.unit not in UNITS:
+            raise OptionError(
+                "unknown unit", where="--unit", expected=" or ".join(UNITS), found=self.reading.unit
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError("is out of range", where="--batch-size", found=self.batch_size)
+        for rule in self.rules:
+            if rule not in KNOB:
+                raise OptionError(
+                    "unknown rule", where="--rule", expected=", ".join(KNOB), found=escape(rule)
+                )
+        if self.values and len(self.rules) != 1:
+            raise OptionError("needs exactly one --rule", where="--values")
+        for value in self.values:
+            given(self.rules[0], value)
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Return the shares of the splits: without a promise nothing is tested."""
+        return SHARES_WITHOUT_TEST if self.risk() is None else SHARES
+
+    @property
+    def promise(self) -> str:
+        """Return the option that asks for a promise."""
+        return "--max-disagreement" if self.max_loss_increase is None else "--max-loss-increase"
+
+    def risk(self, *, single: bool = False) -> Risk | None:
+        """Return what is to be promised, None for nothing.
+
+        Args:
+            single: the model makes one prediction of a unit.
+        """
+        if self.max_loss_increase is not None:
+            return loss_increase_risk(self.max_loss_increase, self.confidence, self.clip)
+        if self.max_disagreement is not None:
+            return disagreement_risk(self.max_disagreement, self.confidence, single=single)
+        return None
+
+
+def _check_range(where: str, value: float | None, low: float, high: float) -> None:
+    if value is None or (low < value < high):
+        return
+    upper = "" if math.isinf(high) else f" and below {high:g}"
+    raise OptionError("is out of range", where=where, expected=f"above {low:g}{upper}", found=value)

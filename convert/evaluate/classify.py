@@ -1,0 +1,237 @@
+"""Accuracy of sequence classifiers on labelled text.
+
+Shapes: D texts, B texts of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaconvert.data.rows import iter_rows
+from adaconvert.data.text import text_of
+from adaconvert.data.tokens import Limits, encode, load_tokenizer, padding_id
+from adaconvert.errors import DataError, OptionError, SourceError
+from adaconvert.evaluate.compute import Tally
+from adaconvert.evaluate.perplexity import Variant
+from adaconvert.io.names import escape, listing
+from adaconvert.progress import bar
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Labelled texts as token ids.
+
+    Attributes:
+        ids: one sequence a text, cut to the positions of the model.
+        labels: the class of each.
+        names: where each comes from.
+        padding: id that fills a batch.
+        cut: texts that were too long.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    padding: int
+    cut: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class ClassScore:
+    """What a classifier made of each text.
+
+    Attributes:
+        right: bool [D] the most likely class is the label.
+        loss: float64 [D] negative log-likelihood of the label in nats.
+        chosen: int64 [D] most likely class.
+        agreeing: bool [D] it is the reference's, None without a reference.
+        tally: what running it cost.
+    """
+
+    right: numpy.ndarray[Any, Any]
+    loss: numpy.ndarray[Any, Any]
+    chosen: numpy.ndarray[Any, Any]
+    agreeing: numpy.ndarray[Any, Any] | None = None
+    tally: Tally = field(default_factory=Tally)
+
+
+def read_labelled(
+    where: str | Path,
+    folder: Path,
+    config: Any,
+    *,
+    field: str = "text",
+    label_field: str = "label",
+    split: str | None = None,
+    max_documents: int | None = None,
+    length: int | None = None,
+) -> Labelled:
+    """Return labelled texts, tokenised for the classifier in `folder`.
+
+    Args:
+        where: as for `read_documents`.
+        folder: the checkpoint.
+        config: its transformers config, which names the classes.
+        field, label_field: what holds the text, and its class as a number or by name.
+        split, max_documents: as for `read_documents`.
+        length: most tokens of a text; the model's positions when smaller or not given.
+
+    Raises:
+        DataError: missing or empty data, a missing field, or a label the model does not have.
+        OptionError: the model gives several labels at once, or a number.
+    """
+    _check_single_label(config)
+    limits = Limits.of(folder)
+    tokenizer = load_tokenizer(folder)
+    room = min(n for n in (length, limits.positions, 1 << 30) if n)
+    ids: list[tuple[int, ...]] = []
+    labels, names, cut = [], [], 0
+    for row in iter_rows(where, (field, label_field), split=split, at_most=max_documents):
+        tokens = encode(tokenizer, text_of(row, field))
+        limits.check(tokens, tokenizer, row.name)
+        cut += len(tokens) > room
+        ids.append(tuple(tokens[:room]) or (padding_id(tokenizer, limits.vocab),))
+        labels.append(_label(row.values[1], config, f"{row.name} field '{escape(label_field)}'"))
+        names.append(row.name)
+        if len(ids) == max_documents:
+            break
+    if not ids:
+        raise DataError("holds no labelled text", where=escape(Path(str(where)).name))
+    return Labelled(
+        ids=tuple(ids),
+        labels=tuple(labels),
+        names=tuple(names),
+        padding=_padding(config, tokenizer, limits.vocab),
+        cut=cut,
+    )
+
+
+def score_labelled(
+    variants: Sequence[Variant],
+    data: Labelled,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> list[ClassScore]:
+    """Return what every variant makes of every text.
+
+    Args:
+        variants: at most one of them the reference, which is then the first.
+        data: the texts.
+        batch_size: texts of a batch.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        SourceError: a model computes NaN; names the first text.
+        DataError: the reference has other classes.
+    """
+    import torch
+
+    found = [_empty(len(data.ids)) for _ in variants]
+    shown = bar(len(data.ids) * len(variants), "evaluate", "texts", enabled=progress)
+    with torch.inference_mode(), shown:
+        for rows in _batches(data, batch_size or BATCH):
+            for variant, score in zip(variants, found, strict=True):
+                logits = _logits(variant, data, rows, score.tally)
+                _add(score, logits, data, rows, variant.label)
+                shown.update(len(rows))
+    if variants[0].is_reference:
+        for score in found[1:]:
+            score.agreeing = score.chosen == found[0].chosen
+    return found
+
+
+def _check_single_label(config: Any) -> None:
+    kind = getattr(config, "problem_type", None)
+    if kind in ("regression", "multi_label_classification") or config.num_labels < 2:
+        raise OptionError(
+            "accuracy is measured on classifiers with one label a text",
+            where="config.json",
+            found=kind or f"{config.num_labels} labels",
+        )
+
+
+def _label(value: object, config: Any, where: str) -> int:
+    """Return the class a label means: a number, or a name the config lists."""
+    by_name: Mapping[str, int] = config.label2id or {}
+    if isinstance(value, str) and value in by_name:
+        return int(by_name[value])
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < config.num_labels:
+        return value
+    raise DataError(
+        "is no label of the model",
+        where=where,
+        expected=f"0 to {config.num_labels - 1}, or one of {listing(list(by_name), 12)}",
+        found=escape(value, 60),
+    )
+
+
+def _padding(config: Any, tokenizer: Any, vocab: int) -> int:
+    # decoders find the last real token by the config's padding id
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    return found if isinstance(found, int) else padding_id(tokenizer, vocab)
+
+
+def _empty(texts: int) -> ClassScore:
+    import numpy
+
+    return ClassScore(
+        right=numpy.zeros(texts, dtype=bool),
+        loss=numpy.zeros(texts),
+        chosen=numpy.zeros(texts, dtype="int64"),
+    )
+
+
+def _batches(data: Labelled, size: int) -> Iterator[list[int]]:
+    """Yield indices of texts of similar length, the longest first."""
+    order = sorted(range(len(data.ids)), key=lambda index: -len(data.ids[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _logits(variant: Variant, data: Labelled, rows: Sequence[int], tally: Tally) -> Tensor:
+    """Return logits [B, C]."""
+    import torch
+
+    model = variant.model
+    groups = [list(rows)]
+    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+        # without a padding id a decoder takes the last position for the last token
+        groups = [[row] for row in rows]
+    found = []
+    for group in groups:
+        longest = max(len(data.ids[row]) for row in group)
+        ids = torch.full((len(group), longest), data.padding, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(group):
+            ids[place, : len(data.ids[row])] = torch.tensor(data.ids[row])
+            mask[place, : len(data.ids[row])] = 1
+        with variant.setting.applied(model), tally.counting(model):
+            out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+        found.append(out.logits.float().cpu())
+    return torch.cat(found)
+
+
+def _add(
+    score: ClassScore, logits: Tensor, data: Labelled, rows: Sequence[int], label: str
+) -> None:
+    for row, values in zip(rows, logits, strict=True):
+        if not bool(values.isfinite().all()):
+            raise SourceError(
+                "the model computes NaN or an infinite logit",
+                where=escape(label, 80),
+                found=f"first in text {data.names[row]}",
+                hint="Its weights or its dtype are at fault: try --dtype float32.",
+            )
+        score.chosen[row] = int(values.argmax())
+        score.right[row] = score.chosen[row] == data.labels[row]
+        score.loss[row] = -float(values.log_softmax(-1)[data.labels[row]])

@@ -1,0 +1,171 @@
+"""What running a model cost per token: counted by adaptive models, estimated for stock ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adaconvert.errors import AdaconvertError
+from adaconvert.evaluate.usage import SiteUsage
+
+if TYPE_CHECKING:
+    from adaconvert.io.source import Source
+
+_STORED_AS = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+}
+_FLOATS = frozenset(_STORED_AS.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """Costs per token; 1 MAC = 2 FLOPs.
+
+    Attributes:
+        counted: the model counted what it did; otherwise the numbers come from shapes alone.
+        flops: attention at its real length, head, routers and all.
+        ffn_flops: of these, of the neurons that were chosen; in a stock model, of the feed-forward
+            networks with their routers.
+        router_flops: of routers, and of gates that are run in full; None where not told apart.
+        executed_flops: as `flops`, with every neuron that was computed and then masked; None in a
+            stock model.
+        weight_bytes: bytes of weights a token reads when it runs alone, as in batch-1 decoding.
+        ffn_bytes: of these, of chosen neurons; None where not told apart.
+        fraction: routed FLOPs over those of the dense reference, None without one.
+    """
+
+    counted: bool
+    flops: float
+    ffn_flops: float
+    weight_bytes: float
+    router_flops: float | None = None
+    executed_flops: float | None = None
+    ffn_bytes: float | None = None
+    fraction: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the costs by name."""
+        return {
+            "counted": self.counted,
+            "flops_per_token": self.flops,
+            "ffn_flops_per_token": self.ffn_flops,
+            "router_flops_per_token": self.router_flops,
+            "executed_flops_per_token": self.executed_flops,
+            "weight_bytes_per_token": self.weight_bytes,
+            "ffn_weight_bytes_per_token": self.ffn_bytes,
+            "fraction_of_reference": self.fraction,
+        }
+
+
+class Tally:
+    """Adds up the accounts of several passes of one model at one setting."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, float] = {}
+        self._uses: dict[str, Any] = {}
+        self._seen: dict[str, int] = {}
+
+    @contextmanager
+    def counting(self, model: Any) -> Iterator[None]:
+        """Add what the model does in the body; nothing when it does not count."""
+        if not hasattr(model, "account"):
+            yield
+            return
+        with model.account() as account:
+            yield
+        self._add(account)
+
+    def _add(self, account: Any) -> None:
+        flops, size = account.flops_per_token(), account.weight_bytes_per_token()
+        masked = sum(s.executed_flops - s.routed_flops for s in account.sites.values())
+        rates = {
+            "flops": flops["total"],
+            "ffn": flops["ffn"],
+            "router": flops["router"],
+            "bytes": size["total"],
+            "ffn_bytes": size["ffn"],
+            "fraction": account.compute(),
+        }
+        for name, rate in rates.items():
+            self._sums[name] = self._sums.get(name, 0.0) + rate * account.tokens
+        self._sums["masked"] = self._sums.get("masked", 0.0) + masked
+        self.tokens += account.tokens
+        for path, site in account.sites.items():
+            uses = site.experts.cpu().numpy().astype("int64")
+            self._uses[path] = uses if path not in self._uses else self._uses[path] + uses
+            self._seen[path] = self._seen.get(path, 0) + int(site.tokens)
+
+    def compute(self) -> Compute | None:
+        """Return the mean per token, None when nothing was counted."""
+        if not self.tokens:
+            return None
+        mean = {name: total / self.tokens for name, total in self._sums.items()}
+        return Compute(
+            counted=True,
+            flops=mean["flops"],
+            ffn_flops=mean["ffn"],
+            router_flops=mean["router"],
+            executed_flops=mean["flops"] + mean["masked"],
+            weight_bytes=mean["bytes"],
+            ffn_bytes=mean["ffn_bytes"],
+            fraction=mean["fraction"],
+        )
+
+    def usage(self) -> tuple[SiteUsage, ...]:
+        """Return how the experts of each site were used, site by site."""
+        return tuple(
+            SiteUsage.of(path, uses, self._seen[path]) for path, uses in self._uses.items()
+        )
+
+
+def estimated(source: Source, context: int, dtype: str | None = None) -> Compute | None:
+    """Return what a stock checkpoint costs by its shapes, None for a family we cannot describe.
+
+    Args:
+        source: the checkpoint.
+        context: tokens attention is counted at; the mean over what was evaluated.
+        dtype: what weights were loaded as, such as "torch.float32"; None for as stored.
+    """
+    from adaconvert.arch.registry import describe
+    from adaconvert.planning.estimate import costs
+
+    try:
+        spec = describe(source.config, source.tensors)
+    except AdaconvertError:
+        return None
+    loaded = _STORED_AS.get(str(dtype))
+    dtypes = {
+        name: loaded if loaded is not None and ref.dtype in _FLOATS else ref.dtype
+        for name, ref in source.tensors.items()
+    }
+    found = costs(spec, dtypes, context)
+    return Compute(
+        counted=False,
+        flops=float(found.flops),
+        ffn_flops=float(found.ffn_flops),
+        weight_bytes=float(found.weight_bytes),
+    )
+
+
+def relative_to(compute: Compute | None, reference: Compute | None) -> Compute | None:
+    """Return the costs with the fraction of a reference's FLOPs, where they have none."""
+    if compute is None or reference is None or compute.fraction is not None:
+        return compute
+    return replace(compute, fraction=compute.flops / reference.flops)
+
+
+def mean_context(lengths: Mapping[int, int]) -> int:
+    """Return the mean number of tokens a token attends to, itself included.
+
+    Args:
+        lengths: length of a causal sequence -> how many there were.
+    """
+    tokens = sum(length * count for length, count in lengths.items())
+    seen = sum(count * length * (length + 1) // 2 for length, count in lengths.items())
+    return max(1, round(seen / max(tokens, 1)))

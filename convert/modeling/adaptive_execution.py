@@ -1,0 +1,355 @@
+"""Feed-forward experts executed so that what is not selected costs as little as possible.
+
+Expert e of a network with f neurons is the neurons [shared + e*m, shared + (e+1)*m); the first
+`shared` neurons always run and the output bias is added once. `run_experts` picks one of four paths
+from facts alone (never from a timing, so the same input takes the same path in every run):
+
+- dense: everything, then the unselected hidden units are zeroed. The reference; the only path with
+  gradients, and the one for other devices, autocast, tracing and tensor subclasses.
+- gather: token by token, the selected rows only. At most `GATHER_TOKENS` tokens whose selected
+  neurons together are at most `GATHER_LIMIT` of the matrices.
+- union: rows any token selected, masked. Prefill of tokens that share their experts.
+- grouped: one product per expert over its tokens. Many tokens, float32, few experts each.
+
+Measured on 2 cores of an AMD EPYC 9004 (AVX-512 with bfloat16), torch 2.13, thread time, as
+speed-up over `linear`, sizes 576x1536 | 2048x8192, experts of 32 (scripts/bench/decode.csv has the
+current figures): gather compiled, 1 token, float32 at a half 2.8 | 2.4, at a quarter 4.9 | 4.6,
+bfloat16 2.5 | 3.2 and 3.9 | 5.9; uncompiled 1.2-2.4 and 2.5-4.5. Union of a half of the experts at
+64 tokens 1.8 | 0.9 (float32), 1.2 | 1.2 (bfloat16); of a quarter at 16 tokens 2.0 | 3.0, 1.2 | 1.6.
+Grouped at a quarter, 64 tokens, float32 1.5 | 1.2, at a half 0.7 | 0.7; bfloat16 0.4 | 0.6, hence
+never. Dense with mask 0.95-1.0.
+
+Shapes: T tokens, d hidden size, f neurons, E experts, m = `width` neurons of an expert, K selected
+experts, n selected neurons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+try:
+    from adaconvert.kernels import dispatch as _installed
+except ImportError:
+    _installed = None
+
+from .adaptive_compiled import Decoder, compiles, gather
+from .adaptive_gather import (
+    ExpertWeights,
+    neuron_major,
+    pack,
+    selected_rows,
+    weighted_rows,
+)
+
+__all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "run_experts"]
+
+#: interface of `adaconvert.kernels.dispatch` this file calls; another one is not used.
+KERNELS_API = 1
+#: tokens that are run one by one; with more of them the matrices are read once for all.
+GATHER_TOKENS = 4
+#: share of the matrices, summed over the tokens, up to which gathering wins: compiled, uncompiled.
+GATHER_LIMIT = (0.8, 0.4)
+#: bytes of one matrix up to which the compiled form wins even with every expert on.
+GATHER_ANY_BYTES = 4 << 20
+#: rules that `decode_step` knows.
+RULES = ("top-k", "dynamic-k", "threshold")
+#: (tokens at least, share of the experts touched at most) for which the union wins.
+UNION = ((64, 0.4), (8, 0.2))
+#: share of the (token, expert) pairs, tokens and width for which grouped float32 products win.
+GROUPED_LIMIT, GROUPED_TOKENS, GROUPED_WIDTH = 0.25, 64, 16
+
+
+def run_experts(
+    x: Tensor,
+    weights: ExpertWeights,
+    mask: Tensor | None,
+    *,
+    gated: Tensor | None = None,
+    weights_per_expert: Tensor | None = None,
+    path: str | None = None,
+) -> tuple[Tensor, int]:
+    """Return what the selected experts and the shared neurons make of each token.
+
+    Args:
+        x: [T, d].
+        weights: the network's.
+        mask: [T, E] bool, which experts run; None for all. A token with none gets the shared
+            neurons and the output bias.
+        gated: [T, f] activated gate (activated `up` of a network without gate) where the router
+            has computed it already; then that matrix is not run again.
+        weights_per_expert: [T, E] factor of each expert's part; one when not given.
+        path: run this path ("dense", "gather", "union", "grouped") instead of the one that suits.
+
+    Returns:
+        The output [T, d] and how many (token, neuron) pairs were really computed.
+    """
+    if mask is None:
+        mask = x.new_ones(x.shape[0], weights.count, dtype=torch.bool)
+    kernel = _kernel(x, weights, mask)
+    if kernel is not None and path is None:
+        out, pairs = kernel(x, weights, mask, gated=gated, weights_per_expert=weights_per_expert)
+        return out, int(pairs)
+    plain = weights_per_expert is None and _inference(x, weights)
+    if path == "gather" or (path is None and plain and 0 < x.shape[0] <= GATHER_TOKENS):
+        counts = mask.sum(dim=1).tolist()
+        if path == "gather" or _gather_pays(x, weights, counts, gated):
+            return _gather(x, weights, mask, gated), _neurons(weights, counts)
+    chosen = path or (_batch_path(x, weights, mask) if plain else "dense")
+    if chosen == "union":
+        return _union(x, weights, mask, gated)
+    if chosen == "grouped":
+        return _grouped(x, weights, mask, gated)
+    return _dense(x, weights, mask, gated, weights_per_expert)
+
+
+def decode_step(
+    x: Tensor, decoder: Decoder, rule: str, number: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `run_experts` would for one token, router and selection included.
+
+    All of it is one compiled graph; None where that is not possible or would not pay, and the
+    caller scores, selects and calls `run_experts`.
+
+    Args:
+        x: [1, d].
+        decoder: of the network.
+        rule: "top-k", "dynamic-k" or "threshold", as in `adaptive_select`.
+        number: k, tau or threshold.
+
+    Returns:
+        The output [1, d] and the mask of the experts that made it, bool [1, E].
+    """
+    weights = decoder.weights
+    if rule not in RULES or x.shape[0] != 1 or not _inference(x, weights):
+        return None
+    if rule == "top-k":
+        share = (weights.shared + number * weights.width) / weights.up.shape[0]
+        pays = share <= GATHER_LIMIT[0]
+    else:
+        # how much is selected shows only afterwards; of small matrices even all are gathered faster
+        pays = weights.up.numel() * weights.up.element_size() <= GATHER_ANY_BYTES
+    found = decoder(x, rule, number) if pays else None
+    return None if found is None else (found[0], found[1].unsqueeze(0))
+
+
+# -- which path
+
+
+def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:
+    """Return an installed kernel for this call; none on the CPU, whose paths are in this file."""
+    if x.device.type == "cpu" or _installed is None or _installed.API_VERSION != KERNELS_API:
+        return None
+    return _installed.select(
+        "expert_ffn",
+        device=x.device.type,
+        dtype=x.dtype,
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        neurons=weights.up.shape[0],
+        experts=mask.shape[1],
+        width=weights.width,
+        shared=weights.shared,
+        glu=weights.gate is not None,
+        grad=torch.is_grad_enabled(),
+    )
+
+
+def _inference(x: Tensor, weights: ExpertWeights) -> bool:
+    """Return whether this call only computes: plain CPU tensors of one dtype, nothing recorded."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    matrices = (weights.up, weights.down, weights.up if weights.gate is None else weights.gate)
+    return not torch.is_autocast_enabled("cpu") and all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype and t.device.type == "cpu"
+        for t in (x, *matrices)
+    )
+
+
+def _neurons(weights: ExpertWeights, counts: list[int]) -> int:
+    return len(counts) * weights.shared + sum(counts) * weights.width
+
+
+def _gather_pays(
+    x: Tensor, weights: ExpertWeights, counts: list[int], gated: Tensor | None
+) -> bool:
+    share = _neurons(weights, counts) / weights.up.shape[0]
+    if share > GATHER_LIMIT[0] or weights.count in counts:
+        return False
+    return share <= GATHER_LIMIT[1] or compiles(x, weights, gated)
+
+
+def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
+    tokens = x.shape[0]
+    if tokens <= GATHER_TOKENS:
+        return "dense"
+    touched = mask.any(dim=0).sum().item() / mask.shape[1]
+    if any(tokens >= least and touched <= most for least, most in UNION):
+        return "union"
+    if tokens < GROUPED_TOKENS or not _groupable(x, weights):
+        return "dense"
+    share = mask.sum().item() / mask.numel()
+    return "grouped" if share <= GROUPED_LIMIT else "dense"
+
+
+def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
+    """Return whether `grouped_mm` is fast and takes these matrices (rows of 16-byte multiples)."""
+    item = x.element_size()
+    rows = (weights.up, weights.up if weights.gate is None else weights.gate)
+    biased = weights.gate_bias is not None or weights.up_bias is not None
+    return (
+        x.dtype == torch.float32
+        and weights.width >= GROUPED_WIDTH
+        and not biased
+        and (weights.width * item) % 16 == 0
+        and all(t.stride(1) == 1 and (t.stride(0) * item) % 16 == 0 for t in rows)
+        and neuron_major(weights.down)
+        and (weights.down.stride(1) * item) % 16 == 0
+        and all(t.data_ptr() % 16 == 0 for t in (*rows, weights.down))
+        and (weights.shared * weights.down.stride(1) * item) % 16 == 0
+    )
+
+
+# -- dense
+
+
+def _dense(
+    x: Tensor,
+    weights: ExpertWeights,
+    mask: Tensor,
+    gated: Tensor | None,
+    factors: Tensor | None,
+) -> tuple[Tensor, int]:
+    hidden = _hidden(x, weights, gated, weights.gate, weights.up)
+    whole = factors is None and x.device.type == "cpu" and bool(mask.all())
+    if not whole:
+        hidden = _masked(hidden, mask, factors, weights.shared, fresh=hidden is not gated)
+    return _project(hidden, weights), hidden.numel()
+
+
+def _hidden(
+    x: Tensor,
+    weights: ExpertWeights,
+    gated: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Return the hidden units [T, n]; of some rows of the matrices when `rows` says which."""
+
+    def bias(whole: Tensor | None) -> Tensor | None:
+        return whole if whole is None or rows is None else whole[rows]
+
+    if gated is None:
+        first = (up, weights.up_bias) if gate is None else (gate, weights.gate_bias)
+        gated = weights.activation(functional.linear(x, first[0], bias(first[1])))
+    if gate is None:
+        return gated
+    return gated * functional.linear(x, up, bias(weights.up_bias))
+
+
+def _masked(
+    hidden: Tensor, mask: Tensor, factors: Tensor | None, shared: int, *, fresh: bool
+) -> Tensor:
+    """Return the hidden units with those of unselected experts zero, even where they are not
+    finite; in place where nothing is recorded and `fresh` says that nobody else holds them."""
+    parts = hidden[:, shared:].unflatten(-1, (mask.shape[1], -1))
+    off = mask.logical_not().unsqueeze(-1)
+    if fresh and factors is None and not torch.is_grad_enabled():
+        parts.masked_fill_(off, 0)
+        return hidden
+    parts = parts.masked_fill(off, 0)
+    if factors is not None:
+        parts = parts * factors.to(hidden.dtype).unsqueeze(-1)
+    routed = parts.flatten(1)
+    return torch.cat([hidden[:, :shared], routed], dim=-1) if shared else routed
+
+
+def _project(hidden: Tensor, weights: ExpertWeights) -> Tensor:
+    """Return the output of all hidden units, [T, f] -> [T, d].
+
+    One bfloat16 token through a neuron-major matrix goes as a weighted sum of rows: there `linear`
+    reaches 0.7-0.8 of its speed on the stock layout, the sum 1.0-1.7.
+    """
+    down = weights.down
+    one = hidden.dtype == torch.bfloat16 and len(hidden) == 1 and not torch.is_grad_enabled()
+    if one and type(down) in (Tensor, nn.Parameter) and neuron_major(down) and down.is_cpu:
+        rows = torch.arange(down.shape[1])
+        out = weighted_rows(down.t(), rows, hidden[0], torch.get_num_threads())
+        return _add(out, weights.down_bias)
+    return functional.linear(hidden, down, weights.down_bias)
+
+
+def _add(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
+
+
+# -- many tokens
+
+
+def _union(
+    x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None
+) -> tuple[Tensor, int]:
+    touched = mask.any(dim=0)
+    rows = selected_rows(touched, weights.width, weights.shared)
+    gate = None if weights.gate is None else weights.gate[rows]
+    hidden = _hidden(
+        x, weights, None if gated is None else gated[:, rows], gate, weights.up[rows], rows
+    )
+    if hidden.shape[1] > weights.shared:
+        hidden = _masked(hidden, mask[:, touched], None, weights.shared, fresh=True)
+    if neuron_major(weights.down):
+        out = _add(hidden @ weights.down.t()[rows], weights.down_bias)
+    else:
+        out = functional.linear(hidden, weights.down[:, rows], weights.down_bias)
+    return out, hidden.numel()
+
+
+def _grouped(
+    x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None
+) -> tuple[Tensor, int]:
+    expert, token = mask.t().nonzero(as_tuple=True)
+    ends = mask.sum(dim=0).cumsum(0).to(torch.int32)
+    shared, width = weights.shared, weights.width
+
+    def matrices(rows: Tensor) -> Tensor:
+        return rows[shared:].unflatten(0, (-1, width))
+
+    def product(matrix: Tensor) -> Tensor:
+        return functional.grouped_mm(taken, matrices(matrix).transpose(1, 2), offs=ends)
+
+    taken = x.index_select(0, token)
+    if gated is None:
+        first = weights.activation(product(weights.up if weights.gate is None else weights.gate))
+    else:
+        first = gated[:, shared:].unflatten(-1, (-1, width))[token, expert]
+    hidden = first if weights.gate is None else first * product(weights.up)
+    parts = functional.grouped_mm(hidden, matrices(weights.down.t()), offs=ends)
+    out = _always(x, weights, gated).index_add_(0, token, parts)
+    return out, hidden.numel() + x.shape[0] * shared
+
+
+def _always(x: Tensor, weights: ExpertWeights, gated: Tensor | None) -> Tensor:
+    """Return what every token gets whatever is selected, [T, d]: shared neurons and bias."""
+    front = slice(0, weights.shared)
+    if not weights.shared:
+        out = x.new_zeros(x.shape[0], weights.down.shape[0])
+        return out if weights.down_bias is None else out + weights.down_bias
+    gate = None if weights.gate is None else weights.gate[front]
+    part = None if gated is None else gated[:, front]
+    hidden = _hidden(x, weights, part, gate, weights.up[front], torch.arange(weights.shared))
+    return functional.linear(hidden, weights.down[:, front], weights.down_bias)
+
+
+# -- few tokens
+
+
+def _gather(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
+    if x.shape[0] == 1:
+        return gather(x, weights, mask[0], gated)
+    parts = [None] * len(x) if gated is None else gated.split(1)
+    rows = zip(x.split(1), mask, parts, strict=True)
+    return torch.cat([gather(one, weights, chosen, part) for one, chosen, part in rows])

@@ -1,0 +1,1 @@
+"""Brief fine-tuning of dense, native-mixture and adaptive checkpoints on transformers' Trainer."""

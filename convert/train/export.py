@@ -1,0 +1,243 @@
+"""From a trained model in memory to a checkpoint folder with the source's names and dtypes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from adaconvert import __version__
+from adaconvert.arch.adaptive import NEURON_ORDER, auto_map
+from adaconvert.arch.check import audit
+from adaconvert.arch.registry import describe
+from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, torch_dtype
+from adaconvert.errors import VerificationError
+from adaconvert.export.adaptive import code_files
+from adaconvert.export.card import MARKER
+from adaconvert.io import aux_files, manifest
+from adaconvert.io.commit import Staging
+from adaconvert.io.digest import DigestPool
+from adaconvert.io.layout import ShardRecord
+from adaconvert.io.names import escape
+from adaconvert.io.reader import read_torch
+from adaconvert.io.source import Source
+from adaconvert.io.writer import ShardLayout, index_json, layout_shards
+from adaconvert.methods.sources import Described
+from adaconvert.progress import bar
+
+if TYPE_CHECKING:
+    import torch
+
+_AUTO_MAP_NOTE = "auto_map"
+_VERSIONS = ("accelerate", "numpy", "safetensors", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One tensor of the result, as `io.layout` and `arch.check` want it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    group: str = ""
+
+
+def config_of(item: Described, changed: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return config.json of the result: the source's, what changed, and no calibration.
+
+    Args:
+        item: the source.
+        changed: keys that changed.
+        dtype: config name of the stored dtype, or "keep".
+    """
+    config = {**item.source.config, **changed}
+    if dtype != "keep":
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    if item.spec.adaptive is not None:
+        adaptive: dict[str, Any] = dict(config["adaptive"])
+        config["adaptive"] = {**adaptive, "calibration": None}
+        config["auto_map"] = auto_map(item.spec)
+    return config
+
+
+def targets_of(
+    item: Described, trained: Source, config: Mapping[str, Any], dtype: str
+) -> list[Target]:
+    """Return the tensors of the result, in the source's order and dtypes.
+
+    Args:
+        item: the source.
+        trained: what transformers saved, in any dtype.
+        config: of the result.
+        dtype: config name for floating-point tensors, "keep" for the source's.
+
+    Raises:
+        VerificationError: the trained model is not what the config describes.
+    """
+    stored = item.source.tensors
+    usual = max(BY_NAME, key=lambda d: sum(r.nbytes for r in stored.values() if r.dtype == d))
+    wanted = None if dtype == "keep" else BY_CONFIG_NAME[dtype].name
+    place = {name: at for at, name in enumerate(item.audit.used)}
+    names = sorted(trained.tensors, key=lambda name: (place.get(name, len(place)), name))
+    targets = []
+    for name in names:
+        kept = stored[name].dtype if name in stored else usual
+        is_own = ".router." in name or name.endswith(f".{NEURON_ORDER}")
+        final = kept if wanted is None or is_own or not BY_NAME[kept].is_float else wanted
+        targets.append(Target(name=name, dtype=final, shape=trained.tensors[name].shape))
+    try:
+        audit(describe(config, trained.tensors), {t.name: t for t in targets})
+    except Exception as error:
+        raise VerificationError(f"the trained model cannot be written: {error}") from error
+    return targets
+
+
+def write_weights(
+    staging: Staging,
+    trained: Source,
+    targets: Sequence[Target],
+    cap: int | None,
+    *,
+    progress: bool = False,
+) -> tuple[ShardLayout, ...]:
+    """Return the shards that are written to `staging` afterwards.
+
+    Raises:
+        VerificationError: a tensor holds NaN or infinity.
+        ResourceError: the disk is full or broken.
+    """
+    layouts = layout_shards(targets, cap)
+    with bar(sum(layout.nbytes for layout in layouts), "write", enabled=progress) as shown:
+        for layout in layouts:
+            with staging.shard(layout) as writer:
+                for tensor in layout.tensors:
+                    value = read_torch(trained, trained.tensors[tensor.name])
+                    raw = _bytes(value.to(torch_dtype(tensor.dtype)), tensor.name)
+                    writer.write(tensor.name, raw)
+                    shown.update(tensor.nbytes)
+                writer.finish()
+    return layouts
+
+
+def _bytes(value: torch.Tensor, name: str) -> Any:
+    import torch
+
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise VerificationError(
+            "a trained tensor is not finite",
+            where=f"tensor '{escape(name)}'",
+            hint="Lower --lr or --sparsity; float16 also overflows above 65504.",
+        )
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_files(
+    staging: Staging,
+    item: Described,
+    config: Mapping[str, Any],
+    layouts: Sequence[ShardLayout],
+    card: str,
+) -> None:
+    """Write everything beside the weights: the source's side files byte for byte, then our own."""
+    for name in aux_files.classify(item.source).copied:
+        staging.copy_file(name, item.source.path(name))
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+    own = {"config.json": text.encode(), "README.md": card.encode()}
+    if item.spec.adaptive is not None:
+        own |= code_files()
+    for name, content in own.items():
+        staging.write_file(name, content)
+    index = index_json(layouts)
+    if index is not None:
+        staging.write_file("model.safetensors.index.json", index)
+
+
+def card_of(item: Described, summary: Mapping[str, Any]) -> str:
+    """Return the model card: what was trained on what, and what came out."""
+    name = item.source.label.split("/")[-1]
+    data = ", ".join(f"`{source['name']}`" for source in summary["options"]["data"])
+    tags = ["adaconvert", *(["adaptive-compute"] if item.spec.adaptive is not None else [])]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in item.source.label:
+        front += ["base_model:", f"- {item.source.label}", "base_model_relation: finetune"]
+    front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
+    body = [
+        MARKER,
+        f"# {name}, fine-tuned",
+        "",
+        f"`{item.source.label}` fine-tuned by adaconvert {__version__} on {summary['tokens']} "
+        f"tokens of {data}.",
+        "",
+        "```text",
+        *facts(summary),
+        "```",
+    ]
+    return "\n".join([*front, "", *body]) + "\n"
+
+
+def facts(summary: Mapping[str, Any]) -> list[str]:
+    """Return what a fine-tune did, one fact a line."""
+    options, first, last = summary["options"], summary["first"], summary["last"]
+    rows = [
+        f"trained     {summary['trained']} of {summary['trained'] + summary['frozen']} parameters "
+        f"({', '.join(f'{part} {count}' for part, count in summary['by_part'].items())})",
+        f"steps       {summary['steps']} of {options['batch_size']} x {options['accumulate']} "
+        f"sequences of {options['seq_len']} tokens, {summary['tokens']} tokens",
+    ]
+    for name in ("lm", "distill", "hoyer", "l1"):
+        if name in first:
+            rows.append(f"{name:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
+    if "sparsity" in last:
+        rows.append(
+            f"zeros       {first['sparsity']:.1%} at first, {last['sparsity']:.1%} at the end"
+        )
+    changed = options["sparsity"]["activation"]
+    if changed != "keep":
+        rows.append(f"activation  replaced by {changed}")
+    return rows
+
+
+def manifest_of(
+    item: Described,
+    summary: Mapping[str, Any],
+    records: Mapping[str, ShardRecord],
+    files: Mapping[str, str],
+    digest: str,
+) -> dict[str, Any]:
+    """Return the content of adaconvert.json, not yet sealed."""
+    with DigestPool([item.source]) as pool:
+        weights = pool.source_digest(0)
+    dropped = {**item.audit.dropped}
+    made = manifest.build(
+        method="finetune",
+        options=summary["options"],
+        sources=[
+            {
+                "label": item.source.label,
+                "revision": item.source.revision,
+                "fingerprint": item.source.fingerprint,
+                "digest": weights,
+            }
+        ],
+        plan_digest=digest,
+        exactness={"kind": "approximate", "why": f"trained for {summary['tokens']} tokens"},
+        shards=records,
+        files=files,
+        dropped=[
+            {"source": 0, "tensor": name, "reason": why} for name, why in sorted(dropped.items())
+        ],
+        notes=[*summary["notes"], *_source_notes(item)],
+        versions={name: metadata.version(name) for name in _VERSIONS},
+    )
+    return {**made, "training": {k: v for k, v in summary.items() if k != "options"}}
+
+
+def _source_notes(item: Described) -> list[str]:
+    notes = [*item.source.notes, *item.audit.notes]
+    if item.spec.adaptive is not None:
+        # made anew, which goes without saying
+        notes = [note for note in notes if _AUTO_MAP_NOTE not in note]
+    return [f"{item.source.label}: {note}" for note in notes]

@@ -1,0 +1,137 @@
+"""The folder beside the destination from which an interrupted fine-tune goes on.
+
+    .<name>.adaconvert-training/run.json         what the run is made of
+    .<name>.adaconvert-training/checkpoint-<n>/  as Trainer writes it, then `complete.json`
+
+A checkpoint without a `complete.json` that fits its files was not written to the end, and is not
+gone on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from adaconvert.errors import OutputConflictError
+from adaconvert.io.destination import Destination
+from adaconvert.io.fs import reporting
+
+RUN_FILE: Final = "run.json"
+COMPLETE_FILE: Final = "complete.json"
+_SUFFIX: Final = ".adaconvert-training"
+
+logger = logging.getLogger(__name__)
+
+
+class Work:
+    """A work folder that this run holds.
+
+    Attributes:
+        path: where it is.
+        resumed: checkpoint to go on from, None to start at the beginning.
+    """
+
+    def __init__(self, path: Path, resumed: Path | None) -> None:
+        self.path = path
+        self.resumed = resumed
+
+    @classmethod
+    def open(cls, destination: Path, facts: Mapping[str, Any], *, resume: bool) -> Work:
+        """Return the work folder of a destination; what an earlier run left is gone or resumed.
+
+        Args:
+            destination: folder the result will be; its staging folder is held by the caller.
+            facts: what decides the result.
+            resume: go on from the last complete checkpoint, if there is one.
+
+        Raises:
+            OutputConflictError: the run to go on from was made of something else.
+            ResourceError: the folder cannot be written.
+        """
+        path = folder_of(destination)
+        with reporting(path.name):
+            if path.exists() and not resume:
+                shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+            run = path / RUN_FILE
+            if run.is_file():
+                _check_same(json.loads(run.read_text(encoding="utf-8")), facts)
+            else:
+                run.write_text(json.dumps(facts, indent=2, sort_keys=True), encoding="utf-8")
+            found = cls._last_complete(path) if resume else None
+        return cls(path, found)
+
+    @staticmethod
+    def _last_complete(path: Path) -> Path | None:
+        found = sorted(path.glob("checkpoint-*"), key=_step, reverse=True)
+        for folder in found:
+            if _is_complete(folder):
+                return folder
+            logger.warning("%s is not complete and is not used", folder.name)
+            shutil.rmtree(folder)
+        return None
+
+    def completed(self, step: int) -> None:
+        """Mark the checkpoint of a step as written to the end."""
+        folder = self.path / f"checkpoint-{step}"
+        text = json.dumps(_hashes(folder), sort_keys=True)
+        (folder / COMPLETE_FILE).write_text(text, encoding="utf-8")
+
+    def hint(self) -> str:
+        """Return what to do after an interruption."""
+        if any(_is_marked(folder) for folder in self.path.glob("checkpoint-*")):
+            return "Run the same command with --resume to go on from the last checkpoint."
+        return "No checkpoint was complete, so nothing was kept."
+
+    def close(self, *, keep: bool) -> None:
+        """Leave the folder, for good unless it holds a checkpoint and `keep`."""
+        if not keep or not any(_is_marked(f) for f in self.path.glob("checkpoint-*")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def folder_of(destination: Path) -> Path:
+    """Return where the work folder of a destination lies."""
+    path = Destination.resolve(destination).path
+    return path.with_name(f".{path.name[:200]}{_SUFFIX}")
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _is_marked(folder: Path) -> bool:
+    return (folder / COMPLETE_FILE).is_file()
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        marked = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+        return bool(marked == _hashes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != COMPLETE_FILE:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    plain = json.loads(json.dumps(now))
+    differing = sorted(k for k in {*before, *plain} if before.get(k) != plain.get(k))
+    if differing:
+        raise OutputConflictError(
+            f"the interrupted run differs in {', '.join(differing)}",
+            where="--resume",
+            hint="Give the options it was started with, or leave --resume out to start again.",
+        )
