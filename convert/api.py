@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaconvert.evaluate.calibration_result import CalibrationResult
     from adaconvert.evaluate.report import Evaluation
     from adaconvert.methods.d2dmoe.result import D2dmoeResult
-    from adaconvert.train.run import FinetuneResult
+    from adaconvert.train.result import FinetuneResult
     from adaconvert.verification.report import VerificationReport
 
 __all__ = [

@@ -39,6 +39,8 @@ from adaconvert.evaluate.testing_sequence import certify, split
 
 HERE = Path(__file__).resolve().parent
 NEAR = 0.05
+#: of the experts, around where a model of single neurons begins to lose.
+SHARES = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5]
 FIELDS = (
     "run",
     "commit",
@@ -161,9 +163,10 @@ def check(matrix: Matrix, risk: Risk, chooser: str, drawn: int, resamples: int) 
     }
 
 
-def make_matrix(checkpoint: Path, reading: Reading, target: Path, batch: int | None) -> None:
-    """`target` holds the losses of a checkpoint on every document, at shares around the limit."""
-    shares = [0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5]
+def make_matrix(
+    checkpoint: Path, reading: Reading, target: Path, shares: list[float], batch: int | None
+) -> None:
+    """`target` holds the losses of a checkpoint on every document, at these shares of experts."""
     computes, losses, names = measure_matrix(checkpoint, reading, shares, batch=batch)
     np.savez_compressed(target, computes=computes, losses=losses, names=np.array(names))
 
@@ -185,6 +188,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--share", type=float, action="append", help="share of experts to measure")
     parser.add_argument(
         "--drawn", type=int, action="append", help="units of one calibration (400 and 1000)"
     )
@@ -200,7 +204,7 @@ def main() -> int:
             max_tokens=given.max_tokens,
             progress=True,
         )
-        make_matrix(given.make, reading, given.matrix, given.batch)
+        make_matrix(given.make, reading, given.matrix, given.share or SHARES, given.batch)
         return 0
     risk = loss_increase_risk(given.limit, given.confidence)
     rows = [

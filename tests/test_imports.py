@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"io", "arch", "planning", "layerwise", "modeling", "clustering", "data"},
     "verification": {"io", "arch", "planning", "layerwise", "modeling"},
     "reports": {"io", "arch", "planning", "methods"},
-    "train": {"io", "arch", "data", "layerwise", "modeling", "methods", "export"},
+    "train": {"io", "arch", "data", "layerwise", "modeling", "methods", "export", "evaluate"},
     # the card prints the plan's own report
     "export": {"io", "arch", "planning", "layerwise", "modeling", "reports"},
     "activations": {"io", "arch", "layerwise", "data"},

@@ -98,8 +98,9 @@ def _training_options() -> options.Decorator[Any]:
         option(
             "training",
             "--select",
-            metavar="RULE=X",
-            help="Which experts of an adaptive checkpoint run while training, such as top-k=24.",
+            metavar="RULE",
+            help="Which experts of an adaptive checkpoint run while training, as for evaluate: "
+            "rule=top-k,k=24.",
         ),
         option(
             "training",

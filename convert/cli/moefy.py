@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import options, output, versions
+from adaconvert.cli import options, output, splitting, versions
 from adaconvert.cli.framework import Command
 from adaconvert.cli.settings import begin, verbosity_options
 from adaconvert.cli.upcycle import refuse_conflicts
@@ -15,7 +15,7 @@ from adaconvert.cli.upcycle import refuse_conflicts
 @click.command("moefy", cls=Command)
 @options.source_argument()
 @options.destination_argument("Folder to write; must not exist yet, or be empty.")
-@options.moefy_options()
+@splitting.moefy_options()
 @options.run_options()
 @options.json_option()
 @verbosity_options

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import options, output, versions
+from adaconvert.cli import options, output, splitting, versions
 from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
@@ -70,7 +70,7 @@ def plan_upcycle(sources: tuple[str, ...], as_json: bool, **settings: Any) -> No
     required=False,
     describe="Accepted, so that the arguments of `moefy` can stand; it is not looked at.",
 )
-@options.moefy_options()
+@splitting.moefy_options()
 @options.run_options(hidden=True)
 @options.json_option()
 @verbosity_options

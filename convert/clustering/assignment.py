@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: exchanges per cluster between two computations of all gains; 4 gained 1 % less, 16 no more.
 EXCHANGES = 8
-#: rounds of exchanges at most; the SmolLM2-135M layers take 13 to 30.
+#: rounds of exchanges at most, should rounding errors ever make them go round in circles.
 ROUNDS = 100
 
 
@@ -65,7 +65,7 @@ def fill(affinity: torch.Tensor) -> torch.Tensor:
     labels = torch.full((f,), -1, dtype=torch.int64, device=affinity.device)
     waiting = torch.arange(f, device=affinity.device)
     while len(waiting):
-        wanted, regret = first_choice(affinity[waiting], room)
+        wanted, regret = first_choice(affinity.index_select(0, waiting), room)
         order = torch.sort(regret, descending=True, stable=True).indices
         order = order[torch.sort(wanted[order], stable=True).indices]
         asked = torch.bincount(wanted, minlength=count)
@@ -95,7 +95,8 @@ def gains(
 
     `stakes` [f], if any, is what a point gains beside by leaving its cluster.
     """
-    gain = affinity[members]
+    # index_select takes a third of the time of indexing, here and below
+    gain = affinity.index_select(0, members.flatten()).reshape(*members.shape, -1)
     own = gain.diagonal(dim1=0, dim2=2).T
     return gain.sub_((own if stakes is None else own - stakes[members]).clone()[:, :, None])
 
@@ -130,9 +131,9 @@ def exchange(
         slots = torch.cat((slot_a[good], slot_b[good]))
         members[moved, slots] = torch.cat((j[good], i[good]))
         gain[moved, slots] = -torch.inf
-        best[moved] = gain[moved].amax(1)
-        value[moved] = best[moved] + best.T[moved]
-        value[:, moved] = value[moved].T
+        best[moved] = gain.index_select(0, moved).amax(1)
+        rows = best.index_select(0, moved) + best.index_select(1, moved).T
+        value.index_copy_(0, moved, rows).index_copy_(1, moved, rows.T)
         value[moved, moved] = -torch.inf
     return total
 
@@ -156,5 +157,5 @@ def pair_up(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         partners.append(left[partner[a]])
         # what is worth nothing now stays so, as the others only become fewer
         stay = torch.nonzero((worth > 0) & ~mutual).flatten()
-        left, value = left[stay], value[stay[:, None], stay]
+        left, value = left[stay], value.index_select(0, stay).index_select(1, stay)
     return torch.cat(found), torch.cat(partners)

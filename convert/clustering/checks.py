@@ -24,7 +24,7 @@ def divisors_hint(size: int, wanted: int) -> str:
     divisors = [count for count in range(1, size + 1) if size % count == 0]
     nearest = sorted(divisors, key=lambda count: (abs(count - wanted), count))[:SHOWN]
     named = ", ".join(str(count) for count in sorted(nearest))
-    more = "" if len(nearest) == len(divisors) else " (and others further off)"
+    more = "" if len(nearest) == len(divisors) else " (others are further off)"
     return f"{size} neurons divide into {named} experts{more}."
 
 

@@ -18,6 +18,7 @@ from adaconvert.clustering.checks import check_matrix
 from adaconvert.clustering.splits import unit_rows
 
 Floats = NDArray[np.float32]
+WEIGHTS = "weights of the router"
 
 
 def param_center(
@@ -33,6 +34,7 @@ def param_center(
 
     Source: MoEfication, 2110.01786, section 3.3, "parameter center".
     """
+    check_matrix(rows, WEIGHTS)
     return {"weight": expert_means(unit_rows(rows), order, num_experts, shared)}
 
 
@@ -49,6 +51,7 @@ def similarity(
 
     Source: MoEfication, 2110.01786, section 3.3, "similarity".
     """
+    check_matrix(rows, WEIGHTS)
     return {"weight": unit_rows(expert_means(rows, order, num_experts, shared))}
 
 
@@ -79,6 +82,8 @@ def analytic(
 
     Source: CMoE, 2502.04416, section 3.3; representatives from weights are ours.
     """
+    for rows in (up,) if gate is None else (gate, up):
+        check_matrix(rows, WEIGHTS)
     if representatives is None:
         first = up if gate is None else gate
         representatives = central_neurons(first, order, num_experts, shared)
@@ -92,7 +97,6 @@ def expert_means(
     rows: NDArray[Any], order: NDArray[np.int64], num_experts: int, shared: int
 ) -> Floats:
     """Return the mean [N, d] of the rows of each routed expert."""
-    check_matrix(rows, "weights of the router")
     check_shared(len(order), num_experts, shared)
     experts = order[shared:].reshape(num_experts, -1)
     total = np.zeros((num_experts, rows.shape[1]))

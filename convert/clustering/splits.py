@@ -138,6 +138,6 @@ def fold_tokens(blocks: Iterable[NDArray[Any]], seed: int) -> NDArray[np.float32
 
 def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
     """Return the rows at unit length; rows of zeros stay zero."""
-    lengths = np.linalg.norm(rows.astype(np.float64, copy=False), axis=1, keepdims=True)
-    unit: NDArray[np.float32] = (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-    return unit
+    squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64, casting="same_kind")
+    lengths = np.sqrt(np.where(squares > 0, squares, 1)).astype(np.float32)
+    return rows.astype(np.float32) / lengths[:, None]

@@ -2,9 +2,8 @@
 
 `torch.compile` fuses the row gather of gate and up into their products with x, and `embedding_bag`
 adds the selected rows of the neuron-major down matrix, weighted by the hidden units, so nothing is
-copied. `Decoder` has router and selection in the same graph, which spares some twenty small
-operations per layer. The first call of a shape costs seconds and needs a C++ compiler; where that
-fails, or the result differs or is slow in a trial, the uncompiled forms run.
+copied. The first call of a shape costs seconds and needs a C++ compiler; where that fails, or the
+result differs or is slow in a trial, the uncompiled forms run.
 
 ADACONVERT_COMPILE=0 never compiles, 1 compiles whatever the size; otherwise large matrices only.
 
@@ -14,7 +13,6 @@ Shapes: d hidden size, f neurons, E experts, n selected neurons.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import threading
@@ -42,7 +40,7 @@ COMPILE_BYTES = 1 << 20
 COMPILE_CASES = 32
 #: a trial fails when the compiled form takes this many times the other's time. Half is expected,
 #: so only a compilation that went wrong fails.
-SLOWEST = 1.25
+SLOWEST = 2.0
 #: largest difference, over the largest output, that the compiled form may have from the others.
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -52,8 +50,6 @@ TOLERANCE = {
 }
 
 _log = logging.getLogger(__name__)
-#: (x [1, d], the router's tensors) -> scores [1, E]; must be equal for layers that compute alike.
-Score = Callable[..., Tensor]
 
 
 def gather(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
@@ -78,71 +74,80 @@ class _Case:
     """
 
     def __init__(self, weights: ExpertWeights) -> None:
-        self.compiled = _compile_wanted(weights)
-        self._graph = _Graph(weights, None, None)
+        self.compiled = compile_wanted(weights)
+        self._graph = Graph(weights, None, None) if self.compiled else None
         self._tried = False
         self._lock = threading.Lock()
 
     def run(self, x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
         """Return one token's output."""
-        if self.compiled and not self._tried:
+        if self._graph is not None and not self._tried:
             with self._lock:
                 if not self._tried:
-                    self.compiled = self._trial(x, weights, mask, gated)
+                    self.compiled = self._trial(self._graph, x, weights, mask, gated)
                     self._tried = True
-        if self.compiled:
+        if self.compiled and self._graph is not None:
             try:
-                return self._graph.run(x, _arguments(weights), gated, mask)[0]
+                return self._graph.run(x, arguments(weights), gated, mask)[0]
             except Exception as error:
                 self.compiled = False
-                _report(error)
+                report(error)
         return uncompiled(weights)(x, weights, mask, gated)
 
-    def _trial(self, x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> bool:
-        plain = uncompiled(weights)
+    @staticmethod
+    def _trial(
+        graph: Graph, x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None
+    ) -> bool:
+        def compiled() -> Tensor:
+            return graph.run(x, arguments(weights), gated, mask)[0]
+
+        def plain() -> Tensor:
+            return uncompiled(weights)(x, weights, mask, gated)
+
         try:
-            found = self._graph.run(x, _arguments(weights), gated, mask)[0]
-            taken = _seconds(lambda: self._graph.run(x, _arguments(weights), gated, mask))
+            right = agrees(compiled(), plain())
+            taken, allowed = _seconds(compiled, plain)
         except Exception as error:
-            _report(error)
+            report(error)
             return False
-        allowed = _seconds(lambda: plain(x, weights, mask, gated)) * SLOWEST
-        right = _agrees(found, plain(x, weights, mask, gated))
-        if not right or taken > allowed:
-            _log.warning("decoding is not compiled: right %s, %.1e s", right, taken)
-        return right and taken <= allowed
+        if not right or taken > SLOWEST * allowed:
+            _log.warning("decoding is not compiled: right %s, %.0e s", right, taken)
+            return False
+        return True
 
 
-def _report(error: Exception) -> None:
+def report(error: Exception) -> None:
+    """Log why something is not compiled."""
     _log.warning("decoding is not compiled: %s", str(error).partition("\n")[0][:200])
 
 
-def _agrees(found: Tensor, expected: Tensor) -> bool:
+def agrees(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two outputs differ by rounding only."""
     limit = TOLERANCE[found.dtype] * expected.abs().max()
     return bool((found - expected).abs().max() <= limit)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
+def _seconds(*calls: Callable[[], object]) -> list[float]:
+    """Return the best time of each of some calls; they take turns, so they share disturbances."""
+    best = [float("inf")] * len(calls)
+    for _ in range(8):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
     return best
 
 
 _CASES: dict[tuple[object, ...], _Case] = {}
-_DECODERS: dict[tuple[object, ...], _Graph | None] = {}
-_LOCK = threading.Lock()
 
 
 def _case(x: Tensor, weights: ExpertWeights, gated: Tensor | None) -> _Case:
-    key = (gated is None, *_facts(x, weights))
+    key = (gated is None, *facts(x, weights))
     found = _CASES.get(key)
     return _CASES.setdefault(key, _Case(weights)) if found is None else found
 
 
-def _facts(x: Tensor, weights: ExpertWeights) -> tuple[object, ...]:
+def facts(x: Tensor, weights: ExpertWeights) -> tuple[object, ...]:
     """Return what a graph is compiled for."""
     return (
         x.dtype,
@@ -164,41 +169,51 @@ def _facts(x: Tensor, weights: ExpertWeights) -> tuple[object, ...]:
 @functools.lru_cache(maxsize=4096)
 def _activation_key(activation: Activation) -> object:
     """Return what is equal for activations that compute alike; each layer may have its own."""
-    if not isinstance(activation, nn.Module):
-        return activation
-    state = vars(activation)
-    own = {k: v for k, v in state.items() if not k.startswith("_") and k != "training"}
-    simple = all(isinstance(v, (int, float, str, types.FunctionType)) for v in own.values())
-    if not simple or any(state[name] for name in ("_parameters", "_buffers", "_modules")):
-        return activation
-    return (type(activation), tuple(sorted(own.items())))
+    stateful = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    return activation if stateful else alike(activation)
 
 
-def _compile_wanted(weights: ExpertWeights) -> bool:
+def alike(part: object) -> object:
+    """Return what is equal for functions and modules that compute alike from their tensors."""
+    if not isinstance(part, nn.Module):
+        return part
+    own = {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
+    if not all(isinstance(v, (int, float, str, types.FunctionType)) for v in own.values()):
+        return part
+    children = tuple((name, alike(child)) for name, child in part.named_children())
+    return (type(part), tuple(sorted(own.items())), children)
+
+
+def compile_wanted(weights: ExpertWeights) -> bool:
+    """Return whether another graph should be compiled for these weights.
+
+    Raises:
+        ValueError: ADACONVERT_COMPILE is neither 0 nor 1 nor empty.
+    """
     wanted = os.environ.get("ADACONVERT_COMPILE", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"ADACONVERT_COMPILE is {wanted!r}; expected 0, 1 or nothing")
     matrices = 2 if weights.gate is None else 3
     large = matrices * weights.up.numel() * weights.up.element_size() >= COMPILE_BYTES
-    room = len(_CASES) + len(_DECODERS) < COMPILE_CASES
-    return wanted != "0" and room and (large or wanted == "1")
+    return wanted != "0" and len(_STEPS) < COMPILE_CASES and (large or wanted == "1")
 
 
 # -- the graph
 
-_NAMES = itertools.count()
+#: names of the graphs' functions.
+_STEPS: list[str] = []
 #: run-time checks of what guards check, and of indices that are right by construction.
 _UNCHECKED = ("size_asserts", "scalar_asserts", "assert_indirect_indexing")
 
 
-def _arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
+def arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
     """Return the graph's view of the weights: down by rows [f, d] where it is neuron-major."""
     down = weights.down.t() if neuron_major(weights.down) else weights.down
     biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
     return (weights.gate, weights.up, down, *biases)
 
 
-class _Graph:
+class Graph:
     """The compiled form of one case.
 
     Args:
@@ -206,7 +221,9 @@ class _Graph:
         rule: selection; None where the mask is given.
     """
 
-    def __init__(self, weights: ExpertWeights, score: Score | None, rule: str | None) -> None:
+    def __init__(
+        self, weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
+    ) -> None:
         self._step = _make_step(weights, score, rule)
         self._warm = False
 
@@ -222,8 +239,8 @@ class _Graph:
         """Return the output [1, d] and the mask [E].
 
         Args:
-            weights: of `_arguments`.
-            value: of `_value`.
+            weights: of `arguments`.
+            value: the rule's, as `choose` takes it.
         """
         if self._warm:
             try:
@@ -239,7 +256,7 @@ class _Graph:
 
 
 def _make_step(
-    weights: ExpertWeights, score: Score | None, rule: str | None
+    weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     activation, width, shared = weights.activation, weights.width, weights.shared
     major, bags = neuron_major(weights.down), torch.get_num_threads()
@@ -284,8 +301,9 @@ def _make_step(
         return functional.linear(spread.unsqueeze(0), down, down_bias), mask
 
     # a code object of its own: torch counts recompilations per code object and gives up after a few
+    _STEPS.append(f"step_{len(_STEPS)}")
     own = types.FunctionType(
-        step.__code__.replace(co_name=f"{step.__name__}_{next(_NAMES)}"),
+        step.__code__.replace(co_name=_STEPS[-1]),
         step.__globals__,
         closure=step.__closure__,
     )
@@ -308,9 +326,6 @@ def _products(matrix: Tensor, bias: Tensor | None, x: Tensor, rows: Tensor | Non
     return out + (bias if rows is None else bias[rows]).to(x.dtype)
 
 
-# -- router, selection and experts at once
-
-
 def own_scores(gated: Tensor, width: int, shared: int) -> Tensor:
     """Return per expert the sum of the absolute activations, [T, f] -> [T, E]."""
     values = gated[:, shared:].abs()
@@ -330,77 +345,3 @@ def choose(scores: Tensor, rule: str, value: Tensor) -> Tensor:
     highest = scores.max(dim=-1, keepdim=True)
     limit = value * highest.values if rule == "dynamic-k" else value
     return (scores >= limit).scatter(-1, highest.indices, True)
-
-
-class Decoder:
-    """One network's router, selection and experts as one compiled graph, for one token at a time.
-
-    Holds the tensors, so that a call costs little besides the graph; make a new one when a
-    parameter is replaced.
-
-    Args:
-        weights: the network's.
-        score: of the router, a pure function; layers that compute alike pass equal ones, so they
-            share graphs. None where the network's own gate scores (see `own_scores`).
-        tensors: the router's.
-    """
-
-    def __init__(
-        self, weights: ExpertWeights, score: Score | None, tensors: tuple[Tensor, ...]
-    ) -> None:
-        self.weights, self._score, self._tensors = weights, score, tensors
-        self._front = _arguments(weights)
-        self._graphs: dict[tuple[object, ...], _Graph | None] = {}
-
-    def __call__(self, x: Tensor, rule: str, number: float) -> tuple[Tensor, Tensor] | None:
-        """Return the output [1, d] and the mask of the experts that made it, bool [E].
-
-        None where the compiled form does not run. The caller sees to it that nothing is recorded
-        or traced and that x [1, d] has the weights' dtype and device.
-        """
-        value = _value(rule, number)
-        key = (rule, torch.get_num_threads(), torch.is_inference_mode_enabled())
-        try:
-            graph = self._graphs[key]
-        except KeyError:
-            graph = self._graphs[key] = self._shared_graph(x, rule, value)
-        if graph is None:
-            return None
-        try:
-            return graph.run(x, self._front, None, None, value, *self._tensors)
-        except Exception as error:
-            _report(error)
-            self._graphs[key] = None
-            return None
-
-    def _shared_graph(self, x: Tensor, rule: str, value: Tensor) -> _Graph | None:
-        """Return the graph of all layers that compute alike, once it gave a right output."""
-        dtypes = tuple(t.dtype for t in self._tensors)
-        key = (self._score, rule, dtypes, *_facts(x, self.weights))
-        with _LOCK:
-            if key not in _DECODERS:
-                wanted = _compile_wanted(self.weights)
-                graph = _Graph(self.weights, self._score, rule) if wanted else None
-                right = graph is not None and self._right(graph, x, value)
-                _DECODERS[key] = graph if right else None
-            return _DECODERS[key]
-
-    def _right(self, graph: _Graph, x: Tensor, value: Tensor) -> bool:
-        try:
-            found, mask = graph.run(x, self._front, None, None, value, *self._tensors)
-        except Exception as error:
-            _report(error)
-            return False
-        return _agrees(found, uncompiled(self.weights)(x, self.weights, mask, None))
-
-
-@functools.lru_cache(maxsize=4096)
-def _value(rule: str, number: float) -> Tensor:
-    """Return the rule's value in the form that the graph takes; k as a size, so that one graph
-    serves every k."""
-    with torch.inference_mode(False):
-        if rule != "top-k":
-            return torch.tensor(number, dtype=torch.float64)
-        sized = torch.empty(int(number))
-        torch._dynamo.decorators.mark_unbacked(sized, 0)
-        return sized

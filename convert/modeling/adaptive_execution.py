@@ -36,7 +36,8 @@ try:
 except ImportError:
     _installed = None
 
-from .adaptive_compiled import Decoder, compiles, gather
+from .adaptive_compiled import compiles, gather
+from .adaptive_decode import Decoder
 from .adaptive_gather import (
     ExpertWeights,
     neuron_major,

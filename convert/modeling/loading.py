@@ -16,6 +16,7 @@ PREFIX = "adaptive_"
 CODE_FILES = (
     "adaptive_compiled.py",
     "adaptive_context.py",
+    "adaptive_decode.py",
     "adaptive_execution.py",
     "adaptive_ffn.py",
     "adaptive_gather.py",

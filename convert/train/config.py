@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from adaconvert.errors import OptionError
+from adaconvert.evaluate.settings import parse_select
 from adaconvert.io.names import escape
 
 SCHEDULES: Final = ("cosine", "linear", "constant")
@@ -25,7 +26,7 @@ NORMS: Final = ("raw", "width")
 RAMPS: Final = ("constant", "linear", "warm-up")
 DTYPES: Final = ("keep", "bfloat16", "float16", "float32")
 #: option -> field of `Sparsity`.
-_SPARSITY: Final = {
+SPARSITY_OPTIONS: Final = {
     "activation": "activation",
     "sparsity": "coefficient",
     "sparsity_loss": "penalty",
@@ -247,17 +248,17 @@ class FinetuneConfig:
                 given[name] = parse_count(given[name], _flag(name))
         if isinstance(given.get("select"), str):
             given["select"] = parse_select(given["select"])
-        own = {name: given.pop(name) for name in _SPARSITY if name in given}
+        own = {name: given.pop(name) for name in SPARSITY_OPTIONS if name in given}
         known = {item.name for item in fields(cls)} - {"data", "sparsity"}
         unknown = sorted(set(given) - known)
         if unknown:
             raise OptionError(
                 "is no option of a fine-tune",
                 where=escape(unknown[0]),
-                expected=", ".join(sorted({*known, *_SPARSITY})),
+                expected=", ".join(sorted({*known, *SPARSITY_OPTIONS})),
             )
         sources = tuple(DataSource.parse(str(text)) for text in data)
-        sparsity = Sparsity(**{_SPARSITY[name]: value for name, value in own.items()})
+        sparsity = Sparsity(**{SPARSITY_OPTIONS[name]: value for name, value in own.items()})
         return cls(data=sources, sparsity=sparsity, **given)
 
     @property
@@ -271,9 +272,17 @@ class FinetuneConfig:
         return self.steps or math.ceil((self.tokens or 0) / self.step_tokens)
 
     @property
+    def warmup_steps(self) -> int:
+        """Return the steps over which learning rates rise."""
+        return math.ceil(self.warmup * self.total_steps)
+
+    @property
     def save_steps(self) -> int:
-        """Return the steps between checkpoints, 0 for none."""
-        return math.ceil(self.total_steps / 5) if self.save_every is None else self.save_every
+        """Return the steps between checkpoints, 0 for none; by default they fall on log steps, so
+        that a resumed run logs the same means."""
+        if self.save_every is not None:
+            return self.save_every
+        return math.ceil(self.total_steps / 5 / self.log_every) * self.log_every
 
     def to_json(self) -> dict[str, Any]:
         """Return every option that decides the result, without paths of this machine."""
@@ -303,28 +312,6 @@ def parse_count(text: str | int, where: str = "--tokens") -> int:
             "is no count", where=where, expected="a number such as 20M", found=escape(str(text))
         )
     return round(value)
-
-
-def parse_select(text: str) -> dict[str, Any]:
-    """Return the selection `top-k=24`, `dynamic-k=0.1`, `threshold=0.3`, `top-p=0.9` or `all`
-    stands for.
-
-    Raises:
-        OptionError: unknown rule, or no number where the rule needs one.
-    """
-    from adaconvert.modeling.adaptive_schema import RULES
-
-    rule, _, value = text.partition("=")
-    known = ", ".join(name if key is None else f"{name}=NUMBER" for name, key in RULES.items())
-    key = RULES.get(rule)
-    try:
-        if rule in RULES and key is None and not value:
-            return {"rule": rule}
-        if key is not None:
-            return {"rule": rule, key: int(value) if key == "k" else float(value)}
-    except ValueError:
-        pass
-    raise OptionError("is no selection", where=f"--select {escape(text)}", expected=known)
 
 
 def _flag(name: str) -> str:

@@ -26,6 +26,7 @@ from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards
 from adaconvert.methods.sources import Described
 from adaconvert.progress import bar
+from adaconvert.train.result import fact_lines
 
 if TYPE_CHECKING:
     import torch
@@ -172,32 +173,10 @@ def card_of(item: Described, summary: Mapping[str, Any]) -> str:
         f"tokens of {data}.",
         "",
         "```text",
-        *facts(summary),
+        *fact_lines(summary),
         "```",
     ]
     return "\n".join([*front, "", *body]) + "\n"
-
-
-def facts(summary: Mapping[str, Any]) -> list[str]:
-    """Return what a fine-tune did, one fact a line."""
-    options, first, last = summary["options"], summary["first"], summary["last"]
-    rows = [
-        f"trained     {summary['trained']} of {summary['trained'] + summary['frozen']} parameters "
-        f"({', '.join(f'{part} {count}' for part, count in summary['by_part'].items())})",
-        f"steps       {summary['steps']} of {options['batch_size']} x {options['accumulate']} "
-        f"sequences of {options['seq_len']} tokens, {summary['tokens']} tokens",
-    ]
-    for name in ("lm", "distill", "hoyer", "l1"):
-        if name in first:
-            rows.append(f"{name:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
-    if "sparsity" in last:
-        rows.append(
-            f"zeros       {first['sparsity']:.1%} at first, {last['sparsity']:.1%} at the end"
-        )
-    changed = options["sparsity"]["activation"]
-    if changed != "keep":
-        rows.append(f"activation  replaced by {changed}")
-    return rows
 
 
 def manifest_of(

@@ -28,7 +28,9 @@ def stub(api: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _defaults(command: click.Command) -> dict[str, Any]:
-    given = command.make_context(str(command.name), ["SRC", "DST"]).params
+    # click keeps the help option of the first context it sees
+    names = {"help_option_names": ["-h", "--help"]}
+    given = command.make_context(str(command.name), ["SRC", "DST"], **names).params
     return {name: given[name] for name in given if name not in ("source", "destination")}
 
 

@@ -134,7 +134,7 @@ def test_the_chosen_row_is_certified_cheaper_and_the_default(calibrated: Path) -
     assert row["guaranteed"]
     assert row["p_value"] <= 0.05
     assert row["compute"] < 1
-    # the promise is about a mean over all documents; these are 50 of them
+    # the promise is about a mean over all documents; these are 40 of them
     assert row["loss_increase"] <= 0.3
     for path, slots in adaptive["sites"].items():
         assert slots["ffn"]["select"] == (row["select"].get(path) or row["select"]["*"])
@@ -150,7 +150,7 @@ def test_the_chosen_row_is_certified_cheaper_and_the_default(calibrated: Path) -
         "bound": "betting",
     }
     split = found["split"]
-    assert (split["ordering"], split["testing"], split["evaluation"]) == (50, 100, 50)
+    assert (split["ordering"], split["testing"], split["evaluation"]) == (40, 120, 40)
     assert set(found["digests"]) == {"weights", "config", "data"}
     assert_whole(calibrated)
 
@@ -260,14 +260,14 @@ def test_a_classifier_is_held_to_its_own_choices(family: str, text: Path, tmp_pa
     options = {**OPTIONS, "rules": ("top-k",), "values": (7, 6), "destination": tmp_path / "out"}
     with pytest.raises(OptionError, match="--max-loss-increase: needs labels"):
         api.calibrate(source, text, max_loss_increase=0.1, **options)
-    report = api.calibrate(source, text, max_disagreement=0.2, **options)
+    report = api.calibrate(source, text, max_disagreement=0.5, **options)
     assert report.risk is not None
     assert report.risk["bound"] == "hoeffding-bentkus"
     assert report.split["blocks"] == 200
     assert "loss is that of the class the model chooses with every expert on" in report.notes
     for row in report.rows:
-        # each of the 50 texts counts as one, right or wrong
-        assert row.changed * 50 == pytest.approx(round(row.changed * 50), abs=1e-9)
+        # each of the 40 texts counts as one, right or wrong
+        assert row.changed * 40 == pytest.approx(round(row.changed * 40), abs=1e-9)
     assert_whole(tmp_path / "out")
 
 
@@ -318,7 +318,7 @@ def test_splits_share_no_document_and_blocks_are_spread(trained: Path, tmp_path:
     parts = (data.ordering, data.testing, data.evaluation)
     documents = [set(data.blocks.document[part.blocks].tolist()) for part in parts]
     assert sum(len(d) for d in documents) == len(set.union(*documents)) == 30
-    assert [part.units for part in parts] == [8, 14, 8]
+    assert [part.units for part in parts] == [6, 18, 6]
     for part in parts:
         # two blocks of each document, not thirty of a few
         assert set(np.bincount(part.members)) == {2}
@@ -360,8 +360,8 @@ def _given(text: Path, tmp_path: Path) -> Path:
             _few,
             {"max_loss_increase": 0.02},
             DataError,
-            r"takes about 40 documents in the testing split, 80 in all; expected about 80 "
-            r"documents, found 30 \(14 of them for testing\)",
+            r"takes about 40 documents in the testing split, 67 in all; expected about 67 "
+            r"documents, found 30 \(18 of them for testing\)",
         ),
         (
             _few,

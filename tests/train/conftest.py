@@ -12,7 +12,8 @@ import pytest
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.run import FinetuneResult, RunSettings, finetune
+from adaconvert.train.result import FinetuneResult
+from adaconvert.train.run import RunSettings, finetune
 
 Tune = Callable[..., FinetuneResult]
 

@@ -17,7 +17,7 @@ from adaconvert.io import manifest
 from adaconvert.methods.sources import open_source
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
-from adaconvert.train.run import FinetuneResult
+from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
 
@@ -114,7 +114,7 @@ def test_recomputation_changes_neither_loss_nor_penalty(
     dense: Path, adaptive: Path, tune: Tune, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"activation": "relu", "sparsity": 0.01, "log_every": 1, "steps": 5}
-    for source, more in ((dense, {}), (adaptive, {"select": "top-k=4"})):
+    for source, more in ((dense, {}), (adaptive, {"select": "rule=top-k,k=4"})):
         plain = tune(source, f"{source.name}-plain", **options, **more)
         again = tune(source, f"{source.name}-again", checkpointing=True, **options, **more)
         for name in ("lm", "hoyer", "sparsity", "grad_norm"):
@@ -150,7 +150,7 @@ def test_activation_is_replaced_in_the_config_and_computed_with(
 def test_adaptive_checkpoints_keep_their_experts(
     adaptive: Path, tune: Tune, tmp_path: Path
 ) -> None:
-    tune(adaptive, activation="relu", sparsity=0.001, select="top-k=4")
+    tune(adaptive, activation="relu", sparsity=0.001, select="rule=top-k,k=4")
     out = tmp_path / "out"
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "adaptive_llama"
@@ -236,7 +236,7 @@ def test_routers_of_adaptive_checkpoints_alone_cannot_be_trained(
     [
         ("bert", {}, SourceError, "a BertForMaskedLM is no causal language model"),
         ("mixtral", {"sparsity": 0.1}, OptionError, "mixtral is a mixture of experts already"),
-        ("llama", {"select": "top-k=2"}, OptionError, "--select: src is not adaptive"),
+        ("llama", {"select": "rule=top-k,k=2"}, OptionError, "--select: src is not adaptive"),
         ("llama", {"train": ("exits",)}, OptionError, "--train exits: matches no parameter"),
         ("llama", {"data": ["no-such-file"]}, DataError, "no-such-file: no such file or folder"),
     ],
@@ -266,7 +266,7 @@ def test_destination_that_is_taken_is_refused_before_training(
 
 def test_selection_the_experts_do_not_allow_is_refused(adaptive: Path, tune: Tune) -> None:
     with pytest.raises(OptionError, match=r"--select or --compute: .*k is 99, expected 1 to 8"):
-        tune(adaptive, select="top-k=99")
+        tune(adaptive, select="rule=top-k,k=99")
 
 
 def test_device_that_is_not_there_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:

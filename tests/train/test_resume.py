@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from adaconvert.errors import InterruptedRunError, OutputConflictError
 from adaconvert.testing import tiny_models
-from adaconvert.train.run import FinetuneResult
+from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
 STAGE_ONE: dict[str, Any] = {"activation": "relu", "sparsity": 0.01, "steps": 12, "save_every": 4}
@@ -100,3 +100,22 @@ def test_without_resume_a_run_starts_again(
     result = tune(dense, "out", log_every=1, **STAGE_ONE)
     assert len(result.curve) == 12
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_interruption_while_writing_goes_on_from_the_end_of_training(
+    dense: Path, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaconvert.train import export
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "write_files", stop)
+        with pytest.raises(InterruptedRunError, match="--resume"):
+            tune(dense, "out", **STAGE_ONE)
+    resumed = tune(dense, "out", resume=True, **STAGE_ONE)
+    whole = tune(dense, "whole", **STAGE_ONE)
+    assert resumed.summary == whole.summary
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert a == b

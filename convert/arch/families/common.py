@@ -5,7 +5,7 @@ What differs between families has no default here, so that every family file sta
 
 from __future__ import annotations
 
-from adaconvert.arch.family import Key, Mask, Power, Ref, Template
+from adaconvert.arch.family import Key, Mask, Power, Ref, Site, Template
 
 ROPE_BUFFER = {
     r".*\.rotary_emb\.inv_freq": "rotary buffer, computed from config.json",
@@ -207,6 +207,14 @@ def encoder_ffn(stem: str) -> tuple[Template, ...]:
         *linear("up", f"{stem}.intermediate.dense", "intermediate", "hidden", "always"),
         *linear("down", f"{stem}.output.dense", "hidden", "intermediate", "always"),
     )
+
+
+#: transformers 5 keeps the two halves in one module and renames them as it loads them (ViT).
+ONE_MODULE_SITE = Site(
+    path="{p}layers.{layer}.mlp",
+    stored="{p}encoder.layer.{layer}.mlp",
+    children={"up": "fc1", "down": "fc2"},
+)
 
 
 def head(role: str, stem: str, out: str, when: str) -> tuple[Template, ...]:

@@ -1,7 +1,7 @@
 """ViT: patches instead of tokens, norms before the branches, FFN split over two modules."""
 
 from adaconvert.arch.families import common
-from adaconvert.arch.family import Family, Key, Power, Ref, Site, Template
+from adaconvert.arch.family import Family, Key, Power, Ref, Template
 
 _EMBED = "{p}embeddings"
 _BLOCK = "{p}encoder.layer.{layer}"
@@ -75,11 +75,6 @@ FAMILY = Family(
         "attention_scale": Power(base="head_dim", exponent=-0.5),
         "activation": Ref(expression="act"),
     },
-    # transformers 5 keeps the FFN in one module and renames the two halves as it loads them
-    site=Site(
-        path="{p}layers.{layer}.mlp",
-        stored="{p}encoder.layer.{layer}.mlp",
-        children={"up": "fc1", "down": "fc2"},
-    ),
+    site=common.ONE_MODULE_SITE,
     legacy={r"(vit\.)?pooler\..*": "head the stated architecture does not have"},
 )

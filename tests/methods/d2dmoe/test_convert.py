@@ -15,7 +15,7 @@ from adaconvert import api
 from adaconvert.cli.main import run
 from adaconvert.data.text import read_documents
 from adaconvert.data.tokens import token_blocks
-from adaconvert.errors import DataError, OptionError, SourceError
+from adaconvert.errors import DataError, InterruptedRunError, OptionError, SourceError
 from adaconvert.io import manifest
 from adaconvert.layerwise.ffn_data import ffn_layers
 from adaconvert.layerwise.ffn_weights import ExpertNorms
@@ -274,7 +274,7 @@ def test_a_killed_run_goes_on_from_its_work_folder(
         return fit
 
     monkeypatch.setattr(fit_module, "fit_layer_router", stop_at(2))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         api.d2dmoe(source, tmp_path / "d", work=str(work), **options)
     assert not (tmp_path / "d").exists()
     monkeypatch.setattr(fit_module, "fit_layer_router", stop_at(9))

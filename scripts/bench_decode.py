@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""Measure the CPU execution of experts: feed-forward networks alone, and whole models at batch 1.
+
+    scripts/bench_decode.py ffn     [--threads 1 2] [--seconds 4]
+    scripts/bench_decode.py prefill [--threads 1 2] [--seconds 4]
+    scripts/bench_decode.py decode  [--model FOLDER] [--threads 1 2] [--rounds 40]
+
+All variants of a case take turns in one process, so they share whatever disturbs the machine; a row
+holds the median time and the median ratios to the baselines of the same turn, for wall clock and
+for CPU time (which other processes disturb less). Baselines: "stock" is
+transformers' own module, "own dense" our kernel path with every expert on. Experts are selected by
+a parameter-center router where a router runs (`decode`, "fused"), else at random. FOLDER is a dense
+Llama-like checkpoint; without it `decode` makes a random one of Llama-3.2-1B's dimensions.
+Rows go to scripts/bench/decode.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaconvert.modeling.adaptive_execution import (
+    Decoder,
+    ExpertWeights,
+    decode_step,
+    pack,
+    run_experts,
+)
+from adaconvert.modeling.adaptive_gather import by_copies
+from adaconvert.modeling.adaptive_routers import LinearRouter
+
+SCRIPTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(SCRIPTS / "bench"))
+import results  # noqa: E402
+
+SIZES = {"SmolLM2-135M": (576, 1536), "Llama-3.2-1B": (2048, 8192)}
+WIDTH = 32
+FRACTIONS = (0.5, 0.25)
+#: bytes of weights that the layers of a case have together; several times the last-level cache.
+ROTATED = 150_000_000
+FIELDS = (
+    *("run", "commit", "versions", "cpu", "cores", "kernel", "load", "part", "model", "dtype"),
+    *("threads", "tokens", "width", "variant", "fraction", "median_us", "over_stock", "over_own"),
+    *("median_us_cpu", "over_stock_cpu", "over_own_cpu"),
+)
+Call = Callable[[int], object]
+Row = dict[str, object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=("ffn", "prefill", "decode"))
+    parser.add_argument("--model", type=Path, help="dense checkpoint for decode")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--seconds", type=float, default=4.0, help="per case of ffn and prefill")
+    parser.add_argument("--rounds", type=int, default=40, help="of decode")
+    parser.add_argument("--csv", type=Path, default=SCRIPTS / "bench" / "decode.csv")
+    arguments = parser.parse_args()
+    part = {"ffn": ffn_cases, "prefill": prefill_cases, "decode": decode_cases}[arguments.part]
+    for row in part(arguments):
+        record(arguments.csv, {"part": arguments.part, **row})
+
+
+def record(path: Path, row: Row) -> None:
+    """Append a row to the file, with what is true of the machine now, and show it."""
+    machine = results.machine()
+    common = {
+        "run": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": results.commit(SCRIPTS.parent),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "load": f"{os.getloadavg()[0]:.1f}",
+        **{name: machine[name] for name in ("cpu", "cores", "kernel")},
+    }
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow({**common, **row})
+    shown = ("part", "model", "dtype", "threads", "tokens", "variant", "fraction", "median_us")
+    ratios = ("over_stock", "over_own", "over_stock_cpu", "over_own_cpu")
+    print(*(row.get(name, "") for name in (*shown, *ratios)), sep="\t", flush=True)
+
+
+def measured(
+    calls: dict[str, Call], seconds: float, layers: int, least: int = 10
+) -> dict[str, Row]:
+    """Return per variant the medians and ratios; the variants take turns."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for warm in range(2):
+            call(warm % layers)
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < least:
+        for name, call in calls.items():
+            start, used = time.perf_counter(), time.process_time()
+            call(turn % layers)
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - used)
+        turn += 1
+    return {name: {**summary(wall, name, ""), **summary(cpu, name, "_cpu")} for name in calls}
+
+
+def summary(times: dict[str, list[float]], name: str, suffix: str) -> Row:
+    """Return the median of a variant and of its paired ratios to the two baselines."""
+    own = times[name]
+    row: Row = {f"median_us{suffix}": f"{statistics.median(own) * 1e6:.0f}"}
+    for column, baseline in (("over_stock", "stock"), ("over_own", "own dense")):
+        if baseline in times:
+            pairs = zip(times[baseline], own, strict=True)
+            row[column + suffix] = f"{statistics.median(a / b for a, b in pairs):.2f}"
+    return row
+
+
+# -- feed-forward networks alone
+
+
+class Layers:
+    """Random networks that together exceed the caches, with the down matrix in both layouts."""
+
+    def __init__(self, hidden: int, neurons: int, dtype: torch.dtype) -> None:
+        count = max(2, round(ROTATED / (3 * hidden * neurons * dtype.itemsize)))
+        self.hidden, self.count, self.experts = hidden, count, neurons // WIDTH
+        self.stock: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.weights: list[ExpertWeights] = []
+        self.decoders: list[Decoder] = []
+        for _ in range(count):
+            gate, up, rows = (torch.randn(neurons, hidden).mul_(0.02).to(dtype) for _ in "gud")
+            none = (None, None, None)
+            self.stock.append((gate, up, rows.t().contiguous()))
+            self.weights.append(ExpertWeights(gate, up, rows.t(), *none, functional.silu, WIDTH, 0))
+            router = LinearRouter(hidden, self.experts, normalised=False)
+            router.weight.data.copy_(centers(gate, self.experts))
+            self.decoders.append(Decoder(self.weights[-1], router))
+
+    def run_stock(self, x: Tensor, layer: int) -> Tensor:
+        gate, up, down = self.stock[layer]
+        hidden = functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+        return functional.linear(hidden, down)
+
+    def masks(self, tokens: int, fraction: float, *, alike: bool = False) -> list[Tensor]:
+        """Return a random mask [T, E] per layer; `alike` gives all tokens the same experts."""
+        chosen = max(1, round(self.experts * fraction))
+        found = []
+        for _ in range(self.count):
+            order = torch.rand(1 if alike else tokens, self.experts).argsort(dim=1)[:, :chosen]
+            mask = torch.zeros(tokens, self.experts, dtype=torch.bool)
+            found.append(mask.scatter_(1, order.expand(tokens, -1), True))
+        return found
+
+
+def centers(gate: Tensor, experts: int) -> Tensor:
+    """Return the mean of the normalised rows of each expert, [f, d] -> [E, d]."""
+    unit = functional.normalize(gate.float(), dim=-1)
+    return unit.unflatten(0, (experts, -1)).mean(dim=1)
+
+
+def ffn_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    for threads, name, dtype, layers in networks(arguments):
+        with torch.inference_mode():
+            calls = ffn_calls(layers, torch.randn(1, layers.hidden).to(dtype))
+            found = measured(calls, arguments.seconds, layers.count)
+        yield from rows(found, name, dtype, threads, 1)
+
+
+def ffn_calls(layers: Layers, x: Tensor) -> dict[str, Call]:
+    whole = torch.ones(1, layers.experts, dtype=torch.bool)
+    calls: dict[str, Call] = {
+        "stock": lambda i: layers.run_stock(x, i),
+        "own dense": lambda i: run_experts(x, layers.weights[i], whole, path="gather"),
+        "plain dense on packed": lambda i: run_experts(x, layers.weights[i], None),
+    }
+    for fraction in FRACTIONS:
+        masks, k = layers.masks(1, fraction), round(layers.experts * fraction)
+        calls[f"gather {fraction}"] = lambda i, m=masks: run_experts(x, layers.weights[i], m[i])
+        calls[f"uncompiled {fraction}"] = lambda i, m=masks: by_copies(
+            x, layers.weights[i], m[i][0], None
+        )
+        calls[f"fused {fraction}"] = lambda i, k=k: decode_step(x, layers.decoders[i], "top-k", k)
+    return calls
+
+
+def prefill_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    for threads, name, dtype, layers in networks(arguments):
+        for tokens in (2, 4, 16, 64, 256):
+            with torch.inference_mode():
+                calls = prefill_calls(layers, torch.randn(tokens, layers.hidden).to(dtype))
+                found = measured(calls, arguments.seconds, layers.count, least=5)
+            yield from rows(found, name, dtype, threads, tokens)
+
+
+def prefill_calls(layers: Layers, x: Tensor) -> dict[str, Call]:
+    calls: dict[str, Call] = {
+        "stock": lambda i: layers.run_stock(x, i),
+        "plain dense on packed": lambda i: run_experts(x, layers.weights[i], None),
+    }
+    for fraction in FRACTIONS:
+        for kind, alike in (("independent", False), ("alike", True)):
+            masks = layers.masks(len(x), fraction, alike=alike)
+            calls[f"{kind} {fraction}"] = lambda i, m=masks: run_experts(x, layers.weights[i], m[i])
+    return calls
+
+
+def networks(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[int, str, torch.dtype, Layers]]:
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for name, (hidden, neurons) in SIZES.items():
+            for label in arguments.dtypes:
+                dtype = getattr(torch, label)
+                yield threads, name, dtype, Layers(hidden, neurons, dtype)
+
+
+def rows(
+    found: dict[str, Row], name: str, dtype: torch.dtype, threads: int, tokens: int
+) -> Iterator[Row]:
+    for variant, values in found.items():
+        label, _, fraction = variant.rpartition(" ") if variant[-1].isdigit() else (variant, "", 1)
+        yield {
+            "model": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": threads,
+            "tokens": tokens,
+            "width": WIDTH,
+            "variant": label,
+            "fraction": fraction,
+            **values,
+        }
+
+
+# -- whole models
+
+
+def decode_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    for label in arguments.dtypes:
+        dtype = getattr(torch, label)
+        stock = dense_model(arguments.model, dtype)
+        adaptive = adaptive_twin(stock)
+        name = "random, Llama-3.2-1B dimensions"
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found = measured_models(stock, adaptive, arguments.rounds)
+            yield from rows(
+                found, arguments.model.name if arguments.model else name, dtype, threads, 1
+            )
+
+
+def dense_model(folder: Path | None, dtype: torch.dtype) -> Any:
+    """Return the checkpoint's model, or one of Llama-3.2-1B's dimensions with random weights."""
+    if folder is not None:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    config = transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def adaptive_twin(stock: Any) -> Any:
+    """Return an adaptive model on the same weights, with parameter-center routers.
+
+    It shares the stock model's memory but for the down matrices, which are packed.
+    """
+    from adaconvert.modeling import modeling_adaptive
+
+    fields = stock.config.to_dict()
+    for name in ("architectures", "model_type", "transformers_version"):
+        fields.pop(name, None)
+    made: Any = modeling_adaptive.AdaptiveLlamaForCausalLM
+    config = made.config_class(**fields, adaptive=adaptive_spec(stock))
+    with torch.device("meta"):
+        model = made(config)
+    tensors = dict(stock.state_dict())
+    for path, module in stock.named_modules():
+        if path.endswith(".mlp"):
+            experts = module.gate_proj.weight.shape[0] // WIDTH
+            tensors[f"{path}.router.weight"] = centers(module.gate_proj.weight, experts)
+            own = module.down_proj.weight.detach().clone()
+            tensors[f"{path}.down_proj.weight"] = own
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
+    model.model.rotary_emb = stock.model.rotary_emb
+    sites = model.adaptive_sites().values()
+    pack([(site.down_proj.weight, 1) for site in sites], model)
+    return model.eval().requires_grad_(False)
+
+
+def adaptive_spec(stock: Any) -> dict[str, Any]:
+    config = stock.config
+    spec = {
+        "weights": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+        "activation": config.hidden_act,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "partition": {"split": "contiguous", "permuted": False},
+        "experts": {"count": config.intermediate_size // WIDTH, "width": WIDTH},
+        "shared": 0,
+        "router": {"kind": "param-center"},
+        "select": {"rule": "all"},
+        "combine": "unit",
+        "null": None,
+    }
+    sites = {f"model.layers.{i}.mlp": {"ffn": spec} for i in range(config.num_hidden_layers)}
+    base = {
+        "architecture": "LlamaForCausalLM",
+        "config": "LlamaConfig",
+        "model_type": "llama",
+    }
+    return {
+        "version": 1,
+        "base": base,
+        "reference": {"flops_per_token": 1, "ffn_flops_per_token": 1, "length": 512},
+        "sites": sites,
+        "model": {"exits": None, "recursion": None, "decode_policy": None},
+        "calibration": None,
+    }
+
+
+class OwnDense(nn.Module):
+    """A site through our kernel path with every expert on; no router, no runtime around it."""
+
+    def __init__(self, site: Any) -> None:
+        super().__init__()
+        self.weights = site._weights()
+        self.mask = torch.ones(1, self.weights.count, dtype=torch.bool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, _ = run_experts(x.view(1, -1), self.weights, self.mask, path="gather")
+        return out.view(x.shape)
+
+
+def measured_models(stock: Any, adaptive: Any, rounds: int) -> dict[str, Row]:
+    """Return the figures of one decoded token per variant; all see the same context length."""
+    sites = adaptive.adaptive_sites()
+    experts = next(iter(sites.values())).adaptive_spec["experts"]["count"]
+    dense = {path: OwnDense(site) for path, site in sites.items()}
+    prompt = torch.randint(0, stock.config.vocab_size, (1, 32))
+    caches = {}
+    for name, model in (("stock", stock), ("adaptive", adaptive)):
+        caches[name] = transformers.DynamicCache(config=stock.config)
+        model(prompt, past_key_values=caches[name], use_cache=True)
+    tokens = torch.randint(0, stock.config.vocab_size, (rounds, 1, 1))
+
+    def step(name: str, model: Any, turn: int) -> Tensor:
+        cache = caches[name]
+        logits = model(tokens[turn % rounds], past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
+        return logits
+
+    def own(turn: int) -> Tensor:
+        for path, site in sites.items():
+            site.forward = dense[path].forward
+        try:
+            return step("adaptive", adaptive, turn)
+        finally:
+            for site in sites.values():
+                del site.forward
+
+    def selected(k: int, turn: int) -> Tensor:
+        with adaptive.set_select("top-k", k=k):
+            return step("adaptive", adaptive, turn)
+
+    calls: dict[str, Call] = {
+        "stock": lambda turn: step("stock", stock, turn),
+        "own dense": own,
+        "adaptive, all on": lambda turn: step("adaptive", adaptive, turn),
+    }
+    for fraction in (0.75, *FRACTIONS):
+        k = round(experts * fraction)
+        calls[f"adaptive {fraction}"] = lambda turn, k=k: selected(k, turn)
+    return measured(calls, 0.0, rounds, least=rounds)
+
+
+if __name__ == "__main__":
+    main()
