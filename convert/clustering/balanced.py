@@ -126,7 +126,7 @@ def seed_affinity(
     size = min(f, max(SMALLEST_POOL, POOL * num_clusters))
     pool = torch.from_numpy(np.sort(generator.permutation(f)[:size])).to(points.device)
     norms = squared_norms(points)
-    distance = (points[pool] @ points.T).mul_(-2).add_(norms).add_(norms[pool, None])
+    distance = torch.addmm(norms, points[pool], points.T, alpha=-2).add_(norms[pool, None])
     chosen = [int(generator.integers(size))]
     nearest = distance[chosen[0]]
     for _ in range(1, num_clusters):
@@ -194,4 +194,4 @@ def update(
 
     changed = torch.nonzero((means != new).any(1)).flatten()
     means[changed] = new[changed]
-    affinity[:, changed] = points @ new[changed].T
+    affinity.index_copy_(1, changed, points @ new[changed].T)

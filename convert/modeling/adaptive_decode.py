@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive_compiled import Graph, agrees, alike, arguments, compile_wanted, facts, report
-from .adaptive_gather import ExpertWeights, uncompiled
+from .adaptive_gather import ExpertWeights, plain, uncompiled
 
 #: graphs by what they were compiled for; None where that did not work.
 _DECODERS: dict[tuple[object, ...], Graph | None] = {}
@@ -57,10 +57,13 @@ class Decoder:
         weights: the network's.
         router: x [1, d] -> scores [1, E], a pure function of x and its tensors; None where the
             network's own gate scores (see `own_scores`).
+
+    Attributes:
+        plain: the weights are ordinary CPU tensors of one dtype.
     """
 
     def __init__(self, weights: ExpertWeights, router: nn.Module | None) -> None:
-        self.weights = weights
+        self.weights, self.plain = weights, plain(weights)
         self._front = arguments(weights)
         self._score = None if router is None else Score(router)
         self._tensors = () if router is None else tuple(tensor for _, tensor in _named(router))

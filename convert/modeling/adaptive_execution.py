@@ -25,6 +25,7 @@ experts, n selected neurons.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ from .adaptive_gather import (
     ExpertWeights,
     neuron_major,
     pack,
+    plain,
     selected_rows,
     weighted_rows,
 )
 
-__all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "run_experts"]
+__all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "prepare", "run_experts"]
 
 #: interface of `adaconvert.kernels.dispatch` this file calls; another one is not used.
 KERNELS_API = 1
@@ -92,8 +94,9 @@ def run_experts(
         mask = x.new_ones(x.shape[0], weights.count, dtype=torch.bool)
     kernel = _kernel(x, weights, mask)
     if kernel is not None and path is None:
-        out, pairs = kernel(x, weights, mask, gated=gated, weights_per_expert=weights_per_expert)
-        return out, int(pairs)
+        named = {field.name: getattr(weights, field.name) for field in fields(weights)}
+        out = kernel(x, mask, gated=gated, weights_per_expert=weights_per_expert, **named)
+        return out, _neurons(weights, mask.sum(dim=1).tolist())
     plain = weights_per_expert is None and _inference(x, weights)
     if path == "gather" or (path is None and plain and 0 < x.shape[0] <= GATHER_TOKENS):
         counts = mask.sum(dim=1).tolist()
@@ -125,7 +128,9 @@ def decode_step(
         The output [1, d] and the mask of the experts that made it, bool [1, E].
     """
     weights = decoder.weights
-    if rule not in RULES or x.shape[0] != 1 or not _inference(x, weights):
+    if rule not in RULES or x.shape[0] != 1 or not decoder.plain or x.dtype != weights.up.dtype:
+        return None
+    if type(x) is not Tensor or not x.is_cpu or not _unrecorded():
         return None
     if rule == "top-k":
         share = (weights.shared + number * weights.width) / weights.up.shape[0]
@@ -135,6 +140,24 @@ def decode_step(
         pays = weights.up.numel() * weights.up.element_size() <= GATHER_ANY_BYTES
     found = decoder(x, rule, number) if pays else None
     return None if found is None else (found[0], found[1].unsqueeze(0))
+
+
+def prepare(model: Any) -> int:
+    """Return how many matrices of an adaptive model were re-laid so that decoding gathers well.
+
+    Worth it for batch-1 decoding on the CPU; `pack` says what it costs and leaves alone. Undone by
+    loading anew. Values and names stay; what saves must call `contiguous()`, as transformers does.
+    """
+    matrices = []
+    for site in model.adaptive_sites().values():
+        for role, name in site.adaptive_spec["weights"].items():
+            child = getattr(site, name)
+            # transformers' Conv1D holds [in, out]
+            turned = type(child).__name__ == "Conv1D"
+            neurons = int((role == "down") != turned)
+            if isinstance(getattr(child, "weight", None), nn.Parameter):
+                matrices.append((child.weight, neurons))
+    return pack(matrices, model)
 
 
 # -- which path
@@ -161,13 +184,15 @@ def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:
 
 def _inference(x: Tensor, weights: ExpertWeights) -> bool:
     """Return whether this call only computes: plain CPU tensors of one dtype, nothing recorded."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not _unrecorded():
         return False
-    matrices = (weights.up, weights.down, weights.up if weights.gate is None else weights.gate)
-    return not torch.is_autocast_enabled("cpu") and all(
-        type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype and t.device.type == "cpu"
-        for t in (x, *matrices)
-    )
+    return weights.up.dtype == x.dtype and plain(weights)
+
+
+def _unrecorded() -> bool:
+    """Return whether neither autograd nor a compiler watches and no dtype changes on the way."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not watched and not torch.is_autocast_enabled("cpu")
 
 
 def _neurons(weights: ExpertWeights, counts: list[int]) -> int:

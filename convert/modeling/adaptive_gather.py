@@ -63,6 +63,18 @@ class ExpertWeights:
         return (self.up.shape[0] - self.shared) // self.width
 
 
+def plain(weights: ExpertWeights) -> bool:
+    """Return whether all of it is ordinary CPU tensors of one floating dtype."""
+    tensors = (weights.gate, weights.up, weights.down)
+    biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+    dtype = weights.up.dtype
+    return dtype.is_floating_point and all(
+        type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == dtype
+        for t in (*tensors, *biases)
+        if t is not None
+    )
+
+
 #: (x [1, d], weights, mask [E], gated [1, f] | None) -> [1, d]
 Form = Callable[[Tensor, ExpertWeights, Tensor, Tensor | None], Tensor]
 

@@ -25,7 +25,7 @@ class Kernel:
 
     Attributes:
         backend: "triton".
-        call: takes what the operation's reference takes.
+        call: takes and returns what the operation's reference does.
         refuses: why the kernel cannot run a call of these facts, None when it can.
         loses: why torch is faster for these facts, None when the kernel is.
     """

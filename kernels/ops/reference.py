@@ -27,6 +27,7 @@ def expert_ffn(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     shared: int = 0,
+    gated: Tensor | None = None,
     weights_per_expert: Tensor | None = None,
 ) -> Tensor:
     """Return the feed-forward output of each token's selected experts, [T, d].
@@ -41,13 +42,16 @@ def expert_ffn(
         down: [d, f].
         gate_bias, up_bias: [f].
         down_bias: [d].
+        gated: [T, f] activated gate (activated `up` without gate) where it is known already.
         weights_per_expert: [T, E].
 
     Source: dynamic-k gating of experts with weight one is D2DMoE, Szatkowski et al. 2024,
     arXiv 2310.04361, section 3.
     """
-    hidden = linear(x, up, up_bias)
-    hidden = activation(hidden) if gate is None else activation(linear(x, gate, gate_bias)) * hidden
+    if gated is None:
+        first = (up, up_bias) if gate is None else (gate, gate_bias)
+        gated = activation(linear(x, *first))
+    hidden = gated if gate is None else gated * linear(x, up, up_bias)
     factors = mask.to(hidden.dtype)
     if weights_per_expert is not None:
         factors = factors * weights_per_expert.to(hidden.dtype)

@@ -14,7 +14,8 @@ from adaconvert.train.config import SPARSITY_OPTIONS, FinetuneConfig, Sparsity
 
 
 def test_defaults_of_the_command_are_those_of_the_config() -> None:
-    given = {param.name: param.default for param in finetune.params}
+    flags = {param.name for param in finetune.params if getattr(param, "is_flag", False)}
+    given = {p.name: False if p.name in flags else p.default for p in finetune.params}
     own = {item.name: item.default for item in fields(FinetuneConfig)}
     penalty = {item.name: item.default for item in fields(Sparsity)}
     for name, default in own.items():

@@ -69,7 +69,9 @@ def test_tau_is_the_paper_s() -> None:
 @pytest.mark.parametrize("command", [d2dmoe, plan_d2dmoe], ids=["run", "plan"])
 def test_the_command_line_has_every_option_with_its_default(command: click.Command) -> None:
     options = {p.name: p for p in command.params if isinstance(p, click.Option)}
-    given = command.make_context("d2dmoe", ["source", "destination"]).params
+    given = command.make_context(
+        "d2dmoe", ["source", "destination"], help_option_names=["-h", "--help"]
+    ).params
     for field in fields(D2dmoeConfig):
         assert given[field.name] == field.default, field.name
     loss = options["router_loss"].type
