@@ -13,7 +13,7 @@ the floating point type holds exactly. Such sums are the same in any order, so l
 the seed alone: not on threads, blocks, the BLAS library or the kind of device.
 
 Shapes: f points, p coordinates, N clusters, m = f / N members each, q pairs of clusters.
-Memory: one copy of the points and a few arrays of f x N numbers (float32).
+Memory: two copies of the points and about five arrays of f x N numbers (float32).
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def balanced_kmeans(
         Hartigan 1975. MoEfication (2110.01786) and D2DMoE (2310.04361) solve the balanced
         assignment of Lloyd's iteration by minimum-cost flow instead.
     """
+    features = np.asarray(features, dtype=np.float32)
     check_matrix(features, "features to cluster")
     width = check_experts(len(features), num_clusters)
     if width == 1 or num_clusters == 1:
@@ -85,7 +86,7 @@ def best_device() -> str:
     return "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
 
 
-def to_grid(features: NDArray[Any], width: int, device: str) -> torch.Tensor:
+def to_grid(features: NDArray[np.float32], width: int, device: str) -> torch.Tensor:
     """Return the features scaled by one factor and rounded to whole numbers [f, p].
 
     No row is longer than 2**12 in float32: by Cauchy-Schwarz no partial sum of a product of two
@@ -95,19 +96,19 @@ def to_grid(features: NDArray[Any], width: int, device: str) -> torch.Tensor:
     """
     import torch
 
-    points = torch.from_numpy(np.array(features, dtype=np.float32)).to(device)
-    norms = torch.linalg.vector_norm(points, dim=1, dtype=torch.float64)
-    longest = float(norms.max())
+    squares = np.einsum("ij,ij->i", features, features, dtype=np.float64)
+    longest = math.sqrt(squares.max())
     if longest == 0:
-        return points
-    # eight bits of it, so that its last bit, which may differ by device, does not count
+        return torch.from_numpy(features.copy()).to(device)
     fraction, exponent = math.frexp(longest)
-    bound = math.ldexp(math.ceil(fraction * 256) / 256, exponent)
-    alike = longest <= 8 * float(norms.median())
+    points = torch.from_numpy(np.ldexp(features, -exponent)).to(device)
+    alike = longest <= 8 * math.sqrt(np.median(squares))
     finest = 2.0 ** ((51 - width.bit_length()) // 2)
     dtype, radius = (torch.float32, 2.0**12) if alike else (torch.float64, finest)
     # rounding adds at most half a unit per coordinate
     room = max(radius - 0.5 * points.shape[1] ** 0.5, 1.0)
+    # eight bits of the length, as its last bit may differ by processor
+    bound = math.ceil(fraction * 256) / 256
     return points.to(dtype).mul_(room / bound).round_()
 
 
@@ -144,7 +145,7 @@ def seed_affinity(
 def improve(points: torch.Tensor, members: torch.Tensor, max_iter: int) -> None:
     """Exchange members [N, m] in place until a round is hardly worth its product.
 
-    Moving i from a to b and j from b to a changes the sum of squares by -2/m**2 times
+    Moving i from a to b and j from b to a changes the sum of squares by -2/m times
     `(sums[a] - sums[b]) . (j - i) + |j - i|**2`, a whole number: it can only fall.
     """
     import torch

@@ -329,7 +329,7 @@ def _products(matrix: Tensor, bias: Tensor | None, x: Tensor, rows: Tensor | Non
 def own_scores(gated: Tensor, width: int, shared: int) -> Tensor:
     """Return per expert the sum of the absolute activations, [T, f] -> [T, E]."""
     values = gated[:, shared:].abs()
-    return values if width == 1 else values.unflatten(-1, (-1, width)).sum(dim=-1)
+    return values if width == 1 else torch.unflatten(values, -1, (-1, width)).sum(dim=-1)
 
 
 def choose(scores: Tensor, rule: str, value: Tensor) -> Tensor:

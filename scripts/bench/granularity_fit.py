@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 from bench.granularity_cells import ROUTER_WIDTH, Cell
+from torch.nn.functional import linear
 
 from adaconvert.clustering import routers, splits
 from adaconvert.data.tokens import TokenBlocks
@@ -71,6 +72,7 @@ def fit_layer(layer: FfnLayer, cells: Iterable[Cell], steps: int, seed: int) -> 
     hidden = torch.cat([weights.hidden(x) for x in layer.chunks()])
     importance = hidden.abs().mean(dim=0) * weights.neuron_norms()
     found["importance"] = importance.numpy()
+    found["scale"] = _scale(layer).numpy()
     for cell in cells:
         if cell.split in ("dense", "static"):
             continue
@@ -96,6 +98,15 @@ def fit_layer(layer: FfnLayer, cells: Iterable[Cell], steps: int, seed: int) -> 
                 )
             )
     return found
+
+
+def _scale(layer: FfnLayer) -> torch.Tensor:
+    """Return what a neuron's activated gate is multiplied by on average, [f]."""
+    weights = layer.weights
+    if weights.gate is None:
+        return weights.neuron_norms()
+    size = sum(linear(x, weights.up, weights.up_bias).abs().sum(dim=0) for x in layer.chunks())
+    return size / len(layer.inputs) * weights.neuron_norms()
 
 
 def _order(weights: FfnWeights, cell: Cell, seed: int) -> Any:
@@ -139,7 +150,7 @@ def scores(
         arrays: of the layer.
         x: what the FFN receives, [T, d].
         hidden: what its down projection receives, [T, f].
-        activated: act(gate x), [T, f]; only the router "gate" reads it.
+        activated: act(gate x), [T, f]; only the routers GATES read it.
         norms: length of each neuron's output weights, [f].
     """
     if cell.router == "contribution":
@@ -154,7 +165,10 @@ def scores(
         mass = (hidden.float() * norms).square()[:, order]
         return mass.reshape(len(mass), -1, cell.width).sum(dim=2).sqrt()
     assert activated is not None
-    size = activated.float().abs()[:, order]
+    size = activated.float().abs()
+    if cell.router == "gate-scaled":
+        size = size * torch.from_numpy(arrays["scale"])
+    size = size[:, order]
     return size.reshape(len(size), -1, cell.width).sum(dim=2)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from bench import granularity_fit
-from bench.granularity_cells import Cell, Shape
+from bench.granularity_cells import GATES, Cell, Shape
 from bench.granularity_fit import Arrays
 
 from adaconvert.arch.registry import describe
@@ -158,7 +158,7 @@ class Masked:
 
         if cell.router in ("contribution", "param-center"):
             yield layer.ffn.register_forward_pre_hook(arrive)
-        if cell.router == "gate" and layer.gate is not None:
+        if cell.router in GATES and layer.gate is not None:
             yield layer.gate.register_forward_hook(gated)
         yield layer.down.register_forward_pre_hook(choose)
 
