@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import os
 import statistics
@@ -36,10 +37,11 @@ from adaconvert.modeling.adaptive_execution import (
     Decoder,
     ExpertWeights,
     decode_step,
-    pack,
+    prepare,
     run_experts,
 )
 from adaconvert.modeling.adaptive_gather import by_copies
+from adaconvert.modeling.adaptive_layout import keep_rows
 from adaconvert.modeling.adaptive_routers import LinearRouter
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -131,19 +133,23 @@ def summary(times: dict[str, list[float]], name: str, suffix: str) -> Row:
 
 
 class Layers:
-    """Random networks that together exceed the caches, with the down matrix in both layouts."""
+    """Random networks that together exceed the caches, with the down matrix in every layout."""
 
     def __init__(self, hidden: int, neurons: int, dtype: torch.dtype) -> None:
         count = max(2, round(ROTATED / (3 * hidden * neurons * dtype.itemsize)))
         self.hidden, self.count, self.experts = hidden, count, neurons // WIDTH
         self.stock: list[tuple[Tensor, Tensor, Tensor]] = []
         self.weights: list[ExpertWeights] = []
+        self.re_laid: list[ExpertWeights] = []
         self.decoders: list[Decoder] = []
         for _ in range(count):
             gate, up, rows = (torch.randn(neurons, hidden).mul_(0.02).to(dtype) for _ in "gud")
+            down = nn.Parameter(rows.t().contiguous(), requires_grad=False)
+            keep_rows(down)
+            self.stock.append((gate, up, down))
             none = (None, None, None)
-            self.stock.append((gate, up, rows.t().contiguous()))
-            self.weights.append(ExpertWeights(gate, up, rows.t(), *none, functional.silu, WIDTH, 0))
+            self.weights.append(ExpertWeights(gate, up, down, *none, functional.silu, WIDTH, 0))
+            self.re_laid.append(dataclasses.replace(self.weights[-1], down=rows.t()))
             router = LinearRouter(hidden, self.experts, normalised=False)
             router.weight.data.copy_(centers(gate, self.experts))
             self.decoders.append(Decoder(self.weights[-1], router))
@@ -183,7 +189,7 @@ def ffn_calls(layers: Layers, x: Tensor) -> dict[str, Call]:
     calls: dict[str, Call] = {
         "stock": lambda i: layers.run_stock(x, i),
         "own dense": lambda i: run_experts(x, layers.weights[i], whole, path="gather"),
-        "plain dense on packed": lambda i: run_experts(x, layers.weights[i], None),
+        "dense, re-laid": lambda i: run_experts(x, layers.re_laid[i], None),
     }
     for fraction in FRACTIONS:
         masks, k = layers.masks(1, fraction), round(layers.experts * fraction)
@@ -207,7 +213,7 @@ def prefill_cases(arguments: argparse.Namespace) -> Iterator[Row]:
 def prefill_calls(layers: Layers, x: Tensor) -> dict[str, Call]:
     calls: dict[str, Call] = {
         "stock": lambda i: layers.run_stock(x, i),
-        "plain dense on packed": lambda i: run_experts(x, layers.weights[i], None),
+        "dense, re-laid": lambda i: run_experts(x, layers.re_laid[i], None),
     }
     for fraction in FRACTIONS:
         for kind, alike in (("independent", False), ("alike", True)):
@@ -283,7 +289,7 @@ def dense_model(folder: Path | None, dtype: torch.dtype) -> Any:
 def adaptive_twin(stock: Any) -> Any:
     """Return an adaptive model on the same weights, with parameter-center routers.
 
-    It shares the stock model's memory but for the down matrices, which are packed.
+    It shares the stock model's memory and keeps copies of the down matrices by rows.
     """
     from adaconvert.modeling import modeling_adaptive
 
@@ -299,13 +305,10 @@ def adaptive_twin(stock: Any) -> Any:
         if path.endswith(".mlp"):
             experts = module.gate_proj.weight.shape[0] // WIDTH
             tensors[f"{path}.router.weight"] = centers(module.gate_proj.weight, experts)
-            own = module.down_proj.weight.detach().clone()
-            tensors[f"{path}.down_proj.weight"] = own
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.model.rotary_emb = stock.model.rotary_emb
-    sites = model.adaptive_sites().values()
-    pack([(site.down_proj.weight, 1) for site in sites], model)
+    prepare(model)
     return model.eval().requires_grad_(False)
 
 

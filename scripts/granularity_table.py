@@ -240,7 +240,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, nargs="+", default=[], help="text to fit on")
     parser.add_argument("--valid", nargs="+", default=[], metavar="NAME=FILE", help="to report on")
     parser.add_argument("--work", type=Path, help="folder for fits and losses")
-    parser.add_argument("--tokens", type=int, default=8192, help="of each domain (default 8192)")
+    parser.add_argument("--tokens", type=int, default=5120, help="of each domain (default 5120)")
     parser.add_argument("--train-tokens", type=int, default=16384, help="(default 16384)")
     parser.add_argument("--steps", type=int, default=500, help="of each router (default 500)")
     parser.add_argument("--dtype", default="bfloat16", help="to measure in (default bfloat16)")

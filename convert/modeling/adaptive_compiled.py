@@ -28,11 +28,11 @@ from torch.nn import functional
 from .adaptive_gather import (
     Activation,
     ExpertWeights,
-    neuron_major,
     selected_rows,
     uncompiled,
     weighted_rows,
 )
+from .adaptive_layout import rows_of
 
 #: below this many bytes of weights a compilation is not worth its while.
 COMPILE_BYTES = 1 << 20
@@ -159,7 +159,7 @@ def facts(x: Tensor, weights: ExpertWeights) -> tuple[object, ...]:
         weights.gate_bias is None,
         weights.up_bias is None,
         weights.down_bias is None,
-        neuron_major(weights.down),
+        rows_of(weights.down) is None,
         _activation_key(weights.activation),
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
@@ -207,8 +207,9 @@ _UNCHECKED = ("size_asserts", "scalar_asserts", "assert_indirect_indexing")
 
 
 def arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
-    """Return the graph's view of the weights: down by rows [f, d] where it is neuron-major."""
-    down = weights.down.t() if neuron_major(weights.down) else weights.down
+    """Return the graph's view of the weights: down by rows [f, d] where it has them."""
+    rows = rows_of(weights.down)
+    down = weights.down if rows is None else rows
     biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
     return (weights.gate, weights.up, down, *biases)
 
@@ -259,7 +260,7 @@ def _make_step(
     weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     activation, width, shared = weights.activation, weights.width, weights.shared
-    major, bags = neuron_major(weights.down), torch.get_num_threads()
+    spread, bags = rows_of(weights.down) is None, torch.get_num_threads()
 
     def step(
         x: Tensor,
@@ -294,11 +295,11 @@ def _make_step(
         if gate is not None:
             hidden = hidden * _products(up, up_bias, wide, rows)
         hidden = hidden.to(x.dtype)
-        if major:
-            out = weighted_rows(down, rows, hidden, bags)
-            return (out if down_bias is None else out + down_bias), mask
-        spread = hidden.new_zeros(down.shape[1]).scatter(0, rows, hidden)
-        return functional.linear(spread.unsqueeze(0), down, down_bias), mask
+        if spread:
+            full = hidden.new_zeros(down.shape[1]).scatter(0, rows, hidden)
+            return functional.linear(full.unsqueeze(0), down, down_bias), mask
+        out = weighted_rows(down, rows, hidden, bags)
+        return (out if down_bias is None else out + down_bias), mask
 
     # a code object of its own: torch counts recompilations per code object and gives up after a few
     _STEPS.append(f"step_{len(_STEPS)}")

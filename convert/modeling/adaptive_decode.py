@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adaptive_compiled import Graph, agrees, alike, arguments, compile_wanted, facts, report
 from .adaptive_gather import ExpertWeights, plain, uncompiled
+from .adaptive_layout import rows_of
 
 #: graphs by what they were compiled for; None where that did not work.
 _DECODERS: dict[tuple[object, ...], Graph | None] = {}
@@ -59,12 +60,14 @@ class Decoder:
             network's own gate scores (see `own_scores`).
 
     Attributes:
-        plain: the weights are ordinary CPU tensors of one dtype.
+        plain: the weights are ordinary CPU tensors of one dtype, gate and up by rows.
     """
 
     def __init__(self, weights: ExpertWeights, router: nn.Module | None) -> None:
-        self.weights, self.plain = weights, plain(weights)
-        self._front = arguments(weights)
+        self.weights = weights
+        matrices = (weights.up, weights.up if weights.gate is None else weights.gate)
+        self.plain = plain(weights) and all(matrix.stride(1) == 1 for matrix in matrices)
+        self._rows, self._front = rows_of(weights.down), arguments(weights)
         self._score = None if router is None else Score(router)
         self._tensors = () if router is None else tuple(tensor for _, tensor in _named(router))
         self._graphs: dict[tuple[object, ...], Graph | None] = {}
@@ -75,7 +78,10 @@ class Decoder:
         None where the compiled form does not run. The caller sees to it that nothing is recorded
         or traced and that x [1, d] has the weights' dtype and device.
         """
-        key = (rule, torch.get_num_threads(), torch.is_inference_mode_enabled())
+        rows = rows_of(self.weights.down)
+        if rows is None or self._rows is None or rows.data_ptr() != self._rows.data_ptr():
+            self._rows, self._front = rows, arguments(self.weights)
+        key = (rule, rows is None, torch.get_num_threads(), torch.is_inference_mode_enabled())
         try:
             graph = self._graphs[key]
         except KeyError:

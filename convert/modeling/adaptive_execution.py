@@ -43,12 +43,11 @@ from .adaptive_compiled import compiles, gather
 from .adaptive_decode import Decoder
 from .adaptive_gather import (
     ExpertWeights,
-    neuron_major,
-    pack,
     plain,
     selected_rows,
     weighted_rows,
 )
+from .adaptive_layout import check_rows, keep_rows, neuron_major, pack, rows_of
 
 __all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "prepare", "run_experts"]
 
@@ -146,22 +145,28 @@ def decode_step(
     return None if found is None else (found[0], found[1].unsqueeze(0))
 
 
-def prepare(model: Any) -> int:
-    """Return how many matrices of an adaptive model were re-laid so that decoding gathers well.
+def prepare(model: Any, *, in_place: bool = False) -> int:
+    """Return how many matrices of an adaptive model were laid out so that decoding gathers well.
 
-    Worth it for batch-1 decoding on the CPU; `pack` says what it costs and leaves alone. Undone by
-    loading anew. Values and names stay; what saves must call `contiguous()`, as transformers does.
+    For batch-1 decoding on the CPU; without it the output matrices are read whole. Names and values
+    stay; weights that change afterwards drop their copy (through `.data`: at the next call with
+    more than `GATHER_TOKENS` tokens), so prepare again.
+
+    Args:
+        in_place: re-lay the matrices themselves (see `pack` for what that costs; saving needs
+            `contiguous()`, which transformers calls). Otherwise copies are kept, a third more
+            memory for the feed-forward networks.
     """
-    matrices = []
+    matrices, downs = [], []
     for site in model.adaptive_sites().values():
         for role, name in site.adaptive_spec["weights"].items():
             child = getattr(site, name)
             # transformers' Conv1D holds [in, out]
             turned = type(child).__name__ == "Conv1D"
-            neurons = int((role == "down") != turned)
             if isinstance(getattr(child, "weight", None), nn.Parameter):
-                matrices.append((child.weight, neurons))
-    return pack(matrices, model)
+                matrices.append((child.weight, int((role == "down") != turned)))
+                downs += [child.weight] if role == "down" and not turned else []
+    return pack(matrices, model) if in_place else sum(map(keep_rows, downs))
 
 
 # -- which path
@@ -207,6 +212,9 @@ def _gather_pays(
     x: Tensor, weights: ExpertWeights, counts: list[int], gated: Tensor | None
 ) -> bool:
     share = _neurons(weights, counts) / weights.up.shape[0]
+    matrices = (weights.up, weights.up if weights.gate is None else weights.gate)
+    if any(matrix.stride(1) != 1 for matrix in matrices):
+        return False
     if share > GATHER_LIMIT[0] or weights.count in counts:
         return False
     return share <= GATHER_LIMIT[1] or compiles(x, weights, gated)
@@ -216,6 +224,7 @@ def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
     tokens = x.shape[0]
     if tokens <= GATHER_TOKENS:
         return "dense"
+    check_rows(weights.down)
     touched = mask.any(dim=0).sum().item() / mask.shape[1]
     if any(tokens >= least and touched <= most for least, most in UNION):
         return "union"
@@ -227,7 +236,7 @@ def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
 
 def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
     """Return whether `grouped_mm` is fast and takes these matrices (rows of 16-byte multiples)."""
-    item = x.element_size()
+    item, down = x.element_size(), rows_of(weights.down)
     rows = (weights.up, weights.up if weights.gate is None else weights.gate)
     biased = weights.gate_bias is not None or weights.up_bias is not None
     return (
@@ -236,10 +245,9 @@ def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
         and not biased
         and (weights.width * item) % 16 == 0
         and all(t.stride(1) == 1 and (t.stride(0) * item) % 16 == 0 for t in rows)
-        and neuron_major(weights.down)
-        and (weights.down.stride(1) * item) % 16 == 0
-        and all(t.data_ptr() % 16 == 0 for t in (*rows, weights.down))
-        and (weights.shared * weights.down.stride(1) * item) % 16 == 0
+        and down is not None
+        and (down.stride(0) * item) % 16 == 0
+        and all(t.data_ptr() % 16 == 0 for t in (*rows, down))
     )
 
 
@@ -277,7 +285,10 @@ def _hidden(
         gated = weights.activation(functional.linear(x, first[0], bias(first[1])))
     if gate is None:
         return gated
-    return gated * functional.linear(x, up, bias(weights.up_bias))
+    other = functional.linear(x, up, bias(weights.up_bias))
+    if torch.is_grad_enabled() or gated.dtype != other.dtype:
+        return gated * other
+    return other.mul_(gated)
 
 
 def _masked(
@@ -330,8 +341,9 @@ def _union(
     )
     if hidden.shape[1] > weights.shared:
         hidden = _masked(hidden, mask[:, touched], None, weights.shared, fresh=True)
-    if neuron_major(weights.down):
-        out = _add(hidden @ weights.down.t()[rows], weights.down_bias)
+    down = rows_of(weights.down)
+    if down is not None:
+        out = _add(hidden @ down[rows], weights.down_bias)
     else:
         out = functional.linear(hidden, weights.down[:, rows], weights.down_bias)
     return out, hidden.numel()
@@ -356,7 +368,9 @@ def _grouped(
     else:
         first = torch.unflatten(gated[:, shared:], -1, (-1, width))[token, expert]
     hidden = first if weights.gate is None else first * product(weights.up)
-    parts = functional.grouped_mm(hidden, matrices(weights.down.t()), offs=ends)
+    down = rows_of(weights.down)
+    assert down is not None
+    parts = functional.grouped_mm(hidden, matrices(down), offs=ends)
     out = _always(x, weights, gated).index_add_(0, token, parts)
     return out, hidden.numel() + x.shape[0] * shared
 

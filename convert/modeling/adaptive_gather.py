@@ -6,8 +6,8 @@ With one token every weight is read once, so time is bytes. Two uncompiled forms
 - loop: `linear` per expert on views; for wide experts in float32.
 
 `adaptive_compiled` has the third, which is about twice as fast. The down matrix only gathers well
-neuron-major (`pack`); in its stock layout the hidden units are spread out again and the whole
-matrix is run, which still saves the other two.
+by rows of neurons (`adaptive_layout`); without them the hidden units are spread out again and the
+whole matrix is run, which still saves the other two.
 
 Shapes: d hidden size, f neurons, E experts, m = `width` neurons of an expert, K selected experts,
 n selected neurons.
@@ -16,18 +16,17 @@ n selected neurons.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .adaptive_layout import rows_of
+
 #: float32 experts at least this wide run in a loop.
 LOOP_WIDTH = 64
-#: dtypes whose `linear` keeps its speed on a neuron-major matrix; float16 loses a factor of 7 to
-#: 100 (no native arithmetic on the CPU measured).
-PACKED = (torch.float32, torch.bfloat16, torch.float64)
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,7 +38,7 @@ class ExpertWeights:
     Attributes:
         gate: [f, d], None for a network without.
         up: [f, d].
-        down: [d, f]; "neuron-major" when it is the transposed view of rows [f, d] (see `pack`).
+        down: [d, f]; gathers well where `adaptive_layout.rows_of` has rows for it.
         gate_bias, up_bias: [f] or None.
         down_bias: [d] or None.
         activation: of the gate, or of `up` where there is none; elementwise, no state.
@@ -88,11 +87,6 @@ def selected_rows(mask: Tensor, width: int, shared: int) -> Tensor:
     if shared:
         rows = torch.cat([torch.arange(shared, device=mask.device), rows + shared])
     return rows
-
-
-def neuron_major(down: Tensor) -> bool:
-    """Return whether each neuron's column of a [d, f] matrix lies in one piece."""
-    return down.stride(0) == 1 and down.stride(1) >= down.shape[0]
 
 
 def weighted_rows(matrix: Tensor, rows: Tensor, factors: Tensor, bags: int) -> Tensor:
@@ -147,8 +141,9 @@ def by_copies(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | N
         return functional.linear(x, _BUFFERS.rows(matrix, rows, slot), part)
 
     hidden = _hidden(weights, product, None if gated is None else gated[:, rows])
-    if neuron_major(weights.down):
-        out = weighted_rows(weights.down.t(), rows, hidden[0], torch.get_num_threads())
+    down = rows_of(weights.down)
+    if down is not None:
+        out = weighted_rows(down, rows, hidden[0], torch.get_num_threads())
         return out if weights.down_bias is None else out + weights.down_bias
     spread = hidden.new_zeros(1, weights.down.shape[1]).scatter_(1, rows[None], hidden)
     return functional.linear(spread, weights.down, weights.down_bias)
@@ -183,51 +178,3 @@ def _hidden(
         first = (weights.up, weights.up_bias) if gate is None else (gate, weights.gate_bias)
         gated = weights.activation(product(*first, 0))
     return gated if gate is None else gated * product(weights.up, weights.up_bias, 1)
-
-
-# -- layout
-
-
-def pack(matrices: Iterable[tuple[nn.Parameter, int]], within: nn.Module) -> int:
-    """Return how many matrices were re-laid so that the numbers of one neuron lie in one piece.
-
-    Values, shapes and gradients' shapes stay; the parameter becomes a transposed view. Left alone
-    is what already lies so, and what could lose something: other dtypes than `PACKED`, other
-    devices, subclasses (quantised weights), parameters with a gradient, and memory that another
-    parameter or buffer of the model sees too.
-
-    Cost, measured in float32 and bfloat16: `linear` on a neuron-major matrix, a third of the
-    network's work, reaches 0.95-1.0 of its speed from 128 tokens on, 0.6-0.9 from 2 to 64.
-
-    Args:
-        matrices: parameter and which of its two dimensions counts neurons.
-        within: the model they are part of.
-    """
-    others = [t for t in (*within.parameters(), *within.buffers()) if _plain(t)]
-    return sum(_pack_one(parameter, dim, others) for parameter, dim in matrices)
-
-
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and not tensor.is_meta
-
-
-def _pack_one(parameter: nn.Parameter, dim: int, others: list[Tensor]) -> bool:
-    if not _plain(parameter) or parameter.dim() != 2 or parameter.dtype not in PACKED:
-        return False
-    if parameter.grad is not None or parameter.stride(1 - dim) == 1:
-        return False
-    first, last = _span(parameter)
-    for other in others:
-        start, end = _span(other)
-        if other is not parameter and start <= last and first <= end:
-            return False
-    rows = parameter.detach().movedim(dim, 0).contiguous()
-    parameter.data = rows.movedim(0, dim)
-    return True
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the addresses of the first and the last element."""
-    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    first = tensor.data_ptr()
-    return first, first + max(reach, 0) * tensor.element_size()

@@ -21,6 +21,7 @@ CODE_FILES = (
     "adaptive_ffn.py",
     "adaptive_gather.py",
     "adaptive_knobs.py",
+    "adaptive_layout.py",
     "adaptive_routers.py",
     "adaptive_schema.py",
     "adaptive_select.py",

@@ -110,26 +110,27 @@ def _cell(split: str, width: int, router: str, rule: str = "top-k") -> Cell:
 
 
 def _chosen() -> Iterator[Cell]:
-    yield from _levels(_cell("static", 1, "none", "fixed"))
+    half = (0.5,)
+    yield from _levels(_cell("static", 1, "none", "fixed"), (0.8, *LEVELS))
     # single neurons: how well each router and rule does without any grouping
-    for rule in ("top-k", "threshold", "dynamic-k"):
-        for router in GATES:
-            yield from _levels(_cell("none", 1, router, rule), (0.8, 0.7, 0.5))
-        yield from _levels(_cell("none", 1, "oracle", rule), LEVELS if rule == "top-k" else (0.5,))
-    yield from _levels(_cell("none", 1, "contribution"), (0.7, 0.5))
-    # what grouping costs an oracle, by width and split
+    yield from _levels(_cell("none", 1, "oracle"))
+    yield from _levels(_cell("none", 1, "gate"), (0.8, 0.7, 0.5))
+    yield from _levels(_cell("none", 1, "gate-scaled"), (0.8, 0.7))
+    yield from _levels(_cell("none", 1, "gate", "threshold"), (0.7, 0.5))
+    for router, rule in (("gate", "dynamic-k"), ("oracle", "threshold"), ("oracle", "dynamic-k")):
+        yield from _levels(_cell("none", 1, router, rule), half)
+    yield from _levels(_cell("none", 1, "contribution"), half)
     for width in (6, 12, 48):
-        yield from _levels(_cell("balanced-kmeans", width, "oracle"))
-        yield from _levels(_cell("random", width, "oracle"), LEVELS if width == 48 else (0.5,))
-        yield from _levels(_cell("contiguous", width, "oracle"), (0.5,))
-        # what a router loses against the oracle
-        yield from _levels(_cell("balanced-kmeans", width, "contribution"))
-        yield from _levels(_cell("balanced-kmeans", width, "param-center"), (0.5,))
-    for width in (6, 48):
-        yield from _levels(_cell("balanced-kmeans", width, "gate"), (0.5,))
-        yield from _levels(_cell("balanced-kmeans", width, "contribution", "threshold"), (0.5,))
-    yield from _levels(_cell("balanced-kmeans", 6, "contribution", "dynamic-k"), (0.5,))
-    yield from _levels(_cell("balanced-kmeans", 48, "contribution", "dynamic-k"))
+        levels = half if width == 12 else LEVELS
+        # what grouping costs an oracle, by width and split, and what a router loses against it
+        yield from _levels(_cell("balanced-kmeans", width, "oracle"), levels)
+        yield from _levels(_cell("random", width, "oracle"), half)
+        yield from _levels(_cell("balanced-kmeans", width, "contribution"), levels)
+    yield from _levels(_cell("contiguous", 48, "oracle"), half)
+    yield from _levels(_cell("balanced-kmeans", 48, "param-center"), half)
+    yield from _levels(_cell("balanced-kmeans", 48, "gate"), half)
+    for rule in ("threshold", "dynamic-k"):
+        yield from _levels(_cell("balanced-kmeans", 48, "contribution", rule), half)
     # the second baseline of the issue
     yield from _levels(_cell("random", 48, "contribution"))
 

@@ -162,12 +162,16 @@ def scores(
         return (unit @ centers.T).softmax(dim=-1)
     order = torch.from_numpy(arrays[key("order", *cell.partition)])
     if cell.router == "oracle":
+        if cell.width == 1:
+            return (hidden.float() * norms).abs()
         mass = (hidden.float() * norms).square()[:, order]
         return mass.reshape(len(mass), -1, cell.width).sum(dim=2).sqrt()
     assert activated is not None
     size = activated.float().abs()
     if cell.router == "gate-scaled":
         size = size * torch.from_numpy(arrays["scale"])
+    if cell.width == 1:
+        return size
     size = size[:, order]
     return size.reshape(len(size), -1, cell.width).sum(dim=2)
 

@@ -103,13 +103,11 @@ class Masked:
         with self._running(cell) as count, torch.inference_mode():
             for start in range(0, len(blocks), BATCH):
                 rows = slice(start, start + BATCH)
-                ids = torch.from_numpy(blocks.ids[rows])
-                kept = torch.from_numpy(blocks.weights[rows])[:, 1:]
-                logits = self.model(
-                    input_ids=ids,
-                    attention_mask=torch.from_numpy(blocks.weights[rows]).long(),
-                    use_cache=False,
-                ).logits[:, :-1]
+                # padding is at the ends, where causal attention keeps it from the rest
+                longest = int(blocks.weights[rows].sum(axis=1).max())
+                ids = torch.from_numpy(blocks.ids[rows, :longest])
+                kept = torch.from_numpy(blocks.weights[rows, 1:longest])
+                logits = self.model(ids, use_cache=False).logits[:, :-1]
                 for row in range(len(ids)):
                     loss = torch.nn.functional.cross_entropy(
                         logits[row].float(), ids[row, 1:], reduction="none"
@@ -181,6 +179,8 @@ class Masked:
             norms=layer.norms,
         )
         run = _select(values, cell, share, limit, layer.arrays)
+        if cell.split == "none":
+            return run
         # position j of the order is neuron order[j], of expert j // width
         order = torch.from_numpy(layer.arrays[granularity_fit.key("order", *cell.partition)])
         mask = torch.zeros(len(hidden), neurons, dtype=torch.bool)
@@ -195,7 +195,7 @@ def _select(
     best = values.amax(dim=1, keepdim=True)
     if cell.rule == "top-k":
         k = max(int(share * values.shape[1]), 1)
-        chosen = values.topk(k, dim=1).indices
+        chosen = values.topk(k, dim=1, sorted=False).indices
         return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)
     if cell.rule == "dynamic-k":
         return values >= limit * best

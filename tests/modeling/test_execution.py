@@ -17,6 +17,7 @@ from torch.nn import functional
 from adaconvert.kernels.reference import expert_ffn
 from adaconvert.modeling import adaptive_execution, adaptive_gather
 from adaconvert.modeling.adaptive_execution import ExpertWeights, run_experts
+from adaconvert.modeling.adaptive_layout import neuron_major
 
 #: largest difference from the float64 result over its largest value: rounding of sums of at most a
 #: few hundred terms; for the short types two roundings to their precision (2^-8, 2^-11).
@@ -93,7 +94,7 @@ def activated(x: Tensor, weights: ExpertWeights) -> Tensor:
 def paths_for(weights: ExpertWeights) -> list[str]:
     plain = weights.up_bias is None and weights.gate_bias is None
     grouped = plain and weights.up.dtype is torch.float32 and weights.width % 4 == 0
-    major = adaptive_gather.neuron_major(weights.down)
+    major = neuron_major(weights.down)
     return ["dense", "gather", "union", *(["grouped"] if grouped and major else [])]
 
 
