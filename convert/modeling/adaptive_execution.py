@@ -47,7 +47,7 @@ from .adaptive_gather import (
     selected_rows,
     weighted_rows,
 )
-from .adaptive_layout import check_rows, keep_rows, neuron_major, pack, rows_of
+from .adaptive_layout import check_rows, neuron_major, pack, prepare, rows_of
 
 __all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "prepare", "run_experts"]
 
@@ -59,6 +59,13 @@ GATHER_TOKENS = 4
 GATHER_LIMIT = (0.8, 0.4)
 #: bytes of one matrix up to which the compiled form wins even with every expert on.
 GATHER_ANY_BYTES = 4 << 20
+#: integers as wide as a dtype: multiplied by 0 they are zero whatever number they stood for.
+_BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 #: rules that `decode_step` knows.
 RULES = ("top-k", "dynamic-k", "threshold")
 #: (tokens at least, share of the experts touched at most) for which the union wins.
@@ -100,6 +107,8 @@ def run_experts(
         out = kernel(x, mask, gated=gated, weights_per_expert=weights_per_expert, **named)
         return out, _neurons(weights, mask.sum(dim=1).tolist())
     simple = weights_per_expert is None and _inference(x, weights)
+    if simple and x.shape[0] > 1:
+        check_rows(weights.down)
     if path == "gather" or (path is None and simple and 0 < x.shape[0] <= GATHER_TOKENS):
         counts = mask.sum(dim=1).tolist()
         if path == "gather" or _gather_pays(x, weights, counts, gated):
@@ -109,7 +118,7 @@ def run_experts(
         return _union(x, weights, mask, gated)
     if chosen == "grouped":
         return _grouped(x, weights, mask, gated)
-    whole = whole or (simple and bool(mask.all()))
+    whole = whole or (simple and _all_on(mask))
     return _dense(x, weights, None if whole else mask, gated, weights_per_expert)
 
 
@@ -143,30 +152,6 @@ def decode_step(
         pays = weights.up.numel() * weights.up.element_size() <= GATHER_ANY_BYTES
     found = decoder(x, rule, number) if pays else None
     return None if found is None else (found[0], found[1].unsqueeze(0))
-
-
-def prepare(model: Any, *, in_place: bool = False) -> int:
-    """Return how many matrices of an adaptive model were laid out so that decoding gathers well.
-
-    For batch-1 decoding on the CPU; without it the output matrices are read whole. Names and values
-    stay; weights that change afterwards drop their copy (through `.data`: at the next call with
-    more than `GATHER_TOKENS` tokens), so prepare again.
-
-    Args:
-        in_place: re-lay the matrices themselves (see `pack` for what that costs; saving needs
-            `contiguous()`, which transformers calls). Otherwise copies are kept, a third more
-            memory for the feed-forward networks.
-    """
-    matrices, downs = [], []
-    for site in model.adaptive_sites().values():
-        for role, name in site.adaptive_spec["weights"].items():
-            child = getattr(site, name)
-            # transformers' Conv1D holds [in, out]
-            turned = type(child).__name__ == "Conv1D"
-            if isinstance(getattr(child, "weight", None), nn.Parameter):
-                matrices.append((child.weight, int((role == "down") != turned)))
-                downs += [child.weight] if role == "down" and not turned else []
-    return pack(matrices, model) if in_place else sum(map(keep_rows, downs))
 
 
 # -- which path
@@ -221,17 +206,24 @@ def _gather_pays(
 
 
 def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
-    tokens = x.shape[0]
-    if tokens <= GATHER_TOKENS:
+    tokens, experts = mask.shape
+    if tokens < UNION[-1][0]:
         return "dense"
-    check_rows(weights.down)
-    touched = mask.any(dim=0).sum().item() / mask.shape[1]
+    # largest values of bytes are many times faster than `any` of booleans
+    touched = int(torch.count_nonzero(mask.view(torch.uint8).amax(dim=0))) / experts
     if any(tokens >= least and touched <= most for least, most in UNION):
         return "union"
     if tokens < GROUPED_TOKENS or not _groupable(x, weights):
         return "dense"
-    share = mask.sum().item() / mask.numel()
+    share = int(torch.count_nonzero(mask)) / mask.numel()
     return "grouped" if share <= GROUPED_LIMIT else "dense"
+
+
+def _all_on(mask: Tensor) -> bool:
+    """Return whether every token runs every expert."""
+    if mask.shape[0] == 0 or not mask[0].all():
+        return mask.shape[0] == 0
+    return bool(mask.view(torch.uint8).amin())
 
 
 def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
@@ -296,12 +288,14 @@ def _masked(
 ) -> Tensor:
     """Return the hidden units with those of unselected experts zero, even where they are not
     finite; in place where nothing is recorded and `fresh` says that nobody else holds them."""
-    parts = torch.unflatten(hidden[:, shared:], -1, (mask.shape[1], -1))
-    off = mask.logical_not().unsqueeze(-1)
-    if fresh and factors is None and not torch.is_grad_enabled():
-        parts.masked_fill_(off, 0)
+    bits = _BITS.get(hidden.dtype)
+    if fresh and factors is None and bits is not None and not torch.is_grad_enabled():
+        # 3-14 times faster than `masked_fill_`
+        parts = torch.unflatten(hidden.view(bits)[:, shared:], -1, (mask.shape[1], -1))
+        parts.mul_(mask.to(bits).unsqueeze(-1))
         return hidden
-    parts = parts.masked_fill(off, 0)
+    parts = torch.unflatten(hidden[:, shared:], -1, (mask.shape[1], -1))
+    parts = parts.masked_fill(mask.logical_not().unsqueeze(-1), 0)
     if factors is not None:
         parts = parts * factors.to(hidden.dtype).unsqueeze(-1)
     routed = parts.flatten(1)

@@ -2,7 +2,7 @@
 
 Checkpoints hold the down matrix as [d, f], so one neuron's column is spread over the whole matrix
 and gathering a quarter of the columns reads nearly all of it. Two ways out, both asked for by the
-caller of `adaptive_execution.prepare`:
+caller of `prepare`:
 
 - a copy by rows beside the matrix (`keep_rows`): a third more memory for the network, nothing else
   changes. Dropped when the matrix is seen to have changed.
@@ -13,8 +13,9 @@ Shapes: d hidden size, f neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,32 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 #: dtypes whose `linear` stays usable on a re-laid matrix; float16 loses a factor of 7 to 100.
 PACKED = (torch.float32, torch.bfloat16, torch.float64)
-#: elements of a matrix that are compared with its copy before many tokens run.
-SAMPLED = 256
+#: elements of a matrix that are compared with its copy before several tokens run.
+SAMPLED = 64
+
+
+def prepare(model: Any, *, in_place: bool = False) -> int:
+    """Return how many matrices of an adaptive model were laid out so that decoding gathers well.
+
+    For batch-1 decoding on the CPU; without it the output matrices are read whole. Names and values
+    stay; weights that change afterwards drop their copy (through `.data`: at the next call with
+    more than one token), so prepare again.
+
+    Args:
+        in_place: re-lay the matrices themselves (see `pack` for what that costs; saving needs
+            `contiguous()`, which transformers calls). Otherwise copies are kept, a third more
+            memory for the feed-forward networks.
+    """
+    matrices, downs = [], []
+    for site in model.adaptive_sites().values():
+        for role, name in site.adaptive_spec["weights"].items():
+            child = getattr(site, name)
+            # transformers' Conv1D holds [in, out]
+            turned = type(child).__name__ == "Conv1D"
+            if isinstance(getattr(child, "weight", None), nn.Parameter):
+                matrices.append((child.weight, int((role == "down") != turned)))
+                downs += [child.weight] if role == "down" and not turned else []
+    return pack(matrices, model) if in_place else sum(map(keep_rows, downs))
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,7 @@ class _Kept:
 
 
 #: down matrix -> its copy by rows; goes when the matrix goes.
-_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_KEPT: MutableMapping[Tensor, _Kept] = WeakIdKeyDictionary()
 
 
 def neuron_major(down: Tensor) -> bool:

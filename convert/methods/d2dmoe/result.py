@@ -40,7 +40,7 @@ class D2dmoeResult:
         config = json.loads((conversion.destination / "config.json").read_text("utf-8"))
         found = {
             path: RouterQuality(**slots["ffn"]["router"]["quality"])
-            for path, slots in config["adaptive"]["sites"].items()
+            for path, slots in sorted(config["adaptive"]["sites"].items(), key=_in_order)
             if "quality" in slots.get("ffn", {}).get("router", {})
         }
         return cls(conversion=conversion, routers=found)
@@ -54,3 +54,8 @@ class D2dmoeResult:
         """Return the result as text, one line per router."""
         table = [f"{path:<28}{quality.line()}" for path, quality in self.routers.items()]
         return [*table, *([""] if table else []), *self.conversion.lines()]
+
+
+def _in_order(site: tuple[str, object]) -> list[int]:
+    """Return the numbers in a module path, so that block 10 comes after block 9."""
+    return [int(part) for part in site[0].split(".") if part.isdigit()]

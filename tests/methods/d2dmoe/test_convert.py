@@ -174,6 +174,15 @@ def test_each_stage_alone(data: Path, tmp_path: Path) -> None:
         api.verify(tmp_path / before, tmp_path / folder)
 
 
+def test_unmoefy_claims_nothing_about_weights_it_cannot_know(data: Path, tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "m")
+    api.d2dmoe(source, tmp_path / "s2", stages="2", expert_width=8)
+    api.d2dmoe(tmp_path / "s2", tmp_path / "s3", stages="3", data=str(data), **QUICK)
+    told = "\n".join(api.unmoefy(tmp_path / "s2", tmp_path / "u2").lines())
+    assert "every tensor is, bit for bit, that of m" in told
+    assert "changed since" not in "\n".join(api.unmoefy(tmp_path / "s3", tmp_path / "u3").lines())
+
+
 def test_a_moefied_checkpoint_gets_another_router(data: Path, tmp_path: Path) -> None:
     source = make("llama", tmp_path / "m")
     api.convert(source, destination=tmp_path / "s", method="moefy", expert_width=8, top_k=4)
