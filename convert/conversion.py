@@ -285,7 +285,7 @@ def _write_side_files(
         staging.copy_file(name, source.path(name))
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
     own = {"config.json": text.encode(), **planned.files}
-    if "adaptive" in config:
+    if isinstance(config.get("adaptive"), dict):
         own |= code_files()
     for name, content in own.items():
         staging.write_file(name, content)

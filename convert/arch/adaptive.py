@@ -37,6 +37,19 @@ _AUTO = {
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
 }
 _OWN_KEYS = frozenset({"adaptive", "auto_map"})
+#: dense families whose tokenizer transformers chooses by model_type when tokenizer_config.json has
+#: no class; an adaptive checkpoint has a model_type of its own, so config.json names the class.
+_TOKENIZERS = {
+    "bert": "BertTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+    "gemma3_text": "GemmaTokenizer",
+    "gpt2": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "olmo": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +171,10 @@ def config_of(
     for layer, partition in sorted(partitions.items()):
         site = ffn_site(spec, layer)
         sites[site.path] = {"ffn": partition.content(spec, site)}
+    tokenizer = _TOKENIZERS.get(spec.model_type)
+    named = {} if tokenizer is None else {"tokenizer_class": tokenizer}
     return {
+        **named,
         **spec.config,
         "architectures": [f"Adaptive{spec.architecture}"],
         "model_type": f"{PREFIX}{spec.model_type}",
@@ -188,6 +204,8 @@ def dense_config(config: Mapping[str, object]) -> dict[str, object]:
     if not names or not all(isinstance(name, str) for name in names):
         raise _unusable("base", "architecture, config and model_type")
     kept = {key: value for key, value in config.items() if key not in _OWN_KEYS}
+    if kept.get("tokenizer_class") == _TOKENIZERS.get(str(names[1])):
+        kept.pop("tokenizer_class", None)
     return {**kept, "architectures": [names[0]], "model_type": names[1]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,9 +128,9 @@ def read_data(
         documents, folder, length=reading.length, seed=reading.seed, progress=reading.progress
     )
     by_document = reading.unit == "document"
-    kept = _breadth_first(blocks, reading.max_tokens, reading.seed, by_document)
     if whole:
-        kept = kept[np.unique(blocks.document[kept], return_index=True)[1]]
+        blocks = _first_blocks(blocks)
+    kept = _breadth_first(blocks, reading.max_tokens, reading.seed, by_document)
     groups = blocks.document[kept] if by_document else kept
     names, members = np.unique(groups, return_inverse=True)
     wanted = sum(share > 0 for share in shares)
@@ -198,6 +198,17 @@ def _documents(reading: Reading) -> Documents:
 
 def _label(reading: Reading) -> str:
     return ", ".join(Path(where).name or where for where in reading.data)
+
+
+def _first_blocks(blocks: TokenBlocks) -> TokenBlocks:
+    """Return the first block of every document: what a classifier reads of a text."""
+    first = np.sort(np.unique(blocks.document, return_index=True)[1])
+    return replace(
+        blocks,
+        ids=blocks.ids[first],
+        document=blocks.document[first],
+        weights=blocks.weights[first],
+    )
 
 
 def _breadth_first(

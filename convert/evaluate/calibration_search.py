@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -89,7 +90,31 @@ class Search:
             notes = _UNCERTIFIED if found.cheapest is None else ()
             return Found(rows=rows, chosen=chosen, notes=notes)
         budget = self.settings.budget
-        return Found(rows=rows, chosen=None if budget is None else _cheap_enough(rows, budget))
+        chosen = None if budget is None else self._within(budget, settings, rows)
+        return Found(rows=rows, chosen=chosen)
+
+    def _within(self, budget: float, settings: Sequence[int | None], rows: Sequence[Row]) -> int:
+        """Return the position of the best row within a budget, judged by the ordering split.
+
+        Of the evaluation split only the compute counts, so that no row above the budget is taken.
+
+        Raises:
+            OptionError: none is that cheap.
+        """
+        computes, risks = self._computes(), self._ordering_risks()
+        costs = [
+            row.compute if at is None else max(row.compute, computes[at])
+            for at, row in zip(settings, rows, strict=True)
+        ]
+        best = best_within(costs, [0.0 if at is None else risks[at] for at in settings], budget)
+        if best is None:
+            raise OptionError(
+                "nothing this model can do is that cheap",
+                where="--budget",
+                expected=f"{math.ceil(min(costs) * 1000) / 1000:.3f} or more",
+                found=budget,
+            )
+        return best
 
     def matrix(self, shares: Sequence[float]) -> tuple[Floats, Floats, list[str]]:
         """Return computes, rises in loss of every unit and names, the reference first.
@@ -298,20 +323,3 @@ class Search:
 _UNCERTIFIED: Final = (
     "no setting below full compute could be certified: the default runs every expert",
 )
-
-
-def _cheap_enough(rows: Sequence[Row], budget: float) -> int:
-    """Return the position of the best row within a budget.
-
-    Raises:
-        OptionError: none is.
-    """
-    best = best_within([row.compute for row in rows], [row.loss for row in rows], budget)
-    if best is None:
-        raise OptionError(
-            "nothing this model can do is that cheap",
-            where="--budget",
-            expected=f"{rows[0].compute:.3f} or more",
-            found=budget,
-        )
-    return best

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.errors import OptionError, ResourceError
+from adaconvert.errors import AdaconvertError, OptionError, ResourceError
 from adaconvert.evaluate import classify, results, speed
 from adaconvert.evaluate.compute import Compute, estimated, mean_context, relative_to
 from adaconvert.evaluate.options import EvaluateOptions
@@ -100,11 +100,25 @@ def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation
         data=measured.data,
         reference=measured.results[0] if reference else None,
         results=tuple(found),
-        notes=measured.notes,
+        notes=(*measured.notes, *_stale_notes(loaded.source)),
     )
     if options.out is not None:
         write_report(Path(options.out), evaluation.to_json())
     return evaluation
+
+
+def _stale_notes(source: Source) -> tuple[str, ...]:
+    """Return why the checkpoint's calibration table no longer holds, for the reader."""
+    adaptive = source.raw_config.get("adaptive")
+    if not isinstance(adaptive, dict) or not adaptive.get("calibration"):
+        return ()
+    from adaconvert.evaluate.calibration_output import stale
+
+    try:
+        reasons = stale(source.root)
+    except AdaconvertError as error:
+        reasons = [f"it cannot be checked ({error})"]
+    return tuple(f"the calibration table does not hold: {reason}" for reason in reasons)
 
 
 def load(where: str, options: EvaluateOptions, device: str) -> Loaded:

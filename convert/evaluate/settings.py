@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +119,10 @@ def parse_select(text: str) -> dict[str, Any]:
 
 def _number(text: str, *, whole: bool, where: str) -> int | float:
     try:
-        return int(text) if whole else float(text)
+        number = int(text) if whole else float(text)
+        if math.isfinite(number):
+            return number
+        raise ValueError(text)
     except ValueError:
         raise OptionError(
             "is malformed",

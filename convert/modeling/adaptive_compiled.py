@@ -18,8 +18,7 @@ import os
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,13 @@ from .adaptive_gather import (
     uncompiled,
     weighted_rows,
 )
+from .adaptive_inductor import Inductor, compiled
 from .adaptive_layout import rows_of
 
+#: share of a network's neurons up to which its compiled form is faster than `linear` on all.
+COMPILED_LIMIT = 0.8
+#: bytes of one matrix up to which it is faster even with every expert on.
+ANY_BYTES = 4 << 20
 #: below this many bytes of weights a compilation is not worth its while.
 COMPILE_BYTES = 1 << 20
 #: different cases (shape, dtype, threads, router) compiled before the rest runs uncompiled.
@@ -202,8 +206,6 @@ def compile_wanted(weights: ExpertWeights) -> bool:
 
 #: names of the graphs' functions.
 _STEPS: list[str] = []
-#: run-time checks of what guards check, and of indices that are right by construction.
-_UNCHECKED = ("size_asserts", "scalar_asserts", "assert_indirect_indexing")
 
 
 def arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
@@ -225,7 +227,8 @@ class Graph:
     def __init__(
         self, weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
     ) -> None:
-        self._step = _make_step(weights, score, rule)
+        self._backend = Inductor()
+        self._step = _make_step(weights, score, rule, self._backend)
         self._warm = False
 
     def run(
@@ -237,7 +240,7 @@ class Graph:
         value: Tensor | None = None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [1, d] and the mask [E].
+        """Return the output [1, d] and the mask [1, E].
 
         Args:
             weights: of `arguments`.
@@ -255,9 +258,31 @@ class Graph:
         self._warm = True
         return out
 
+    def bare(
+        self, weights: tuple[Tensor | None, ...], value: Tensor, *tensors: Tensor
+    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        """Return what Inductor compiled, bound to all its arguments but x, after a `run`.
+
+        Checks nothing, which saves a third of the time of starting the graph: x must have the
+        dtype of the run, be contiguous, and nothing may be recorded. None where the arguments of
+        the compiled function are not recognised.
+        """
+        named = dict(zip(_ARGUMENTS, (*weights, None, None, value), strict=True))
+        named |= {f"tensors_{i}": tensor for i, tensor in enumerate(tensors)}
+        return self._backend.bound(named, value.shape[0] if value.dim() else 0)
+
+
+#: arguments of a step after x.
+_ARGUMENTS = (
+    *("gate", "up", "down", "gate_bias", "up_bias", "down_bias", "gated", "mask", "value"),
+)
+
 
 def _make_step(
-    weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
+    weights: ExpertWeights,
+    score: Callable[..., Tensor] | None,
+    rule: str | None,
+    backend: Inductor,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     activation, width, shared = weights.activation, weights.width, weights.shared
     spread, bags = rows_of(weights.down) is None, torch.get_num_threads()
@@ -286,7 +311,10 @@ def _make_step(
                 scores = own_scores(whole.unsqueeze(0), width, shared)
             else:
                 scores = score(x, *tensors)
-            mask = choose(scores, rule, value)[0]
+            chosen = choose(scores, rule, value)
+            mask = chosen[0]
+        else:
+            chosen = mask.unsqueeze(0)
         rows = selected_rows(mask, width, shared)
         if whole is None:
             hidden = activation(_products(first, first_bias, wide, rows))
@@ -297,25 +325,12 @@ def _make_step(
         hidden = hidden.to(x.dtype)
         if spread:
             full = hidden.new_zeros(down.shape[1]).scatter(0, rows, hidden)
-            return functional.linear(full.unsqueeze(0), down, down_bias), mask
+            return functional.linear(full.unsqueeze(0), down, down_bias), chosen
         out = weighted_rows(down, rows, hidden, bags)
-        return (out if down_bias is None else out + down_bias), mask
+        return (out if down_bias is None else out + down_bias), chosen
 
-    # a code object of its own: torch counts recompilations per code object and gives up after a few
     _STEPS.append(f"step_{len(_STEPS)}")
-    own = types.FunctionType(
-        step.__code__.replace(co_name=_STEPS[-1]),
-        step.__globals__,
-        closure=step.__closure__,
-    )
-    known = torch._inductor.list_options()
-    options = {name: False for name in _UNCHECKED if name in known}
-    # the facts of the case key stand in for all guards but those on tensors
-    return torch.compile(own, fullgraph=True, options={**options, "guard_filter_fn": _on_tensors})
-
-
-def _on_tensors(guards: Sequence[Any]) -> list[bool]:
-    return [guard.guard_type == "TENSOR_MATCH" for guard in guards]
+    return compiled(step, _STEPS[-1], backend)
 
 
 def _products(matrix: Tensor, bias: Tensor | None, x: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -33,14 +33,16 @@ class SiteAccount:
         experts: [E] how many tokens used each expert.
         neuron_flops, router_flops, gate_flops: FLOPs of one selected neuron, and of router and of a
             gate that is run in full, for one token.
-        neuron_bytes, fixed_bytes: weight bytes of one neuron, and of what every token reads.
+        neuron_bytes, router_bytes, gate_bytes: weight bytes of one neuron, of the router, and of a
+            gate that is run in full.
     """
 
     neuron_flops: int
     router_flops: int
     gate_flops: int
     neuron_bytes: int
-    fixed_bytes: int
+    router_bytes: int
+    gate_bytes: int
     tokens: int = 0
     routed_tokens: int = 0
     neurons: int = 0
@@ -69,7 +71,12 @@ class SiteAccount:
     @property
     def weight_bytes(self) -> int:
         """Return the weight bytes the tokens would read if each ran alone."""
-        return self.neurons * self.neuron_bytes + self.tokens * self.fixed_bytes
+        return self.neurons * self.neuron_bytes + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Return the part of `weight_bytes` that no selection saves: routers and full gates."""
+        return self.routed_tokens * self.router_bytes + self.tokens * self.gate_bytes
 
 
 @dataclass
@@ -105,7 +112,7 @@ class Account:
         """Return the weight bytes a token reads when it runs alone, as batch-1 decoding does."""
         tokens = max(self.tokens, 1)
         routed = sum(site.weight_bytes for site in self.sites.values()) / tokens
-        fixed = sum(site.tokens * site.fixed_bytes for site in self.sites.values()) / tokens
+        fixed = sum(site.fixed_bytes for site in self.sites.values()) / tokens
         return {"ffn": routed - fixed, "router": fixed, "total": routed + self.static_bytes}
 
     def compute(self) -> float:

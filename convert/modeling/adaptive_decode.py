@@ -11,17 +11,35 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .adaptive_compiled import Graph, agrees, alike, arguments, compile_wanted, facts, report
-from .adaptive_gather import ExpertWeights, plain, uncompiled
-from .adaptive_layout import rows_of
+from .adaptive_compiled import (
+    ANY_BYTES,
+    COMPILED_LIMIT,
+    Graph,
+    agrees,
+    alike,
+    arguments,
+    compile_wanted,
+    facts,
+    report,
+)
+from .adaptive_gather import ExpertWeights, plain, uncompiled, unrecorded
+from .adaptive_layout import find_rows
+
+#: rules that `decode_step` knows.
+RULES = ("top-k", "dynamic-k", "threshold")
 
 #: graphs by what they were compiled for; None where that did not work.
 _DECODERS: dict[tuple[object, ...], Graph | None] = {}
 _LOCK = threading.Lock()
+#: settings (rule, number, threads) a decoder keeps ready.
+_KEPT_STEPS = 64
+#: x [1, d] -> output [1, d] and mask of the experts that made it [1, E]
+Step = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Score:
@@ -60,64 +78,132 @@ class Decoder:
             network's own gate scores (see `own_scores`).
 
     Attributes:
+        dtype: of x.
         plain: the weights are ordinary CPU tensors of one dtype, gate and up by rows.
     """
 
     def __init__(self, weights: ExpertWeights, router: nn.Module | None) -> None:
         self.weights = weights
-        matrices = (weights.up, weights.up if weights.gate is None else weights.gate)
-        self.plain = plain(weights) and all(matrix.stride(1) == 1 for matrix in matrices)
-        self._rows, self._front = rows_of(weights.down), arguments(weights)
         self._score = None if router is None else Score(router)
         self._tensors = () if router is None else tuple(tensor for _, tensor in _named(router))
-        self._graphs: dict[tuple[object, ...], Graph | None] = {}
+        own = (weights.gate, weights.up, weights.down, weights.gate_bias, weights.up_bias)
+        self._watched = [t for t in (*own, weights.down_bias, *self._tensors) if t is not None]
+        self._steps: dict[tuple[object, ...], Step | None] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        """Take the tensors as they are now."""
+        weights = self.weights
+        self.dtype = weights.up.dtype
+        matrices = (weights.up, weights.up if weights.gate is None else weights.gate)
+        ordinary = plain(weights) and all(tensor.is_cpu for tensor in self._tensors)
+        self.plain = ordinary and all(matrix.stride(1) == 1 for matrix in matrices)
+        self._rows, self._front = find_rows(weights.down), arguments(weights)
+        self._pointers = [tensor.data_ptr() for tensor in self._watched]
+        self._steps.clear()
+
+    def refresh(self) -> None:
+        """Notice memory that was replaced (another dtype, a new layout) since the last call."""
+        moved = [tensor.data_ptr() for tensor in self._watched] != self._pointers
+        if self._rows is None:
+            changed = find_rows(self.weights.down) is not None
+        else:
+            changed = not self._rows.hold(self.weights.down)
+        if moved or changed or len(self._steps) > _KEPT_STEPS:
+            self._attach()
 
     def __call__(self, x: Tensor, rule: str, number: float) -> tuple[Tensor, Tensor] | None:
-        """Return the output [1, d] and the mask of the experts that made it, bool [E].
+        """Return what `decode_step` does, None where that does not pay or did not compile.
 
-        None where the compiled form does not run. The caller sees to it that nothing is recorded
-        or traced and that x [1, d] has the weights' dtype and device.
+        For `decode_step`, which sees to it that nothing is recorded or traced and that x is one
+        ordinary token of `dtype`.
         """
-        rows = rows_of(self.weights.down)
-        if rows is None or self._rows is None or rows.data_ptr() != self._rows.data_ptr():
-            self._rows, self._front = rows, arguments(self.weights)
-        key = (rule, rows is None, torch.get_num_threads(), torch.is_inference_mode_enabled())
+        key = (rule, number, torch.get_num_threads(), torch.is_inference_mode_enabled())
         try:
-            graph = self._graphs[key]
+            step = self._steps[key]
         except KeyError:
-            graph = self._graphs[key] = self._shared_graph(x, rule, number)
-        if graph is None:
+            step = self._steps[key] = self._step(x, rule, number)
+        if step is None:
             return None
         try:
-            return self._run(graph, x, rule, number)
+            out, mask = step(x)
+            return out, mask
         except Exception as error:
             report(error)
-            self._graphs[key] = None
+            self._steps[key] = None
             return None
 
-    def _run(self, graph: Graph, x: Tensor, rule: str, number: float) -> tuple[Tensor, Tensor]:
-        return graph.run(x, self._front, None, None, _value(rule, number), *self._tensors)
+    def _step(self, x: Tensor, rule: str, number: float) -> Step | None:
+        """Return what runs one token from now on, None where nothing compiled does."""
+        graph = self._graph(x, rule, number)
+        if graph is None:
+            return None
+        value = _value(rule, number)
 
-    def _shared_graph(self, x: Tensor, rule: str, number: float) -> Graph | None:
+        def checked(x: Tensor) -> tuple[Tensor, ...]:
+            return graph.run(x, self._front, None, None, value, *self._tensors)
+
+        bare = graph.bare(self._front, value, *self._tensors)
+        if bare is None:
+            return checked
+        same = zip(bare(x), checked(x), strict=True)
+        return bare if all(torch.equal(one, other) for one, other in same) else checked
+
+    def _pays(self, rule: str, number: float) -> bool:
+        weights = self.weights
+        if rule == "top-k":
+            share = (weights.shared + number * weights.width) / weights.up.shape[0]
+            return share <= COMPILED_LIMIT
+        # how much is selected shows only afterwards
+        return weights.up.numel() * weights.up.element_size() <= ANY_BYTES
+
+    def _graph(self, x: Tensor, rule: str, number: float) -> Graph | None:
         """Return the graph of all layers that compute alike, once it gave a right output."""
-        dtypes = tuple(t.dtype for t in self._tensors)
-        key = (self._score, rule, dtypes, *facts(x, self.weights))
+        if rule not in RULES or not self._pays(rule, number):
+            return None
+        tensors = [t for t in (*self._front, *self._tensors) if t is not None]
+        layout = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
+        key = (self._score, rule, layout, *facts(x, self.weights))
         with _LOCK:
             if key not in _DECODERS:
-                graph = None
-                if compile_wanted(self.weights):
-                    graph = Graph(self.weights, self._score, rule)
+                wanted = compile_wanted(self.weights)
+                graph = Graph(self.weights, self._score, rule) if wanted else None
                 right = graph is not None and self._right(graph, x, rule, number)
                 _DECODERS[key] = graph if right else None
             return _DECODERS[key]
 
     def _right(self, graph: Graph, x: Tensor, rule: str, number: float) -> bool:
+        value = _value(rule, number)
         try:
-            found, mask = self._run(graph, x, rule, number)
+            found, mask = graph.run(x, self._front, None, None, value, *self._tensors)
         except Exception as error:
             report(error)
             return False
-        return agrees(found, uncompiled(self.weights)(x, self.weights, mask, None))
+        return agrees(found, uncompiled(self.weights)(x, self.weights, mask[0], None))
+
+
+def decode_step(
+    x: Tensor, decoder: Decoder, rule: str, number: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `run_experts` would for one token, router and selection included.
+
+    All of it is one compiled graph; None where that is not possible or would not pay, and the
+    caller scores, selects and calls `run_experts`.
+
+    Args:
+        x: [1, d].
+        decoder: of the network.
+        rule: "top-k", "dynamic-k" or "threshold", as in `adaptive_select`.
+        number: k, tau or threshold.
+
+    Returns:
+        The output [1, d] and the mask of the experts that made it, bool [1, E].
+    """
+    decoder.refresh()
+    ordinary = type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.dtype == decoder.dtype
+    if not ordinary or x.shape[0] != 1 or not decoder.plain or not unrecorded():
+        return None
+    return decoder(x, rule, number)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,12 +39,13 @@ except ImportError:
 else:
     _installed = dispatch
 
-from .adaptive_compiled import compiles, gather
-from .adaptive_decode import Decoder
+from .adaptive_compiled import COMPILED_LIMIT, compiles, gather
+from .adaptive_decode import Decoder, decode_step
 from .adaptive_gather import (
     ExpertWeights,
     plain,
     selected_rows,
+    unrecorded,
     weighted_rows,
 )
 from .adaptive_layout import check_rows, neuron_major, pack, prepare, rows_of
@@ -56,9 +57,7 @@ KERNELS_API = 1
 #: tokens that are run one by one; with more of them the matrices are read once for all.
 GATHER_TOKENS = 4
 #: share of the matrices, summed over the tokens, up to which gathering wins: compiled, uncompiled.
-GATHER_LIMIT = (0.8, 0.4)
-#: bytes of one matrix up to which the compiled form wins even with every expert on.
-GATHER_ANY_BYTES = 4 << 20
+GATHER_LIMIT = (COMPILED_LIMIT, 0.4)
 #: integers as wide as a dtype: multiplied by 0 they are zero whatever number they stood for.
 _BITS = {
     torch.bfloat16: torch.int16,
@@ -66,8 +65,6 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
-#: rules that `decode_step` knows.
-RULES = ("top-k", "dynamic-k", "threshold")
 #: (tokens at least, share of the experts touched at most) for which the union wins.
 UNION = ((64, 0.4), (8, 0.2))
 #: share of the (token, expert) pairs, tokens and width for which grouped float32 products win.
@@ -122,38 +119,6 @@ def run_experts(
     return _dense(x, weights, None if whole else mask, gated, weights_per_expert)
 
 
-def decode_step(
-    x: Tensor, decoder: Decoder, rule: str, number: float
-) -> tuple[Tensor, Tensor] | None:
-    """Return what `run_experts` would for one token, router and selection included.
-
-    All of it is one compiled graph; None where that is not possible or would not pay, and the
-    caller scores, selects and calls `run_experts`.
-
-    Args:
-        x: [1, d].
-        decoder: of the network.
-        rule: "top-k", "dynamic-k" or "threshold", as in `adaptive_select`.
-        number: k, tau or threshold.
-
-    Returns:
-        The output [1, d] and the mask of the experts that made it, bool [1, E].
-    """
-    weights = decoder.weights
-    if rule not in RULES or x.shape[0] != 1 or not decoder.plain or x.dtype != weights.up.dtype:
-        return None
-    if type(x) is not Tensor or not x.is_cpu or not _unrecorded():
-        return None
-    if rule == "top-k":
-        share = (weights.shared + number * weights.width) / weights.up.shape[0]
-        pays = share <= GATHER_LIMIT[0]
-    else:
-        # how much is selected shows only afterwards; of small matrices even all are gathered faster
-        pays = weights.up.numel() * weights.up.element_size() <= GATHER_ANY_BYTES
-    found = decoder(x, rule, number) if pays else None
-    return None if found is None else (found[0], found[1].unsqueeze(0))
-
-
 # -- which path
 
 
@@ -178,15 +143,9 @@ def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:
 
 def _inference(x: Tensor, weights: ExpertWeights) -> bool:
     """Return whether this call only computes: plain CPU tensors of one dtype, nothing recorded."""
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not _unrecorded():
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not unrecorded():
         return False
     return weights.up.dtype == x.dtype and plain(weights)
-
-
-def _unrecorded() -> bool:
-    """Return whether neither autograd nor a compiler watches and no dtype changes on the way."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not watched and not torch.is_autocast_enabled("cpu")
 
 
 def _neurons(weights: ExpertWeights, counts: list[int]) -> int:
@@ -310,7 +269,7 @@ def _project(hidden: Tensor, weights: ExpertWeights) -> Tensor:
     """
     down = weights.down
     one = len(hidden) == 1 and hidden.dtype == torch.bfloat16 == down.dtype
-    if one and _unrecorded() and plain(weights) and neuron_major(down):
+    if one and unrecorded() and plain(weights) and neuron_major(down):
         rows = torch.arange(down.shape[1])
         out = weighted_rows(down.t(), rows, hidden[0], torch.get_num_threads())
         return _add(out, weights.down_bias)

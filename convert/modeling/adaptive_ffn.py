@@ -27,6 +27,17 @@ from .adaptive_select import runs_all, select_experts
 _PLAIN = (nn.Linear, Conv1D)
 
 
+def _is_untouched(child: nn.Module) -> bool:
+    """Return whether a module is a plain matrix whose weight says all it does: no adapter, no
+    quantisation, no hook, no forward of its own (offloading replaces it), and weights at hand."""
+    if type(child) not in _PLAIN or "forward" in vars(child) or hasattr(child, "_hf_hook"):
+        return False
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+        return False
+    weight: Any = child.weight
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
 class AdaptiveFFN(nn.Module):
     """What a stock feed-forward class becomes a subclass of; see the module docstring.
 
@@ -106,7 +117,8 @@ class AdaptiveFFN(nn.Module):
         if weights is not None:
             out, executed = run_experts(x, weights, chosen, gated=gated)
             return self._after(out), executed
-        hidden = self._hidden(x, gated) * self._neuron_mask(chosen).to(x.dtype)
+        # what is left out may be infinite, and infinity times nothing is not nothing
+        hidden = self._hidden(x, gated).masked_fill(~self._neuron_mask(chosen), 0)
         down = self.adaptive_spec["weights"].get("down")
         if down is not None:
             hidden = self._after(getattr(self, down)(hidden))
@@ -157,10 +169,7 @@ class AdaptiveFFN(nn.Module):
         found = {}
         for role, name in self.adaptive_spec["weights"].items():
             child = getattr(self, name)
-            plain = type(child) in _PLAIN and not (
-                child._forward_hooks or child._forward_pre_hooks or child._backward_hooks
-            )
-            if not plain or not child.weight.is_floating_point():
+            if not _is_untouched(child):
                 return None
             weight = child.weight.T if type(child) is Conv1D else child.weight
             found[role] = (weight, child.bias)
@@ -197,7 +206,8 @@ class AdaptiveFFN(nn.Module):
         found = self._child_weights()
         if found is None or "down" not in found:
             return torch.ones(self.adaptive_spec["intermediate"])
-        return torch.linalg.vector_norm(found["down"][0].float(), dim=0)
+        norms: Tensor = torch.linalg.vector_norm(found["down"][0].float(), dim=0)
+        return norms
 
     def _account(self, call: Call) -> SiteAccount:
         assert call.account is not None
@@ -219,7 +229,8 @@ class AdaptiveFFN(nn.Module):
             router_flops=0 if self.router is None else self.router.flops,
             gate_flops=2 * d * f if full else 0,
             neuron_bytes=d * item * (matrices - full),
-            fixed_bytes=router_bytes + (d * f * item if full else 0),
+            router_bytes=router_bytes,
+            gate_bytes=d * f * item if full else 0,
         )
 
     def _router_tensors(self) -> list[Tensor]:

@@ -74,6 +74,12 @@ def plain(weights: ExpertWeights) -> bool:
     )
 
 
+def unrecorded() -> bool:
+    """Return whether neither autograd nor a compiler watches and no dtype changes on the way."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not watched and not torch.is_autocast_enabled("cpu")
+
+
 #: (x [1, d], weights, mask [E], gated [1, f] | None) -> [1, d]
 Form = Callable[[Tensor, ExpertWeights, Tensor, Tensor | None], Tensor]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     Raises:
         ValueError: nothing the model can do costs that little; the message gives the range.
     """
-    if not isinstance(compute, int | float) or isinstance(compute, bool) or not compute > 0:
+    number = isinstance(compute, int | float) and not isinstance(compute, bool)
+    if not number or not 0 < compute < math.inf:
         raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to 1")
     if compute >= 1:
         return {"*": {"rule": "all"}}
@@ -29,12 +31,17 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     return _uniform(adaptive, compute) if table is None else _row(table["rows"], compute)
 
 
+def _up(fraction: float) -> str:
+    """Return a lower bound as text, rounded so that it is within reach itself."""
+    return f"{math.ceil(fraction * 10000) / 10000:.4f}"
+
+
 def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
     fitting = [row for row in rows if row["compute"] <= compute + SLACK]
     if not fitting:
         low = min((row["compute"] for row in rows), default=1.0)
         raise ValueError(
-            f"compute {compute:g} is below what this model was calibrated for: {low:.4f} to 1"
+            f"compute {compute:g} is below what this model was calibrated for: {_up(low)} to 1"
         )
     best = max(fitting, key=lambda row: (row["compute"], -row.get("loss", 0.0)))
     return dict(best["select"])
@@ -53,7 +60,7 @@ def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     if not sites or budget < least:
         low = compute + (least - budget) / whole
         raise ValueError(
-            f"compute {compute:g} is out of reach: this model can run {low:.4f} to 1 of the "
+            f"compute {compute:g} is out of reach: this model can run {_up(low)} to 1 of the "
             "reference's FLOPs per token"
         )
     share = budget / per_share

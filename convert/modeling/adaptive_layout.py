@@ -52,15 +52,27 @@ def prepare(model: Any, *, in_place: bool = False) -> int:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Rows:
+    """A matrix [d, f] by rows of neurons.
+
+    Attributes:
+        rows: [f, d].
+        pointer, version: of the matrix when they were made.
+        places: rows and columns of the matrix that `check_rows` compares.
+    """
+
     rows: Tensor
     pointer: int
     version: int
-    places: Tensor
+    places: tuple[Tensor, Tensor] | None = None
+
+    def hold(self, down: Tensor) -> bool:
+        """Return whether they are still of this matrix, as far as torch counts changes."""
+        return self.pointer == down.data_ptr() and self.version == _version(down)
 
 
 #: down matrix -> its copy by rows; goes when the matrix goes.
-_KEPT: MutableMapping[Tensor, _Kept] = WeakIdKeyDictionary()
+_KEPT: MutableMapping[Tensor, Rows] = WeakIdKeyDictionary()
 
 
 def neuron_major(down: Tensor) -> bool:
@@ -70,15 +82,19 @@ def neuron_major(down: Tensor) -> bool:
 
 def rows_of(down: Tensor) -> Tensor | None:
     """Return the matrix by rows of neurons, [d, f] -> [f, d]; None where it has none."""
+    found = find_rows(down)
+    return None if found is None else found.rows
+
+
+def find_rows(down: Tensor) -> Rows | None:
+    """Return the matrix by rows of neurons, with what tells whether that still holds."""
     if neuron_major(down):
-        return down.t()
-    kept: _Kept | None = _KEPT.get(down)
-    if kept is None:
-        return None
-    if kept.pointer != down.data_ptr() or kept.version != _version(down):
+        return Rows(down.detach().t(), down.data_ptr(), _version(down))
+    kept = _KEPT.get(down)
+    if kept is not None and not kept.hold(down):
         _KEPT.pop(down, None)
         return None
-    return kept.rows
+    return kept
 
 
 def keep_rows(down: nn.Parameter) -> bool:
@@ -91,7 +107,8 @@ def keep_rows(down: nn.Parameter) -> bool:
         rows = down.detach().t().contiguous()
     generator = torch.Generator().manual_seed(down.numel())
     places = torch.randint(down.numel(), (SAMPLED,), generator=generator)
-    _KEPT[down] = _Kept(rows, down.data_ptr(), _version(down), places)
+    split = (places // down.shape[1], places % down.shape[1])
+    _KEPT[down] = Rows(rows, down.data_ptr(), _version(down), split)
     return True
 
 
@@ -100,12 +117,11 @@ def check_rows(down: Tensor) -> None:
 
     Writing through `.data`, as merging adapters does, leaves no other trace.
     """
-    kept: _Kept | None = None if neuron_major(down) else _KEPT.get(down)
-    if kept is None:
+    kept = _KEPT.get(down)
+    if kept is None or kept.places is None:
         return
-    columns = down.shape[1]
-    first, second = kept.places // columns, kept.places % columns
-    if not torch.equal(down.detach()[first, second], kept.rows[second, first]):
+    row, column = kept.places
+    if not torch.equal(down.detach()[row, column], kept.rows[column, row]):
         _KEPT.pop(down, None)
 
 

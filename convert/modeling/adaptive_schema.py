@@ -19,6 +19,7 @@ spec and never replace one another's modules. This file needs no torch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -164,7 +165,7 @@ def check_select(where: str, select: Mapping[str, Any], experts: int) -> None:
     if name is None:
         return
     value = select.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise AdaptiveConfigError(f"{where}: {rule} needs a number {name}, found {value!r}")
     limits = {"k": (1, experts), "tau": (0.0, 1.0), "p": (0.0, 1.0)}
     if name in limits:

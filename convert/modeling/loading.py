@@ -20,6 +20,7 @@ CODE_FILES = (
     "adaptive_execution.py",
     "adaptive_ffn.py",
     "adaptive_gather.py",
+    "adaptive_inductor.py",
     "adaptive_knobs.py",
     "adaptive_layout.py",
     "adaptive_routers.py",
@@ -41,9 +42,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SourceError(
-            f"cannot be read: {error}", where=f"{folder.name}/config.json"
-        ) from error
+        raise SourceError(f"cannot be read: {error}", where=f"{folder.name}/config.json") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise SourceError("has no model_type", where=f"{folder.name}/config.json")
     return found

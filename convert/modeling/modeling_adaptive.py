@@ -109,6 +109,8 @@ class AdaptiveMixin:
     ) -> Setting:
         """Select experts by `rule` from now on; as a context manager, until its end.
 
+        It holds for the model, so for every thread; `generate(compute=x)` holds for one call alone.
+
         Args:
             rule: "all", "top-k" (k), "dynamic-k" (tau), "threshold" (threshold) or "top-p" (p);
                 None goes back to what the configuration says.
@@ -196,7 +198,9 @@ class AdaptiveMixin:
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         missing = sorted(info["missing_keys"])
         # a class the checkpoint was not written for brings a head of its own
-        if missing and cls.__name__ in (model.config.architectures or [cls.__name__]):
+        if cls.__name__ not in (model.config.architectures or [cls.__name__]):
+            missing = [key for key in missing if _is_of_a_site(key)]
+        if missing:
             raise AdaptiveConfigError(f"the checkpoint lacks {', '.join(missing[:5])}")
         for path in model._adaptive_sites:
             if not isinstance(model._site(path), AdaptiveFFN):
@@ -266,7 +270,7 @@ class AdaptiveMixin:
     def _count_tokens(self, call: Call, given: Tensor, mask: Any, cached: int) -> None:
         assert call.account is not None
         batch = given.shape[0]
-        positions = given.shape[1] if given.dim() < 4 else self._patches()
+        positions = given.shape[1] if given.dim() < 4 else self._patches(given)
         lengths = torch.arange(1, positions + 1).expand(batch, positions) + cached
         real = torch.ones(batch, positions, dtype=torch.bool)
         if call.token_mask is not None:
@@ -295,14 +299,13 @@ class AdaptiveMixin:
 
     def _static_costs(self) -> tuple[int, int]:
         """Return FLOPs and weight bytes per token of every matrix outside the sites."""
-        inside = {
-            id(getattr(site, name))
-            for site in self.adaptive_sites().values()
-            for name in site.adaptive_spec["weights"].values()
-        }
+        inside: set[int] = set()
         for site in self.adaptive_sites().values():
+            own = [getattr(site, name) for name in site.adaptive_spec["weights"].values()]
             if "down_path" in site.adaptive_spec:
-                inside.add(id(self._at(site.adaptive_spec["down_path"])))
+                own.append(self._at(site.adaptive_spec["down_path"]))
+            # an adapter wraps the matrix it adapts
+            inside |= {id(part) for child in own for part in child.modules()}
         flops = size = 0
         for module in self.modules():  # type: ignore[attr-defined]
             if id(module) in inside or not isinstance(module, nn.Linear | Conv1D | nn.Conv2d):
@@ -314,9 +317,9 @@ class AdaptiveMixin:
     def _causal(self) -> bool:
         return self.config.model_type.removeprefix("adaptive_") not in _ENCODERS  # type: ignore[attr-defined]
 
-    def _patches(self) -> int:
-        config: Any = self.config  # type: ignore[attr-defined]
-        return int(config.image_size // config.patch_size) ** 2 + 1
+    def _patches(self, pixels: Tensor) -> int:
+        side = int(self.config.patch_size)  # type: ignore[attr-defined]
+        return (pixels.shape[-2] // side) * (pixels.shape[-1] // side) + 1
 
     def _site(self, path: str) -> Any:
         return self._at(path)
@@ -325,6 +328,10 @@ class AdaptiveMixin:
         prefix = self.base_model_prefix  # type: ignore[attr-defined]
         bare = bool(prefix) and not hasattr(self, prefix)
         return self.get_submodule(path.removeprefix(f"{prefix}.") if bare else path)  # type: ignore[attr-defined]
+
+
+def _is_of_a_site(key: str) -> bool:
+    return ".router." in key or key.endswith(".neuron_order")
 
 
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values")

@@ -273,8 +273,9 @@ class FinetuneConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Return the steps over which learning rates rise."""
-        return math.ceil(self.warmup * self.total_steps)
+        """Return the steps over which learning rates rise; the first of them has rate 0, so a share
+        of less than a step is none."""
+        return math.floor(self.warmup * self.total_steps)
 
     @property
     def save_steps(self) -> int:

@@ -143,7 +143,7 @@ class Session:
             max_grad_norm=config.max_grad_norm,
             bf16=config.precision == "bf16",
             seed=config.seed,
-            use_cpu=self.device == "cpu",
+            use_cpu=self.device == "cpu" or not _accelerated(),
             logging_steps=config.log_every,
             logging_first_step=True,
             logging_nan_inf_filter=False,
@@ -196,3 +196,10 @@ def _recompute(model: Any) -> None:
     else:
         # the only name transformers 5.17 has
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _accelerated() -> bool:
+    """Return whether torch sees an accelerator."""
+    import torch
+
+    return bool(torch.accelerator.is_available())

@@ -37,7 +37,7 @@ _OUTPUTS = ("start_logits", "end_logits", "prediction_logits", "reconstruction")
 
 def is_adaptive(source: Source) -> bool:
     """Return whether a checkpoint holds split networks that the adaptive runtime runs."""
-    return "adaptive" in source.config
+    return isinstance(source.config.get("adaptive"), dict)
 
 
 def is_text(source: Source) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -24,6 +25,8 @@ from adaconvert.modeling.adaptive_execution import (
     decode_step,
     run_experts,
 )
+from adaconvert.modeling.adaptive_inductor import Inductor
+from adaconvert.modeling.adaptive_layout import keep_rows
 from adaconvert.modeling.adaptive_routers import (
     AnalyticRouter,
     ContributionRouter,
@@ -156,7 +159,7 @@ class Gate(nn.Module):
         return grouped(gated.abs().float(), EXPERTS, w.shared)
 
 
-def filled(router: nn.Module, seed: int) -> nn.Module:
+def filled(router: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in router.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -299,6 +302,55 @@ def test_a_decoder_that_fails_hands_back(
         for _ in range(3):
             assert decode_step(torch.randn(1, HIDDEN), decoder, "top-k", 2) is None
     assert caplog.text.count("decoding is not compiled: cannot") == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_decoder_follows_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing guards the bare graph, so other memory, types and layouts must be noticed."""
+    weights = make(torch.float32, major=False)
+    weights = dataclasses.replace(
+        weights, **{name: nn.Parameter(getattr(weights, name)) for name in ("gate", "up", "down")}
+    )
+    router = filled(LinearRouter(HIDDEN, EXPERTS, normalised=False), 0)
+    decoder, x = Decoder(weights, router), torch.randn(1, HIDDEN)
+
+    def right(x: Tensor) -> bool:
+        with torch.inference_mode():
+            mask = select_experts(router(x), {"rule": "top-k", "k": 2})
+            found = decode_step(x, decoder, "top-k", 2)
+        assert found is not None
+        return torch.equal(found[1], mask) and close(found[0], truth(x, weights, mask))
+
+    assert right(x)
+    assert isinstance(weights.down, nn.Parameter)
+    keep_rows(weights.down)
+    assert right(x)
+    with torch.no_grad():
+        weights.down.mul_(2)
+    assert right(x)
+    assert weights.gate is not None
+    weights.gate.data = -weights.gate.data
+    assert right(x)
+    router.weight.data = router.weight.data.flip(0).double()
+    assert right(x)
+    for parameter in (weights.gate, weights.up, weights.down):
+        parameter.data = parameter.data.bfloat16()
+    with torch.inference_mode():
+        assert decode_step(x, decoder, "top-k", 2) is None
+    assert right(x.bfloat16())
+
+
+def test_arguments_that_are_not_recognised_are_not_bound() -> None:
+    backend = Inductor()
+    assert backend.bound({}, 0) is None
+    backend._made, backend._names = (lambda *arguments: arguments), ["l_x_", "l_up_", "u0"]
+    bound = backend.bound({"up": torch.ones(2)}, 5)
+    assert bound is not None
+    assert bound(torch.zeros(1))[2] == 5
+    assert backend.bound({"down": torch.ones(2)}, 5) is None
+    backend._names = ["s7", "l_x_"]
+    assert backend.bound({}, 5) is None
 
 
 def test_decode_step_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

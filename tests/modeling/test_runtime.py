@@ -408,3 +408,85 @@ def test_stock_transformers_class_is_untouched(folders: Any) -> None:
     assert transformers.LlamaForCausalLM.forward.__module__.startswith("transformers.")
     model = load_model(folders("llama")[0])
     assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_forward_of_its_own_on_a_matrix_is_never_skipped(llama: Any) -> None:
+    # offloading replaces the forward of single modules and leaves their weights on meta
+    ids = ids_of()
+    up = llama.model.layers[0].mlp.up_proj
+    with torch.no_grad(), llama.set_select("top-k", k=3):
+        before = llama(ids).logits
+        stock = up.forward
+        up.forward = lambda x: 2 * stock(x)
+        assert not torch.equal(llama(ids).logits, before)
+
+
+def test_disk_offload_computes_the_same(folders: Any, tmp_path: Path) -> None:
+    from adaconvert.modeling import modeling_adaptive
+
+    _, adaptive = folders("llama")
+    whole: Any = load_model(adaptive, dtype="float32")
+    made: Any = modeling_adaptive.AdaptiveLlamaForCausalLM
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    split = made.from_pretrained(
+        adaptive,
+        dtype=torch.float32,
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=tmp_path / "offload",
+    ).eval()
+    ids = ids_of()
+    with torch.no_grad(), whole.set_select("top-k", k=3), split.set_select("top-k", k=3):
+        want = whole(ids).logits
+        assert (split(ids).logits - want).abs().max() <= CLOSE * scale(want)
+
+
+def test_what_is_not_selected_may_be_infinite(llama: Any) -> None:
+    mlp = llama.model.layers[0].mlp
+    ids = ids_of()
+    with llama.set_select("top-k", k=1), torch.no_grad(), llama.account() as account:
+        llama(ids)
+    unused = int(account.sites["model.layers.0.mlp"].experts.argmin())
+    if int(account.sites["model.layers.0.mlp"].experts[unused]) == 0:
+        with torch.no_grad():
+            mlp.up_proj.weight[unused * 8] = float("inf")
+    with llama.set_select("top-k", k=1):
+        assert torch.isfinite(llama(ids).logits).all()
+
+
+def test_router_missing_under_another_head_is_refused(folders: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from adaconvert.modeling import modeling_adaptive
+
+    folder = tmp_path / "edited"
+    shutil.copytree(folders("llama")[1], folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.router.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    made: Any = modeling_adaptive.AdaptiveLlamaForSequenceClassification
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.mlp\.router\.weight"):
+        made.from_pretrained(folder, num_labels=3)
+
+
+def test_adapters_are_not_counted_as_another_network(folders: Any) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model: Any = load_model(folders("llama")[1], dtype="float32")
+    ids = ids_of()
+    with torch.no_grad(), model.account() as plain:
+        model(ids)
+    config = peft.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], r=4)
+    wrapped = peft.get_peft_model(model, config).eval()
+    with torch.no_grad(), model.account() as adapted:
+        wrapped(ids)
+    assert adapted.flops_per_token() == plain.flops_per_token()
+
+
+def test_stated_bound_is_within_reach(llama: Any) -> None:
+    with pytest.raises(ValueError, match="out of reach") as refused:
+        llama.set_compute(0.1)
+    stated = str(refused.value).split("can run ")[1].split(" to")[0]
+    llama.set_compute(float(stated))

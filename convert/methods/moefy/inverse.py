@@ -23,6 +23,8 @@ from adaconvert.planning.ops import Drop, Exactness, Expr, Plan, TargetTensor
 
 #: config.json of the dense source, byte for byte, as `moefy` keeps it.
 DENSE_CONFIG = "dense_config.json"
+#: keys the adaptive config.json states for itself, whatever the dense one says.
+_OURS = frozenset({"auto_map", "tokenizer_class"})
 _MAX_CONFIG = 16_000_000
 #: keys transformers writes anew whenever it saves a model.
 _ABOUT_THE_FILE = frozenset({"architectures", "transformers_version"})
@@ -139,8 +141,9 @@ def _config_file(source: Source, config: Mapping[str, object]) -> dict[str, byte
         return {}
     if not isinstance(kept, dict):
         return {}
-    mine = {key: value for key, value in config.items() if key not in _ABOUT_THE_FILE}
-    theirs = {key: value for key, value in kept.items() if key not in _ABOUT_THE_FILE}
+    apart = _ABOUT_THE_FILE | _OURS
+    mine = {key: value for key, value in config.items() if key not in apart}
+    theirs = {key: value for key, value in kept.items() if key not in apart}
     stated = kept.get("architectures") or config["architectures"]
     return {"config.json": raw} if (mine, stated) == (theirs, config["architectures"]) else {}
 
