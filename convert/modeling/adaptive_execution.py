@@ -2,7 +2,7 @@
 
 Expert e of a network with f neurons is the neurons [shared + e*m, shared + (e+1)*m); the first
 `shared` neurons always run and the output bias is added once. `run_experts` picks one of four paths
-from facts alone (never from a timing, so the same input takes the same path in every run):
+from facts, not from timings, so that the same call takes the same path in every run:
 
 - dense: everything, then the unselected hidden units are zeroed. The reference; the only path with
   gradients, and the one for other devices, autocast, tracing and tensor subclasses.
@@ -115,7 +115,6 @@ def run_experts(
         return _union(x, weights, mask, gated)
     if chosen == "grouped":
         return _grouped(x, weights, mask, gated)
-    whole = whole or (simple and _all_on(mask))
     return _dense(x, weights, None if whole else mask, gated, weights_per_expert)
 
 
@@ -176,13 +175,6 @@ def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
         return "dense"
     share = int(torch.count_nonzero(mask)) / mask.numel()
     return "grouped" if share <= GROUPED_LIMIT else "dense"
-
-
-def _all_on(mask: Tensor) -> bool:
-    """Return whether every token runs every expert."""
-    if mask.shape[0] == 0 or not mask[0].all():
-        return mask.shape[0] == 0
-    return bool(mask.view(torch.uint8).amin())
 
 
 def _groupable(x: Tensor, weights: ExpertWeights) -> bool:

@@ -20,8 +20,10 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .adaptive_context import Call, SiteAccount, current
-from .adaptive_execution import ExpertWeights, run_experts
+from .adaptive_decode import RULES as DECODED
+from .adaptive_execution import Decoder, ExpertWeights, decode_step, run_experts
 from .adaptive_routers import Router, grouped, make_router
+from .adaptive_schema import RULES
 from .adaptive_select import runs_all, select_experts
 
 _PLAIN = (nn.Linear, Conv1D)
@@ -85,6 +87,15 @@ class AdaptiveFFN(nn.Module):
     def _routed(self, call: Call, select: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         real = call.flat_mask(x.shape[0])
+        if x.shape[0] == 1 and real is None and not call.collected:
+            decoded = self._decoded(x, select)
+            if decoded is not None:
+                out, chosen = decoded
+                if call.account is not None:
+                    spec = self.adaptive_spec
+                    executed = int(chosen.sum()) * spec["experts"]["width"]
+                    self._count(call, chosen, None, executed + spec.get("shared", 0))
+                return self._after(out).reshape(hidden_states.shape)
         gated, scores = self._scores(x)
         chosen = select_experts(scores.detach(), select)
         if real is not None:
@@ -96,6 +107,36 @@ class AdaptiveFFN(nn.Module):
         if call.account is not None and not call.recomputing:
             self._count(call, chosen, real, executed)
         return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
+
+    def _decoded(self, x: Tensor, select: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Return output and mask of one token by the compiled step; None where there is none."""
+        if (
+            torch.is_grad_enabled()
+            or not x.is_cpu
+            or self.router is None
+            or select["rule"] not in DECODED
+        ):
+            return None
+        tensors = self._own_tensors()
+        known = self.__dict__.get("adaptive_decoding")
+        if known is None or not all(a is b for a, b in zip(known[0], tensors, strict=False)):
+            weights = self._weights()
+            made = None if weights is None else Decoder(weights, self.router)
+            known = self.__dict__["adaptive_decoding"] = (tensors, made)
+        if known[1] is None or not self._all_untouched():
+            return None
+        return decode_step(x, known[1], select["rule"], select[RULES[select["rule"]]])
+
+    def _own_tensors(self) -> list[Any]:
+        """Return the parameters a compiled step was made of, to notice when one is replaced."""
+        found = []
+        for name in self.adaptive_spec["weights"].values():
+            child = getattr(self, name)
+            found += [getattr(child, "weight", None), getattr(child, "bias", None)]
+        return [*found, *self._router_tensors()]
+
+    def _all_untouched(self) -> bool:
+        return all(_is_untouched(getattr(self, n)) for n in self.adaptive_spec["weights"].values())
 
     def _scores(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the activated gate where the router computes it, [T, f], and scores [T, E]."""

@@ -41,7 +41,8 @@ def _blank(slot: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     # the class is made at run time, so pickle and deepcopy rebuild it from the two it is made of
-    return _blank, self.adaptive_parts, self.__dict__
+    state = {name: value for name, value in self.__dict__.items() if name != "adaptive_decoding"}
+    return _blank, self.adaptive_parts, state
 
 
 def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str, nn.Module]:
