@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=("ffn", "prefill", "decode"))
     parser.add_argument("--model", type=Path, help="dense checkpoint for decode")
+    parser.add_argument("--name", help="what to call it in the rows; its folder's name otherwise")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per case of ffn and prefill")
@@ -260,14 +261,12 @@ def decode_cases(arguments: argparse.Namespace) -> Iterator[Row]:
         dtype = getattr(torch, label)
         stock = dense_model(arguments.model, dtype)
         adaptive = adaptive_twin(stock)
-        name = "random, Llama-3.2-1B dimensions"
+        name = arguments.model.name if arguments.model else "random, Llama-3.2-1B dimensions"
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             with torch.inference_mode():
                 found = measured_models(stock, adaptive, arguments.rounds)
-            yield from rows(
-                found, arguments.model.name if arguments.model else name, dtype, threads, 1
-            )
+            yield from rows(found, arguments.name or name, dtype, threads, 1)
 
 
 def dense_model(folder: Path | None, dtype: torch.dtype) -> Any:

@@ -90,8 +90,8 @@ class Search:
             notes = _UNCERTIFIED if found.cheapest is None else ()
             return Found(rows=rows, chosen=chosen, notes=notes)
         budget = self.settings.budget
-        chosen = None if budget is None else self._within(budget, settings, rows)
-        return Found(rows=rows, chosen=chosen)
+        best = None if budget is None else self._within(budget, settings, rows)
+        return Found(rows=rows, chosen=best)
 
     def _within(self, budget: float, settings: Sequence[int | None], rows: Sequence[Row]) -> int:
         """Return the position of the best row within a budget, judged by the ordering split.

@@ -125,7 +125,7 @@ class AdaptiveFFN(nn.Module):
             known = self.__dict__["adaptive_decoding"] = (tensors, made)
         if known[1] is None or not self._all_untouched():
             return None
-        return decode_step(x, known[1], select["rule"], select[RULES[select["rule"]]])
+        return decode_step(x, known[1], select["rule"], select[str(RULES[select["rule"]])])
 
     def _own_tensors(self) -> list[Any]:
         """Return the parameters a compiled step was made of, to notice when one is replaced."""
