@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 Select = Mapping[str, Any]
 Knobs = dict[str, Select]
 #: what a fraction may miss a row by before the row counts as above it (rounding of decimals).
 SLACK = 1e-9
+
+
+class Setting:
+    """Knobs that were just set; as a context manager it puts back what was there before."""
+
+    def __init__(self, model: Any, before: Knobs) -> None:
+        self._model, self._before = model, before
+
+    def __enter__(self) -> Setting:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._model._adaptive_knobs = self._before
 
 
 def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:

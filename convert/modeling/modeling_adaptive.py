@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from .adaptive_context import Account, Call, checkpointed, entered, token_mask_of
 from .adaptive_execution import prepare
 from .adaptive_ffn import AdaptiveFFN
-from .adaptive_knobs import Knobs, knobs_for
+from .adaptive_knobs import Knobs, Setting, knobs_for
 from .adaptive_routers import Router
 from .adaptive_schema import RULES, AdaptiveConfigError, check_select, read
 from .adaptive_slots import fill
@@ -56,24 +55,6 @@ _KNOBS: ContextVar[tuple[int, Knobs] | None] = ContextVar("adaptive_knobs", defa
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 _WATCH: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("adaptive_watch", default=None)
-
-
-class Setting:
-    """Knobs that were just set; as a context manager it puts back what was there before."""
-
-    def __init__(self, model: Any, before: Knobs) -> None:
-        self._model, self._before = model, before
-
-    def __enter__(self) -> Setting:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._model._adaptive_knobs = self._before
 
 
 class AdaptiveMixin:

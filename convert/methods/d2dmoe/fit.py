@@ -245,7 +245,7 @@ def device_of(name: str) -> str:
         return "cpu" if found is None else found.type
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise OptionError(
             "cannot be used on this machine", where="--device", found=escape(name, 40)
         ) from error
