@@ -15,7 +15,8 @@ from adaconvert.errors import (
     SourceError,
 )
 from adaconvert.export.adaptive import code_files
-from adaconvert.export.card import render_card
+from adaconvert.export.card import write_card
+from adaconvert.export.card_facts import facts_of
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
@@ -192,6 +193,7 @@ def run(
         facts={**_facts(planned.plan, cap, opened), "keep_config": list(settings.keep_config)},
         fs=settings.fs,
     ) as staging:
+        staging.kept_elsewhere = prepared.kept
         for item in planned.described:
             check_ties(item)
             check_vocabulary(item)
@@ -221,10 +223,10 @@ def run(
                 progress=settings.progress,
                 name=settings.destination.name,
             )
-        proof = proven.record_lines() if proven else None
-        staging.write_file("README.md", render_card(report, opened, proof, __version__).encode())
-        record["files"] = dict(staging.files)
         record["verification"] = proven.record() if proven else None
+        record["history"] = manifest.histories_of(_places(opened), done.sources)
+        record["card"] = facts_of(opened, staging.path)
+        record = write_card(staging, record)
         for source in opened:
             source.assert_unchanged()
         staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
@@ -265,6 +267,11 @@ def _facts(plan: Plan, cap: int, sources: Sequence[Source]) -> dict[str, object]
         "max_shard_size": cap,
         "adaconvert": __version__,
     }
+
+
+def _places(sources: Sequence[Source]) -> list[tuple[Path, str]]:
+    """Return folder and label of each source."""
+    return [(source.root, source.label) for source in sources]
 
 
 def _hashes(done: Execution) -> dict[str, str]:

@@ -6,6 +6,24 @@ Nothing in the package is imported from here on down, so any module may raise th
 
 from __future__ import annotations
 
+import os
+import re
+
+#: what an access token of the hub looks like, in text of any origin.
+TOKEN = r"(?<![A-Za-z0-9])(?:hf_(?:oauth_|jwt_|app_)?|api_org_)[A-Za-z0-9]{16,}"
+_TOKEN = re.compile(TOKEN)
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SHORTEST = 8
+
+
+def redacted(text: str) -> str:
+    """Return `text` with every access token, by its look or from the environment, blotted out."""
+    for variable in _TOKEN_VARIABLES:
+        value = os.environ.get(variable, "").strip()
+        if len(value) >= _SHORTEST:
+            text = text.replace(value, "<token>")
+    return _TOKEN.sub("<token>", text)
+
 
 class AdaconvertError(Exception):
     """Base of all errors adaconvert raises on purpose.
@@ -37,13 +55,13 @@ class AdaconvertError(Exception):
         super().__init__(self.describe())
 
     def describe(self) -> str:
-        """Return the whole message on one line."""
+        """Return the whole message on one line, without access tokens."""
         text = f"{self.where}: {self.message}" if self.where else self.message
         if self.expected is not None:
             text += f"; expected {self.expected}"
         if self.found is not None:
             text += f"{',' if self.expected is not None else ';'} found {self.found}"
-        return f"{text}. {self.hint}" if self.hint else text
+        return redacted(f"{text}. {self.hint}" if self.hint else text)
 
 
 class OptionError(AdaconvertError):
@@ -79,6 +97,12 @@ class VerificationError(AdaconvertError):
 
     exit_code = 5
     report: object | None = None
+
+
+class TrainingError(AdaconvertError):
+    """A training run went wrong: a loss that is no number, or routers that collapsed (code 5)."""
+
+    exit_code = 5
 
 
 class ResourceError(AdaconvertError):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.calibration import stale_reasons, table_of
 from adaconvert.arch.check import audit
+from adaconvert.arch.projections import networks_of, stock_spec
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
+from adaconvert.io import manifest
 from adaconvert.io.source import Source
 from adaconvert.planning.estimate import Costs, costs
 from adaconvert.units import human_bytes, human_count
@@ -87,15 +91,33 @@ def _split_text(spec: ModelSpec) -> str:
     """Return how many networks of an adaptive checkpoint are split, and how the first one is."""
     assert spec.adaptive is not None
     found = [partition for _, partition in sites_of(spec, spec.adaptive)]
+    replaced = _replaced_text(spec)
     if not found:
-        return "nothing is split"
+        return replaced or "nothing is split"
     first = found[0]
     numbers = [f"{value:g}" for value in first.select.values() if isinstance(value, int | float)]
     rule = " ".join([str(first.select.get("rule")), *numbers])
     return (
         f"{len(found)} of {spec.layers} feed-forward networks split, {first.experts} experts of "
         f"{first.width} neurons, router {first.router['kind']}, {rule}"
+        + (f"; {replaced}" if replaced else "")
     )
+
+
+def _replaced_text(spec: ModelSpec) -> str:
+    """Return which projections are networks, and how good the first ones are; "" when none is."""
+    assert spec.adaptive is not None
+    found = list(networks_of(stock_spec(spec), spec.adaptive))
+    if not found:
+        return ""
+    roles = ", ".join(dict.fromkeys(site.role for site, _ in found))
+    blocks = len({site.layer for site, _ in found})
+    experts = sorted({network.experts for _, network in found})
+    sizes = "whole" if experts == [1] else f"{' or '.join(map(str, experts))} experts each"
+    errors = [network.quality["error"] for _, network in found if network.quality is not None]
+    known = [float(error) for error in errors if isinstance(error, int | float)]
+    mean = f", mean relative error {sum(known) / len(known):.3f}" if known else ""
+    return f"networks in place of {roles} in {blocks} of {spec.layers} blocks, {sizes}{mean}"
 
 
 def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:
@@ -108,6 +130,23 @@ def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:
         f"{human_count(cost.ffn_flops)} of them in FFNs",
         f"bytes/token   {human_bytes(cost.weight_bytes)} of weights read at batch 1",
     ]
+
+
+def _calibration_notes(source: Source) -> list[str]:
+    """Return whether a calibration table still holds, as far as files say without weights."""
+    table = table_of(source.raw_config)
+    if table is None:
+        return []
+    weights = None
+    with suppress(AdaconvertError, ValueError):
+        weights = manifest.weights_of(manifest.read(source.root))
+    reasons = stale_reasons(source.raw_config, weights)
+    if reasons:
+        return [f"the calibration table does not hold: {reason}" for reason in reasons]
+    rows = table.get("rows")
+    found = f"calibrated at {len(rows) if isinstance(rows, list) else 0} settings"
+    unknown = "; whether these are the weights it was measured on is not known without reading them"
+    return [found if weights is not None else found + unknown]
 
 
 def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
@@ -128,6 +167,7 @@ def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
         notes += audited.notes
     except AdaconvertError as error:
         problems.append(error.describe())
+    notes += _calibration_notes(source)
     if spec is not None:
         cost = costs(spec, {name: ref.dtype for name, ref in source.tensors.items()})
     return Inspection(

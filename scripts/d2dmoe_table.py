@@ -3,33 +3,40 @@
     python scripts/d2dmoe_table.py DENSE --work FOLDER --tokens 200k \\
         --train a.train.jsonl --train b.train.jsonl --valid a.valid.jsonl --valid b.valid.jsonl
 
-For every seed: the dense model tuned (the reference); stage 1, split, contribution routers and
-dynamic-k (D2DMoE); and for every level, the dense model with static neurons left out and then tuned
-as long, and a random split with contribution routers, tuned as long with top-k on and its routers
-then fitted again. All tuning reads the same tokens in the same order on the same schedule. A level
-is a share of the dense model's feed-forward FLOPs, router included; each method takes its best
-setting within it. Losses are paired by document. Folders and evaluations that --work holds are not
-made again, so a stopped run goes on.
+For every seed: the dense model tuned (the reference); D2DMoE as published for the seeds of
+--published (stage 1, balanced split, contribution routers, dynamic-k); and for every level, four
+models tuned as long. "neurons" and "predicted" are D2DMoE with experts of one neuron, top-k on
+while they are tuned: one is routed by the model's own gate, run in full, the other by contribution
+routers, which are fitted again after tuning. "dropped" leaves out the neurons that
+contribute least on average, for all tokens alike. "random" is a random split with contribution
+routers, tuned with top-k on, its routers then fitted again. All tuning reads the same tokens in the
+same order on the same schedule. A level is a share of the dense model's feed-forward FLOPs, router
+included. Losses are paired by document, each cut to --characters so that all of them count. Folders
+and evaluations that --work holds are not made again, so a stopped run goes on; --csv gets a row for
+every measured setting.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from bench.d2dmoe_points import METHODS, Losses, Point, rows, table, write
 from bench.pruning import prune
+from bench.results import commit
 
 from adaconvert import api
 from adaconvert.methods.sources import open_source
 
-TAUS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55)
-LEVELS = "0.6,0.45,0.3"
-Losses = dict[str, tuple[int, float]]
+TAUS = (0.02, 0.05, 0.1, 0.2, 0.4)
+LEVELS = "0.6,0.5,0.4"
+RESULTS = Path(__file__).resolve().parent / "bench" / "d2dmoe.csv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +49,11 @@ class Setup:
         train, valid: texts.
         tune: options of every fine-tune.
         stage_one: options of D2DMoE's on top.
-        expert_width: neurons of an expert.
-        eval_tokens: tokens of each text that are measured.
+        methods: what is compared.
+        published: seeds D2DMoE as published is made for.
+        expert_width: neurons of an expert, of the published form and the random split.
+        routers: options of every fit of contribution routers.
+        characters: what is left of each document that is measured.
         device: of training and evaluation.
     """
 
@@ -53,24 +63,12 @@ class Setup:
     valid: tuple[str, ...]
     tune: Mapping[str, Any]
     stage_one: Mapping[str, Any]
+    methods: tuple[str, ...]
+    published: frozenset[int]
     expert_width: int
-    eval_tokens: int
+    routers: Mapping[str, Any]
+    characters: int
     device: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One setting of one model.
-
-    Attributes:
-        label: its setting.
-        ffn: feed-forward and router FLOPs as a share of the dense model's.
-        losses: document -> tokens and summed loss, over all texts.
-    """
-
-    label: str
-    ffn: float
-    losses: Losses
 
 
 @click.command(help=__doc__.split("\n\n", maxsplit=1)[0])
@@ -81,6 +79,8 @@ class Point:
 @click.option("--tokens", default="200k", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--levels", default=LEVELS, show_default=True)
+@click.option("--methods", default=",".join(METHODS), show_default=True)
+@click.option("--published", default="0", show_default=True, help="seeds of the published form")
 @click.option("--expert-width", default=6, show_default=True)
 @click.option("--activation", default="relu", show_default=True)
 @click.option("--sparsity", default=1e-4, show_default=True, help="coefficient, raw square Hoyer")
@@ -90,9 +90,14 @@ class Point:
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--accumulate", default=1, show_default=True)
 @click.option("--precision", default="bf16", show_default=True)
-@click.option("--eval-tokens", default=16384, show_default=True, help="of each text")
+@click.option("--router-steps", default=1000, show_default=True)
+@click.option("--router-tokens", default=32768, show_default=True)
+@click.option("--characters", default=1400, show_default=True, help="of each document measured")
+@click.option("--csv", type=click.Path(path_type=Path), default=RESULTS)
 @click.option("--device", default="cpu", show_default=True)
-def main(dense: Path, work: Path, seeds: str, levels: str, **options: Any) -> None:
+def main(
+    dense: Path, work: Path, seeds: str, levels: str, published: str, csv: Path, **options: Any
+) -> None:
     """Make what is missing, measure it, and print the table."""
     names = ("tokens", "lr", "seq_len", "batch_size", "accumulate", "precision")
     stage = {name: options[name] for name in ("activation", "sparsity", "distill")}
@@ -103,39 +108,90 @@ def main(dense: Path, work: Path, seeds: str, levels: str, **options: Any) -> No
         valid=options["valid"],
         tune={name: options[name] for name in names},
         stage_one=stage,
+        methods=tuple(options["methods"].split(",")),
+        published=frozenset(int(seed) for seed in published.split(",") if seed),
         expert_width=options["expert_width"],
-        eval_tokens=options["eval_tokens"],
+        routers={"router_steps": options["router_steps"], "data_tokens": options["router_tokens"]},
+        characters=options["characters"],
         device=options["device"],
     )
     work.mkdir(parents=True, exist_ok=True)
     steps = [float(level) for level in levels.split(",")]
-    runs = [run_seed(setup, int(seed), steps) for seed in seeds.split(",")]
-    for line in table(runs, steps):
-        click.echo(line)
+    shared = {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(RESULTS.parents[2]),
+        "model": dense.name,
+        "tokens": setup.tune["tokens"],
+    }
+    runs = []
+    for seed in map(int, seeds.split(",")):
+        runs.append(run_seed(setup, seed, steps))
+        write(csv, list(rows(runs[-1], **shared, seed=seed)))
+        for line in table(runs, steps):
+            click.echo(line)
 
 
 def run_seed(setup: Setup, seed: int, levels: Sequence[float]) -> dict[str, list[Point]]:
-    """Return every measured point of one seed, by method; "level:method" for the baselines."""
+    """Return every measured point of one seed: "reference", "published", "LEVEL:METHOD"."""
     reference = tuned(setup, setup.dense, f"reference-{seed}", seed)
     whole = ffn_flops(setup, reference)
+    found = {"reference": measure(setup, reference, whole)}
+    makers = {
+        "neurons": single_neurons_top_k,
+        "predicted": predicted_top_k,
+        "dropped": pruned,
+        "random": random_top_k,
+    }
+    for level in levels:
+        for method in setup.methods:
+            found[f"{level:g}:{method}"] = makers[method](setup, seed, level, whole)
+    if seed in setup.published:
+        found["published"] = published_form(setup, seed, whole)
+    return found
+
+
+def single_neurons_top_k(setup: Setup, seed: int, level: float, whole: float) -> list[Point]:
+    """Return the one point of the model tuned with its gate as the router."""
+    select = f"rule=top-k,k={neurons(setup, level)}"
+    ours = tuned(setup, single_neurons(setup), f"neurons-{level:g}-{seed}", seed, select=select)
+    return measure(setup, ours, whole, [select])
+
+
+def pruned(setup: Setup, seed: int, level: float, whole: float) -> list[Point]:
+    """Return the one point of the model tuned with the same neurons for every token."""
+    name = f"dropped-{level:g}"
+    small = tuned(setup, dropped(setup, name, level), f"{name}-{seed}", seed)
+    return measure(setup, small, whole)
+
+
+def predicted_top_k(setup: Setup, seed: int, level: float, whole: float) -> list[Point]:
+    """Return the one point of single neurons chosen by contribution routers."""
+    fine = routed(setup, setup.dense, f"predicted-{seed}", seed, expert_width=1)
+    return refitted(setup, fine, f"predicted-{level:g}-{seed}", seed, level, whole)
+
+
+def random_top_k(setup: Setup, seed: int, level: float, whole: float) -> list[Point]:
+    """Return the one point of a random split with contribution routers."""
+    split = random_split(setup, seed)
+    return refitted(setup, split, f"random-{level:g}-{seed}", seed, level, whole)
+
+
+def refitted(
+    setup: Setup, split: Path, name: str, seed: int, level: float, whole: float
+) -> list[Point]:
+    """Return the one point of a split model tuned with top-k on, its routers then fitted again, as
+    tuning moves the experts under them."""
+    select = f"rule=top-k,k={top_k(split, level)}"
+    mixed = tuned(setup, split, name, seed, select=select)
+    mixed = routed(setup, mixed, f"re-{name}", seed, stages="3", expert_width=None)
+    return measure(setup, mixed, whole, [select])
+
+
+def published_form(setup: Setup, seed: int, whole: float) -> list[Point]:
+    """Return a point per tau of the published stages."""
     one = tuned(setup, setup.dense, f"stage1-{seed}", seed, **setup.stage_one)
     sparse = routed(setup, one, f"d2dmoe-{seed}", seed)
-    found = {
-        "reference": measure(setup, reference, whole),
-        "d2dmoe": measure(setup, sparse, whole, [f"rule=dynamic-k,tau={tau}" for tau in TAUS]),
-    }
-    split = random_split(setup, seed)
-    for level in levels:
-        name = f"dropped-{level:g}"
-        small = tuned(setup, dropped(setup, name, level), f"{name}-{seed}", seed)
-        found[f"{level:g}:dropped"] = measure(setup, small, whole)
-        select = f"rule=top-k,k={top_k(split, level)}"
-        mixed = tuned(setup, split, f"random-{level:g}-{seed}", seed, select=select)
-        # tuning moved the experts under the routers
-        name = f"refitted-{level:g}-{seed}"
-        mixed = routed(setup, mixed, name, seed, stages="3", expert_width=None)
-        found[f"{level:g}:random"] = measure(setup, mixed, whole, [select])
-    return found
+    return measure(setup, sparse, whole, [f"rule=dynamic-k,tau={tau}" for tau in TAUS])
 
 
 # -- what is made, unless it is there
@@ -171,9 +227,28 @@ def tuned(setup: Setup, source: Path, name: str, seed: int, **more: Any) -> Path
 def routed(setup: Setup, source: Path, name: str, seed: int, **more: Any) -> Path:
     """Return `source` with contribution routers, split into balanced clusters unless it is split
     already."""
-    options = {"expert_width": setup.expert_width, "data": joined(setup), "seed": seed, **more}
+    options = {"expert_width": setup.expert_width, "data": joined(setup), **setup.routers, **more}
     options = {key: value for key, value in options.items() if value is not None}
-    return made(setup, name, lambda path: api.d2dmoe(source, path, device=setup.device, **options))
+    # losses are measured below, on more text than a verification reads
+    where = {"device": setup.device, "seed": seed, "verify": False}
+    return made(setup, name, lambda path: api.d2dmoe(source, path, **where, **options))
+
+
+def single_neurons(setup: Setup) -> Path:
+    """Return the dense model with every neuron an expert and its own gate as the router."""
+    return made(
+        setup,
+        "neurons",
+        lambda path: api.convert(
+            setup.dense,
+            destination=path,
+            method="moefy",
+            split="contiguous",
+            expert_width=1,
+            router="gate",
+            verify=False,
+        ),
+    )
 
 
 def random_split(setup: Setup, seed: int) -> Path:
@@ -188,6 +263,7 @@ def random_split(setup: Setup, seed: int) -> Path:
             split="random",
             expert_width=setup.expert_width,
             seed=seed,
+            verify=False,
         ),
     )
     return routed(setup, split, f"random-{seed}", seed, stages="3", expert_width=None)
@@ -213,6 +289,15 @@ def joined(setup: Setup) -> str:
     return str(path)
 
 
+def neurons(setup: Setup, level: float) -> int:
+    """Return the most neurons that fit a level after the gate, or up of a plain network, has run
+    for all."""
+    spec = open_source(str(setup.dense)).spec
+    matrices = 3 if spec.traits.ffn == "glu" else 2
+    share = (level - 1 / matrices) / (1 - 1 / matrices)
+    return max(1, math.floor(share * spec.intermediate))
+
+
 def top_k(split: Path, level: float) -> int:
     """Return the most experts that fit a level, router included."""
     adaptive = json.loads((split / "config.json").read_text())["adaptive"]
@@ -229,26 +314,34 @@ def top_k(split: Path, level: float) -> int:
 
 def measure(setup: Setup, folder: Path, whole: float, select: Sequence[str] = ()) -> list[Point]:
     """Return a point for every setting of a checkpoint; kept beside it."""
-    cache = setup.work / f"{folder.name}.{setup.eval_tokens}.json"
+    cache = setup.work / f"{folder.name}.{setup.characters}.json"
     if not cache.exists():
         click.echo(f"measuring {folder.name}", err=True)
-        found = [evaluation(setup, folder, where, select) for where in setup.valid]
+        found = [evaluation(setup, folder, cut(setup, text), select) for text in setup.valid]
         cache.write_text(json.dumps(found))
     texts = json.loads(cache.read_text())
     return [_point(settings, whole) for settings in zip(*texts, strict=True)]
 
 
+def cut(setup: Setup, where: str) -> Path:
+    """Return a file with the beginning of every document of a text."""
+    path = setup.work / f"{Path(where).stem}.{setup.characters}.jsonl"
+    if not path.exists():
+        texts = [json.loads(line)["text"] for line in Path(where).read_text().splitlines()]
+        lines = [json.dumps({"text": text[: setup.characters]}) for text in texts]
+        path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def evaluation(
-    setup: Setup, folder: Path, where: str, select: Sequence[str]
+    setup: Setup, folder: Path, where: Path, select: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return the results of `evaluate` on one text as JSON data."""
     found = api.evaluate(
         folder,
         data=where,
         select=list(select),
-        max_tokens=setup.eval_tokens,
         device=setup.device,
-        dtype="float32",
         speed=False,
     )
     return list(found.to_json()["settings"])
@@ -270,70 +363,6 @@ def ffn_flops(setup: Setup, reference: Path) -> float:
     spec = open_source(str(reference)).spec
     matrices = 3 if spec.traits.ffn == "glu" else 2
     return float(2 * matrices * spec.hidden * spec.intermediate * spec.layers)
-
-
-# -- the table
-
-
-def table(runs: Sequence[Mapping[str, list[Point]]], levels: Sequence[float]) -> list[str]:
-    """Return the comparison as Markdown; differences are D2DMoE minus the other, per token, with
-    the standard error over documents and seeds."""
-    lines = [
-        "| FFN FLOPs | seed | reference | D2DMoE (setting, FLOPs) | dropped | random top-k | "
-        "D2DMoE - dropped | D2DMoE - random |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for level in levels:
-        for seed, run in enumerate(runs):
-            lines.append(_row(level, str(seed), run))
-    lines.append("")
-    for share in (0.01, 0.05):
-        for seed, run in enumerate(runs):
-            lines.append(_reach(share, seed, run))
-    return lines
-
-
-def _row(level: float, seed: str, run: Mapping[str, list[Point]]) -> str:
-    within = [point for point in run["d2dmoe"] if point.ffn <= level]
-    (base,) = run["reference"]
-    others = [run[f"{level:g}:{name}"][0] for name in ("dropped", "random")]
-    shown = [f"{mean(point):.4f}" for point in others]
-    if not within:
-        return f"| {level:g} | {seed} | {mean(base):.4f} | none within | {' | '.join(shown)} | | |"
-    best = min(within, key=mean)
-    ours = f"{mean(best):.4f} ({best.label}, {best.ffn:.3f})"
-    differences = [difference(best, point) for point in others]
-    cells = [f"{level:g}", seed, f"{mean(base):.4f}", ours, *shown, *differences]
-    return f"| {' | '.join(cells)} |"
-
-
-def _reach(share: float, seed: int, run: Mapping[str, list[Point]]) -> str:
-    """Return the cheapest setting whose loss is at most `share` above the reference's."""
-    bound = mean(run["reference"][0]) * (1 + share)
-    fitting = [point for point in run["d2dmoe"] if mean(point) <= bound]
-    what = f"loss {share:.0%} above the reference, seed {seed}"
-    if not fitting:
-        return f"- {what}: no setting reaches it at this budget"
-    best = min(fitting, key=lambda point: point.ffn)
-    return f"- {what}: {best.ffn:.3f} of the FFN FLOPs ({best.label})"
-
-
-def mean(point: Point) -> float:
-    """Return the loss per token."""
-    tokens = sum(count for count, _ in point.losses.values())
-    return sum(loss for _, loss in point.losses.values()) / tokens
-
-
-def difference(ours: Point, other: Point) -> str:
-    """Return ours minus the other's per token, with its standard error over documents."""
-    common = sorted(set(ours.losses) & set(other.losses))
-    counts = [ours.losses[name][0] for name in common]
-    gaps = [ours.losses[name][1] - other.losses[name][1] for name in common]
-    total = sum(counts)
-    value = sum(gaps) / total
-    spread = sum((gap - value * count) ** 2 for gap, count in zip(gaps, counts, strict=True))
-    error = math.sqrt(spread * len(gaps) / max(len(gaps) - 1, 1)) / total
-    return f"{value:+.4f} +- {error:.4f}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from adaconvert.arch import registry
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict, TensorSpec
+from adaconvert.arch.projections import replaced_tensors
 from adaconvert.arch.sites import FfnSite, ffn_site
 from adaconvert.arch.values import WHERE
 from adaconvert.errors import SourceError
@@ -236,7 +237,7 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
         for site, partition in sites_of(spec, adaptive)
         for tensor in own_tensors(spec, site, partition)
     ]
-    return replace(spec, tensors=(*spec.tensors, *own), adaptive=adaptive)
+    return replace(spec, tensors=(*replaced_tensors(spec, adaptive), *own), adaptive=adaptive)
 
 
 def sites_of(

@@ -11,6 +11,7 @@ Roles name what a tensor is for, the same in every family:
   shared_gate, shared_up, shared_down, shared_gate_up, shared_router, score_bias
   qkv_by_head (GPT-NeoX: rows q|k|v of head 0, then of head 1, ...), type_embed, embed_norm, pooler,
   neuron_order (I32, adaptive checkpoints: where each neuron came from),
+  projection_up, projection_down, projection_router (adaptive: a network in place of a projection),
   class_token, mask_token, patch_embed, and heads of encoders: head_transform, head_norm, pair_head,
   span_head, classifier, pixel_head; each with its _bias
 A plain (ungated) FFN has `up` and `down` only.

@@ -16,7 +16,7 @@ from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
 
 #: tensors of adaptive checkpoints whose dtype is not that of the model.
-_OWN_ROLES = frozenset({"router", "neuron_order"})
+_OWN_ROLES = frozenset({"router", "neuron_order", "projection_router"})
 #: names given in full before the rest is only counted.
 _SHOWN = 5
 
@@ -217,7 +217,10 @@ def _check_shapes(spec: ModelSpec, present: list[TensorSpec], stored: Mapping[st
 def _implied_by(spec: ModelSpec, tensor: TensorSpec, found: tuple[int, ...]) -> str:
     family = registry.FAMILIES[spec.model_type]
     sizes = values.read(family, spec.config, family.architectures[spec.architecture])
-    template = next(t for t in family.tensors if t.role == tensor.role and _place(t, tensor.name))
+    templates = (t for t in family.tensors if t.role == tensor.role and _place(t, tensor.name))
+    template = next(templates, None)
+    if template is None:
+        return "config.adaptive"
     axes = template.shape.split(",")
     if len(axes) == len(found):
         axes = [axis for axis, a, b in zip(axes, tensor.shape, found, strict=True) if a != b]

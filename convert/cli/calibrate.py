@@ -12,15 +12,6 @@ from adaconvert.cli.options import option
 from adaconvert.cli.settings import begin, verbosity_options
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """Return numbers separated by commas, or fail naming what is none."""
-    try:
-        return tuple(float(part) for part in value.split(",")) if value else ()
-    except ValueError:
-        message = f"{value!r} is no list of numbers such as 1,0.75,0.5."
-        raise click.BadParameter(message, ctx, param) from None
-
-
 def _choice_options() -> options.Decorator[Any]:
     """Return what says which setting becomes the default."""
     return options.apply(
@@ -88,7 +79,7 @@ def _sweep_options() -> options.Decorator[Any]:
         option(
             "settings",
             "--values",
-            callback=_numbers,
+            callback=options.numbers,
             metavar="A,B,...",
             help="Values of the one --rule to try, such as taus, instead of shares of the experts.",
         ),

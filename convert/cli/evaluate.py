@@ -12,16 +12,6 @@ from adaconvert.cli.options import option
 from adaconvert.cli.settings import begin, verbosity_options
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
-    """Return numbers separated by commas, or fail naming what is none."""
-    try:
-        return tuple(float(part) for part in value.split(",")) if value is not None else ()
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is no list of numbers such as 1,0.75,0.5.", ctx, param
-        ) from None
-
-
 def _names(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     """Return names separated by commas, from an option that may be repeated."""
     return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
@@ -76,7 +66,7 @@ def data_options() -> options.Decorator[Any]:
 @option(
     "settings",
     "--set-compute",
-    callback=_numbers,
+    callback=options.numbers,
     metavar="A,B,...",
     help="Repeat everything at these fractions of the reference's FLOPs.",
 )
@@ -123,6 +113,12 @@ def data_options() -> options.Decorator[Any]:
     type=click.Path(dir_okay=False),
     help="Write the results to a new JSON file too.",
 )
+@option(
+    "output",
+    "--record",
+    is_flag=True,
+    help="Keep loss, perplexity and agreement in the checkpoint's manifest and card.",
+)
 @options.revision_option()
 @options.json_option()
 @verbosity_options
@@ -130,7 +126,7 @@ def evaluate(checkpoint: str, as_json: bool, **settings: Any) -> None:
     """Say how good a checkpoint is, and what it costs.
 
     Perplexity by document, agreement with a reference, FLOPs and weight bytes per token, tokens per
-    second, use of every expert; accuracy of classifiers. The checkpoint is not changed.
+    second, use of every expert; accuracy of classifiers. The weights are not changed.
     """
     heard = begin(versions.EVALUATING)
     from adaconvert import api

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from adaconvert.cli import options, output, versions
+from adaconvert.cli.finetune_options import adapter_options, first_process_speaks, run_options
 from adaconvert.cli.framework import Argument, Command
 from adaconvert.cli.options import option
 from adaconvert.cli.settings import begin, verbosity_options
@@ -21,8 +22,28 @@ def _data_options() -> options.Decorator[Any]:
             multiple=True,
             required=True,
             metavar="WHERE[,WEIGHT]",
-            help="A .jsonl, .json, .txt or .parquet file, a folder of those, or a hub data set; "
-            "may be repeated. Weights are shares of the tokens, 1 when not given.",
+            help="A .jsonl, .json, .txt or .parquet file, a folder of those, or a hub data set such "
+            "as org/name@revision:config; may be repeated. Weights are shares of the sequences, 1 "
+            "when not given. Documents follow each other and are cut every --seq-len tokens; "
+            "conversations stay whole and only the assistant's turns are learned. Attention "
+            "crosses from one to the next in both.",
+        ),
+        option(
+            "data",
+            "--data-format",
+            type=click.Choice(["auto", "text", "messages"]),
+            multiple=True,
+            default=("auto",),
+            help="'auto' takes whichever of --field and --messages-field there is; once for all "
+            "--data, or once for each.",
+        ),
+        option(
+            "data",
+            "--data-split",
+            multiple=True,
+            metavar="NAME",
+            help="Split of hub data sets, or a word that names the files of a folder; once for all "
+            "--data, or once for each.",
         ),
         option(
             "data",
@@ -31,6 +52,36 @@ def _data_options() -> options.Decorator[Any]:
             default="text",
             metavar="NAME",
             help="What holds the text.",
+        ),
+        option(
+            "data",
+            "--messages-field",
+            default="messages",
+            metavar="NAME",
+            help="What holds conversations, which the chat template of CKPT renders.",
+        ),
+        option(
+            "data",
+            "--streaming",
+            is_flag=True,
+            help="Read while training, for data larger than memory; rows are shuffled among "
+            "--shuffle-buffer.",
+        ),
+        option(
+            "data",
+            "--shuffle-buffer",
+            type=int,
+            default=10_000,
+            metavar="N",
+            help="Rows in memory with --streaming.",
+        ),
+        option(
+            "data",
+            "--cache/--no-cache",
+            "cache",
+            default=True,
+            help="Keep tokens for the next run with the same data, in $ADACONVERT_CACHE, "
+            "$HF_HOME/adaconvert or ~/.cache/adaconvert.",
         ),
         option("data", "--tokens", metavar="N", help="Budget, such as 2M or 1.5B."),
         option("data", "--steps", metavar="N", help="Budget in optimiser steps instead."),
@@ -42,6 +93,35 @@ def _data_options() -> options.Decorator[Any]:
             default=0,
             metavar="N",
             help="Seed of the order of documents and of dropout.",
+        ),
+    )
+
+
+def _validation_options() -> options.Decorator[Any]:
+    """Return what is held out, and when it is looked at."""
+    return options.apply(
+        option(
+            "validation",
+            "--valid",
+            multiple=True,
+            metavar="WHERE",
+            help="Held-out data, as --data; may be repeated. Its loss is measured before and after "
+            "training.",
+        ),
+        option("validation", "--valid-split", metavar="NAME", help="As --data-split, of --valid."),
+        option(
+            "validation",
+            "--valid-tokens",
+            default="100k",
+            metavar="N",
+            help="Tokens of each that are used.",
+        ),
+        option(
+            "validation",
+            "--eval-every",
+            type=int,
+            metavar="N",
+            help="Measure after every N steps too.",
         ),
     )
 
@@ -60,6 +140,13 @@ def _training_options() -> options.Decorator[Any]:
         ),
         option("training", "--lr", type=float, default=1e-4, metavar="R", help="Learning rate."),
         option("training", "--router-lr", type=float, metavar="R", help="That of routers."),
+        option(
+            "training",
+            "--lr-of",
+            multiple=True,
+            metavar="PART=R",
+            help="That of a part, named as for --train; may be repeated, the last that fits holds.",
+        ),
         option(
             "training",
             "--schedule",
@@ -124,6 +211,14 @@ def _loss_options() -> options.Decorator[Any]:
             metavar="C",
             help="Divergence from the teacher's predictions.",
         ),
+        option(
+            "losses",
+            "--distill-hidden",
+            type=float,
+            default=0.0,
+            metavar="C",
+            help="Squared distance from its hidden states, relative to their length.",
+        ),
         option("losses", "--teacher", metavar="CKPT", help="Default: the checkpoint as it was."),
         option(
             "losses",
@@ -139,6 +234,14 @@ def _loss_options() -> options.Decorator[Any]:
             type=click.Choice(["keep", "relu", "relu2"]),
             default="keep",
             help="Replaces the activation of the feed-forward networks (D2DMoE, stage 1).",
+        ),
+        option(
+            "losses",
+            "--activation-ramp",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="Share of the run over which it takes the old one's place; 0: at once.",
         ),
         option(
             "losses",
@@ -172,74 +275,57 @@ def _loss_options() -> options.Decorator[Any]:
     )
 
 
-def _run_options() -> options.Decorator[Any]:
-    """Return how it runs and where the result goes."""
+def _router_options() -> options.Decorator[Any]:
+    """Return what is done about routers; names and defaults of `train.routing_config.Routing`."""
     return options.apply(
         option(
-            "run",
-            "--device",
-            default="auto",
-            metavar="NAME",
-            help="cpu, or an accelerator such as cuda; 'auto' takes one if there is one.",
+            "routers",
+            "--balance",
+            type=float,
+            metavar="C",
+            help="Loss for an even use of experts, per sequence. Default: config.json's "
+            "router_aux_loss_coef for the routers of a stock mixture, none for others.",
         ),
         option(
-            "run",
-            "--precision",
-            type=click.Choice(["fp32", "bf16"]),
-            default="fp32",
-            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32.",
+            "routers",
+            "--balance-kind",
+            type=click.Choice(["loss", "bias"]),
+            default="loss",
+            help="'bias': no loss; a bias that joins the choice moves towards an even load.",
         ),
         option(
-            "run",
-            "--checkpointing",
-            is_flag=True,
-            help="Recompute activations going back: less memory, a third more time.",
+            "routers",
+            "--balance-rate",
+            type=float,
+            default=1e-3,
+            metavar="U",
+            help="How far the bias moves in a step.",
         ),
         option(
-            "run", "--log-every", type=int, default=10, metavar="N", help="Steps between lines."
+            "routers",
+            "--z-loss",
+            type=float,
+            default=0.0,
+            metavar="C",
+            help="Penalty on large router logits; 1e-3 is usual.",
         ),
         option(
-            "run",
-            "--save-every",
-            type=int,
-            metavar="N",
-            help="Steps between checkpoints to resume from; 0 for none. Default: five a run.",
+            "routers",
+            "--router-regression",
+            type=float,
+            default=0.0,
+            metavar="C",
+            help="Keeps contribution routers of adaptive checkpoints true to their experts.",
         ),
         option(
-            "run",
-            "--report-to",
-            multiple=True,
-            metavar="NAME",
-            help="Experiment tracker, such as tensorboard; may be repeated.",
+            "routers",
+            "--collapse",
+            type=float,
+            default=0.95,
+            metavar="P",
+            help="Refuse the result when the busiest experts of a layer get this share of the "
+            "choices at the end; 0 never does.",
         ),
-        option(
-            "output",
-            "--overwrite",
-            is_flag=True,
-            help="Replace a DST that adaconvert wrote; it stays until the new one is complete.",
-        ),
-        option(
-            "output",
-            "--resume",
-            is_flag=True,
-            help="Go on from the last checkpoint of an interrupted run with the same arguments.",
-        ),
-        option(
-            "output",
-            "--dtype",
-            type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
-            default="keep",
-            help="Stored dtype.",
-        ),
-        option(
-            "output",
-            "--max-shard-size",
-            default="5GB",
-            metavar="SIZE",
-            help="Largest file, such as 5GB or 500MiB.",
-        ),
-        options.revision_option(),
-        options.json_option(),
     )
 
 
@@ -252,9 +338,12 @@ def _run_options() -> options.Decorator[Any]:
 )
 @options.destination_argument("Folder to write; must not exist yet, or be empty.")
 @_data_options()
+@_validation_options()
 @_training_options()
 @_loss_options()
-@_run_options()
+@_router_options()
+@adapter_options()
+@run_options()
 @verbosity_options
 def finetune(source: str, destination: str, as_json: bool, **settings: Any) -> None:
     """Tune a dense, mixture or adaptive checkpoint briefly on text.
@@ -262,17 +351,18 @@ def finetune(source: str, destination: str, as_json: bool, **settings: Any) -> N
     The result is a checkpoint of the same kind, under the same names and in the same dtype. With
     --activation and --sparsity this is stage 1 of D2DMoE: the same command without them gives the
     dense model tuned on the same tokens with the same schedule, to compare with. DST appears whole
-    or not at all.
+    or not at all. On several devices or machines: torchrun -m adaconvert finetune ...
     """
     heard = begin(versions.COMPUTING)
     from adaconvert import api
 
-    result = api.finetune(
-        source,
-        destination,
-        progress=not heard.quiet,
-        report=None if heard.quiet else output.complain,
-        **settings,
-    )
-    if as_json or not heard.quiet:
+    with first_process_speaks() as speaks:
+        result = api.finetune(
+            source,
+            destination,
+            progress=not heard.quiet,
+            report=None if heard.quiet else output.complain,
+            **settings,
+        )
+    if speaks and (as_json or not heard.quiet):
         output.show(result, as_json=as_json)

@@ -67,6 +67,26 @@ VERBS = {
         attribute="calibrate",
         summary="Measure compute and loss of an adaptive checkpoint, and set its default.",
     ),
+    "card": Verb(
+        module="adaconvert.cli.card",
+        attribute="card",
+        summary="Write the model card of a checkpoint anew.",
+    ),
+    "push": Verb(
+        module="adaconvert.cli.push",
+        attribute="push",
+        summary="Publish a checkpoint at a Hugging Face hub.",
+    ),
+    "run": Verb(
+        module="adaconvert.cli.run",
+        attribute="run",
+        summary="Run a recipe: convert, tune, measure, publish; go on where it stopped.",
+    ),
+    "recipes": Verb(
+        module="adaconvert.cli.recipes",
+        attribute="recipes",
+        summary="List, show, copy and check recipes.",
+    ),
 }
 
 
@@ -77,7 +97,8 @@ VERBS = {
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=(
         "Exit codes: 0 done, 1 bug in adaconvert, 2 usage, 3 bad input checkpoint, 4 output "
-        "conflict, 5 verification failed, 6 disk, memory, permission or version, 130 interrupted."
+        "conflict, 5 verification or training failed, 6 disk, memory, permission or version, 130 "
+        "interrupted."
     ),
 )
 @click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")

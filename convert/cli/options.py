@@ -34,6 +34,17 @@ def apply(*decorators: Decorator[Any]) -> Decorator[Any]:
     return add
 
 
+def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Return numbers separated by commas, none when the option is not given."""
+    if value is None:
+        return ()
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        message = f"{value!r} is no list of numbers such as 1,0.75,0.5."
+        raise click.BadParameter(message, ctx, param) from None
+
+
 def sources_argument() -> Decorator[Any]:
     """Return the argument for one or more dense checkpoints."""
     return click.argument(

@@ -11,6 +11,8 @@ import sys
 from io import TextIOWrapper
 from typing import Protocol
 
+from adaconvert.errors import redacted
+
 # C0 except newline and tab, DEL, C1, and the marks that reorder text on screen
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
@@ -30,8 +32,9 @@ class Report(Protocol):
 
 
 def printable(text: str) -> str:
-    """Return `text` with every character that could steer a terminal spelled out."""
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    """Return `text` without access tokens, what could steer a terminal spelled out."""
+    safe = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return redacted(safe)
 
 
 def prepare_streams() -> None:
@@ -44,7 +47,7 @@ def prepare_streams() -> None:
 def show(report: Report, *, as_json: bool) -> None:
     """The report is on stdout, as one JSON document or as lines."""
     if as_json:
-        print(json.dumps(report.to_json(), indent=2, sort_keys=True))
+        print(redacted(json.dumps(report.to_json(), indent=2, sort_keys=True)))
         return
     for line in report.lines():
         print(printable(line))

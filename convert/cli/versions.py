@@ -16,12 +16,15 @@ FLOORS = {
     "datasets": ("4.4", "text to evaluate and train on is read with it"),
     "huggingface_hub": ("1.5", "nothing older is tested"),
     "numpy": ("1.26", "routers are made with it"),
+    "pyyaml": ("6.0", "recipes are read with it"),
     "safetensors": ("0.8", "nothing older is tested"),
     "torch": ("2.11", "nothing older is tested"),
     "tqdm": ("4.66", "nothing older is tested"),
     "transformers": ("5.17", "nothing older is tested to run adaconvert"),
 }
 READING = ("numpy",)
+PUBLISHING = (*READING, "huggingface_hub")
+RECIPES = (*READING, "pyyaml")
 COMPUTING = ("numpy", "safetensors", "torch", "transformers")
 EVALUATING = (*COMPUTING, "datasets")
 

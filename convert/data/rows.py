@@ -46,26 +46,27 @@ def iter_rows(
     fields: Sequence[str],
     *,
     split: str | None = None,
-    at_most: int | None = None,
+    streaming: bool = False,
 ) -> Iterator[Row]:
     """Yield the rows `where` holds, in stored order.
 
     Args:
         where: a .jsonl, .json, .txt or .parquet file, a folder of those, a folder written by
-            `Dataset.save_to_disk`, or a hub data set such as "org/name" or "org/name:config".
+            `Dataset.save_to_disk`, or a hub data set such as "org/name", "org/name:config" or
+            "org/name@revision:config".
         fields: what to take from every row.
         split: of a hub data set, or the word that names the files to take from a folder.
-        at_most: rows that will be asked for; a hub data set is then streamed.
+        streaming: read a hub data set as it arrives instead of downloading it first.
 
     Raises:
         DataError: it is missing, damaged, or a row lacks a field.
         ResourceError: it may not be read, or the hub cannot be reached.
     """
-    path = _existing(where)
+    path = existing(where)
     if path is None:
         from adaconvert.data import hub
 
-        yield from hub.iter_rows(str(where), fields, split, at_most)
+        yield from hub.iter_rows(str(where), fields, split, streaming=streaming)
     elif path.is_dir():
         yield from _folder_rows(path, fields, split)
     elif split is not None:
@@ -103,8 +104,12 @@ def missing_field(field: str, found: Sequence[object], where: str) -> DataError:
     )
 
 
-def _existing(where: str | Path) -> Path | None:
-    """Return what lies at `where`, None when it can only be a hub data set."""
+def existing(where: str | Path) -> Path | None:
+    """Return what lies at `where`, None when it can only be a hub data set.
+
+    Raises:
+        DataError: it is a URL.
+    """
     text = str(where)
     if "://" in text:
         # not echoed: it may hold a token
@@ -120,17 +125,26 @@ def _existing(where: str | Path) -> Path | None:
 
 
 def _folder_rows(folder: Path, fields: Sequence[str], split: str | None) -> Iterator[Row]:
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if is_saved(folder):
         from adaconvert.data import hub
 
         yield from hub.saved_rows(folder, fields, split)
         return
-    for path in _data_files(folder, split):
+    for path in data_files(folder, split):
         yield from _file_rows(path, escape(path.relative_to(folder)), fields)
 
 
-def _data_files(folder: Path, split: str | None) -> list[Path]:
-    """Return the data files below a folder, sorted; hidden ones are left out."""
+def is_saved(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def data_files(folder: Path, split: str | None) -> list[Path]:
+    """Return the data files below a folder, sorted; hidden ones are left out.
+
+    Raises:
+        DataError: there is none, or none of the split.
+    """
     every = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     visible = [path for path in every if not _is_hidden(path.relative_to(folder))]
     files = [path for path in visible if path.suffix.lower() in READERS]
@@ -155,16 +169,31 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _file_rows(path: Path, label: str, fields: Sequence[str]) -> Iterator[Row]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError("is no data file by its name", where=label, expected=KINDS)
-    with _opened(path, label) as file:
+    reader = READERS[suffix_of(path, label)]
+    with opened(path, label) as file:
         yield from reader(file, label, fields)
 
 
+def suffix_of(path: Path, label: str) -> str:
+    """Return the ending that says how a file is read.
+
+    Raises:
+        DataError: it is none of those that are.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise DataError("is no data file by its name", where=label, expected=KINDS)
+    return suffix
+
+
 @contextmanager
-def _opened(path: Path, label: str) -> Iterator[BinaryIO]:
-    """Yield a regular file for reading; what is wrong with it is the data's fault."""
+def opened(path: Path, label: str) -> Iterator[BinaryIO]:
+    """Yield a regular file for reading; what is wrong with it is the data's fault.
+
+    Raises:
+        DataError: it is missing, or no regular file.
+        ResourceError: it may not be read.
+    """
     try:
         with (
             open_regular(path, label) as (descriptor, _),
@@ -182,12 +211,21 @@ def _opened(path: Path, label: str) -> Iterator[BinaryIO]:
 
 
 def _jsonl_rows(file: BinaryIO, label: str, fields: Sequence[str]) -> Iterator[Row]:
+    for number, where, value in jsonl_values(file, label):
+        yield Row(name=f"{label}:{number}", values=pick(value, fields, where))
+
+
+def jsonl_values(file: BinaryIO, label: str) -> Iterator[tuple[int, str, object]]:
+    """Yield number, place and value of every line that is not blank.
+
+    Raises:
+        DataError: a line is too long, no UTF-8 or no JSON.
+    """
     for number, line in enumerate(_lines(file, label), 1):
-        text = _decoded(line, f"{label} line {number}").strip().removeprefix("\ufeff")
-        if not text:
-            continue
         where = f"{label} line {number}"
-        yield Row(name=f"{label}:{number}", values=pick(_parsed(text, where), fields, where))
+        text = _decoded(line, where).strip().removeprefix("\ufeff")
+        if text:
+            yield number, where, _parsed(text, where)
 
 
 def _lines(file: BinaryIO, label: str) -> Iterator[bytes]:
@@ -227,6 +265,19 @@ def _parsed(text: str, where: str) -> object:
 
 
 def _json_rows(file: BinaryIO, label: str, fields: Sequence[str]) -> Iterator[Row]:
+    for number, where, value in json_values(file, label, fields):
+        yield Row(name=f"{label}:{number}", values=pick(value, fields, where))
+
+
+def json_values(
+    file: BinaryIO, label: str, fields: Sequence[str]
+) -> Iterator[tuple[int, str, object]]:
+    """Yield number, place and value of every item; an object with one of `fields` is an item.
+
+    Raises:
+        DataError: the file is too large or no UTF-8.
+        SourceError: it is no JSON.
+    """
     raw = _whole(file, label)
     try:
         value = load_json(raw, label, MAX_WHOLE)
@@ -235,19 +286,17 @@ def _json_rows(file: BinaryIO, label: str, fields: Sequence[str]) -> Iterator[Ro
             raise
         # JSON lines under the wrong name
         file.seek(0)
-        yield from _jsonl_rows(file, label, fields)
+        yield from jsonl_values(file, label)
         return
-    rows = _rows_of(value, fields)
-    for number, row in enumerate(rows, 1):
-        where = f"{label} item {number}"
-        yield Row(name=f"{label}:{number}", values=pick(row, fields, where))
+    for number, item in enumerate(_items_of(value, fields), 1):
+        yield number, f"{label} item {number}", item
 
 
-def _rows_of(value: object, fields: Sequence[str]) -> list[object]:
-    """Return the rows of a JSON value: a list, an object around one list, or one row."""
+def _items_of(value: object, fields: Sequence[str]) -> list[object]:
+    """Return the items of a JSON value: a list, an object around one list, or one item."""
     if isinstance(value, list):
         return value
-    if isinstance(value, dict) and fields[0] not in value:
+    if isinstance(value, dict) and not any(field in value for field in fields):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         if len(lists) == 1:
             return list(lists[0])

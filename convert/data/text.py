@@ -58,7 +58,7 @@ def read_documents(
         raise OptionError(
             "is out of range", where="max_documents", expected="1 or more", found=max_documents
         )
-    rows = iter_rows(where, (field,), split=split, at_most=max_documents)
+    rows = iter_rows(where, (field,), split=split, streaming=max_documents is not None)
     kept: list[tuple[str, str]] = []
     blank = 0
     for row in rows:

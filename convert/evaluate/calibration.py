@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from adaconvert.arch.calibration import config_digest
 from adaconvert.errors import OptionError
 from adaconvert.evaluate import calibration_output
 from adaconvert.evaluate.calibration_data import Reading, check_enough, read_data
@@ -58,10 +59,15 @@ def calibrate(
         split=data.split_json(settings.reading.seed),
         digests={
             "weights": checkpoint.weights_digest(),
-            "config": calibration_output.config_digest(checkpoint.config),
+            "config": config_digest(checkpoint.config),
             "data": data.digest,
         },
-        notes=(*found.notes, *([_CLASS_LOSS] if single else [])),
+        configured=calibration_output.configured(checkpoint.adaptive),
+        notes=(
+            *found.notes,
+            *calibration_output.reset_notes(checkpoint.adaptive, found.chosen),
+            *([_CLASS_LOSS] if single else []),
+        ),
     )
     calibration_output.write(checkpoint, result, destination, overwrite=overwrite, fs=fs)
     return result if destination is None else replace(result, checkpoint=Path(destination).name)
@@ -107,6 +113,9 @@ def _classifies(checkpoint: Checkpoint, settings: CalibrationSettings) -> bool:
         raise OptionError(
             "only causal language models and text classifiers can be calibrated",
             where=escape(name, 80),
+            expected="...ForCausalLM, ...LMHeadModel or ...ForSequenceClassification",
+            hint="Measure settings of `model.set_select(...)` and `model.set_compute(...)` on data "
+            "of your own.",
         )
     return False
 

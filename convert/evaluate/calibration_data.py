@@ -72,12 +72,14 @@ class CalibrationData:
 
     Attributes:
         blocks: what is measured on.
+        names: where each document comes from, such as "text.jsonl:3".
         unit: "document" or "block".
         ordering, testing, evaluation: the splits.
         digest: sha256 over the blocks, the unit and the division.
     """
 
     blocks: TokenBlocks
+    names: tuple[str, ...]
     unit: str
     ordering: Part
     testing: Part
@@ -145,6 +147,7 @@ def read_data(
     parts = split(len(names), seed=reading.seed, shares=shares)
     return CalibrationData(
         blocks=blocks,
+        names=documents.names,
         unit=reading.unit,
         ordering=_part(kept, members, parts.ordering),
         testing=_part(kept, members, parts.testing),

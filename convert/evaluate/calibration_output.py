@@ -9,33 +9,36 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from adaconvert.arch.calibration import config_digest, stale_reasons, table_of
 from adaconvert.errors import AdaconvertError, OptionError, SourceError
 from adaconvert.evaluate.calibration_result import CalibrationResult
+from adaconvert.export.card import card_files, with_card
+from adaconvert.export.card_calibration import is_note, notes_of
+from adaconvert.export.card_facts import costs_of, recovered_facts
 from adaconvert.io import manifest
+from adaconvert.io.card_file import CARD, PLOT, is_edited
 from adaconvert.io.commit import Staging
 from adaconvert.io.destination import Destination
 from adaconvert.io.digest import digest_of_digests
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.layout import ShardRecord, shard_digest_of_file
 from adaconvert.io.names import escape
-from adaconvert.io.regular import read_text
+from adaconvert.io.rewrite import check_updatable
 from adaconvert.io.source import Source
 from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adaconvert.io.strict_json import load_object
+from adaconvert.modeling.adaptive_schema import routed_specs
 
-CARD: Final = "README.md"
-_BEGIN: Final = "<!-- calibration -->"
-_END: Final = "<!-- end of calibration -->"
-_MAX_CARD: Final = 16 << 20
-#: what transformers changes when it saves a config that means the same.
-_VOLATILE: Final = ("transformers_version", "_name_or_path", "auto_map")
-_NOTE: Final = "calibrated: "
+_RESET: Final = "no setting was asked for: the default is the conversion's again"
+_RESET_TO_ALL: Final = (
+    "no setting was asked for, and what the default was before the earlier calibration is not "
+    "recorded: every expert runs"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,26 +142,11 @@ def check_destination(
         target.check_free(overwrite=overwrite)
         return
     try:
-        Destination.resolve(checkpoint.folder).check_free(overwrite=True)
+        check_updatable(checkpoint.folder)
     except AdaconvertError as error:
         error.hint = "It cannot be updated in place: name another folder with --out."
         error.args = (error.describe(),)
         raise
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Return the sha256 of what a config.json says besides its calibration and default selections.
-
-    Keys that transformers rewrites without a change of meaning are left out.
-    """
-    bare = {key: value for key, value in config.items() if key not in _VOLATILE}
-    adaptive = copy.deepcopy(bare.get("adaptive")) or {}
-    adaptive.pop("calibration", None)
-    for slots in adaptive.get("sites", {}).values():
-        slots.get("ffn", {}).pop("select", None)
-    bare["adaptive"] = adaptive
-    text = json.dumps(bare, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stale(where: str | Path) -> list[str]:
@@ -169,34 +157,47 @@ def stale(where: str | Path) -> list[str]:
         SourceError: it is damaged.
     """
     checkpoint = open_checkpoint(where)
-    table = checkpoint.adaptive.get("calibration")
-    if not isinstance(table, dict) or not isinstance(table.get("digests"), dict):
+    if table_of(checkpoint.config) is None:
         raise OptionError("holds no calibration", where=checkpoint.name)
-    digests = table["digests"]
-    reasons = []
-    if digests.get("weights") != checkpoint.weights_digest():
-        reasons.append("the weights have changed since")
-    if digests.get("config") != config_digest(checkpoint.config):
-        reasons.append("config.json has changed since")
-    return reasons
+    return stale_reasons(checkpoint.config, checkpoint.weights_digest())
 
 
 def calibrated_config(config: Mapping[str, Any], result: CalibrationResult) -> dict[str, Any]:
     """Return config.json with the table in it, and the chosen row as every site's default.
 
     The default is what a model does without being asked: a checkpoint calibrated to a budget keeps
-    to it wherever it is loaded. `set_compute(1.0)` runs every expert.
+    to it wherever it is loaded. `set_compute(1.0)` runs every expert. Without a choice the default
+    is the conversion's, also where an earlier calibration had chosen another.
     """
     new = copy.deepcopy(dict(config))
     adaptive = new["adaptive"]
     adaptive["calibration"] = result.entry()
-    if result.chosen is None:
-        return new
-    select = result.rows[result.chosen].select
-    for path, slots in adaptive["sites"].items():
-        if "ffn" in slots:
-            slots["ffn"]["select"] = dict(select.get(path) or select["*"])
+    chosen = None if result.chosen is None else result.rows[result.chosen].select
+    select = configured(config["adaptive"]) if chosen is None else chosen
+    for path, spec in routed_specs(adaptive).items():
+        spec["select"] = dict(select.get(path) or select["*"])
     return new
+
+
+def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return every site's selection as it was before a calibration chose one.
+
+    A checkpoint whose calibration chose a default without keeping the one before runs all experts.
+    """
+    sites = {path: spec["select"] for path, spec in routed_specs(adaptive).items()}
+    table = adaptive.get("calibration") or {}
+    if table.get("chosen") is None:
+        return {path: dict(select) for path, select in sites.items()}
+    kept = table.get("configured") or {}
+    return {path: dict(kept.get(path) or {"rule": "all"}) for path in sites}
+
+
+def reset_notes(adaptive: Mapping[str, Any], chosen: int | None) -> tuple[str, ...]:
+    """Return what to say when no setting is chosen where an earlier calibration had chosen one."""
+    before = adaptive.get("calibration") or {}
+    if chosen is not None or before.get("chosen") is None:
+        return ()
+    return (_RESET if before.get("configured") else _RESET_TO_ALL,)
 
 
 def write(
@@ -221,6 +222,7 @@ def write(
         target,
         sources=[] if in_place else [checkpoint.folder],
         overwrite=in_place or overwrite,
+        updating=in_place,
         plan_digest=hashlib.sha256(json.dumps(result.to_json()).encode()).hexdigest(),
         needed_bytes=size,
         fs=fs,
@@ -232,8 +234,7 @@ def write(
         config = calibrated_config(checkpoint.config, result)
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
         staging.write_file(CONFIG_FILE, text.encode())
-        staging.write_file(CARD, _card(checkpoint, result).encode())
-        record = _manifest(checkpoint, result, staging.files)
+        record = _with_card(checkpoint, _manifest(checkpoint, result), staging)
         staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
         staging.commit()
     return target
@@ -241,35 +242,37 @@ def write(
 
 def _side_files(checkpoint: Checkpoint) -> list[str]:
     """Return the files that go along as they are."""
-    written = {CONFIG_FILE, CARD, manifest.MANIFEST_FILE}
+    written = {CONFIG_FILE, CARD, PLOT, manifest.MANIFEST_FILE}
     if checkpoint.record is not None:
         return sorted(set(checkpoint.record["files"]) - written)
     found = sorted(entry.name for entry in checkpoint.folder.iterdir() if entry.is_file())
     return [name for name in found if name not in written and name not in checkpoint.shards]
 
 
-def _card(checkpoint: Checkpoint, result: CalibrationResult) -> str:
-    """Return the card with the section of this calibration in place of any earlier one."""
-    try:
-        text = read_text(checkpoint.folder / CARD, CARD, _MAX_CARD)
-    except AdaconvertError:
-        text = f"# {checkpoint.name}\n"
-    section = "\n".join([_BEGIN, *result.card(), _END])
-    earlier = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-    if earlier.search(text):
-        return earlier.sub(lambda _: section, text, count=1)
-    return f"{text.rstrip()}\n\n{section}\n"
-
-
-def _manifest(
-    checkpoint: Checkpoint, result: CalibrationResult, files: Mapping[str, str]
+def _with_card(
+    checkpoint: Checkpoint, record: Mapping[str, Any], staging: Staging
 ) -> dict[str, Any]:
-    record = checkpoint.record
-    if record is None:
-        record = _first_manifest(checkpoint)
-    notes = [note for note in record["notes"] if not str(note).startswith(_NOTE)]
-    chosen = "a table, nothing chosen" if result.chosen is None else result.promise()
-    return {**record, "files": dict(files), "notes": [*notes, f"{_NOTE}{chosen}"]}
+    """Return the manifest with a new card; one that was edited goes along as it is."""
+    # what it costs depends on the default
+    record = {**record, "card": {**record["card"], "after": costs_of(staging.path)}}
+    files = card_files(staging.path, record)
+    if is_edited(checkpoint.folder, record):
+        staging.copy_file(CARD, checkpoint.folder / CARD)
+    for name, data in files.items():
+        if name not in staging.files:
+            staging.write_file(name, data)
+    return with_card(record, staging.files, hashlib.sha256(files[CARD]).hexdigest())
+
+
+def _manifest(checkpoint: Checkpoint, result: CalibrationResult) -> dict[str, Any]:
+    """Return the manifest without what was measured under another default."""
+    record = checkpoint.record or _first_manifest(checkpoint)
+    record = {"card": recovered_facts(checkpoint.folder), **record}
+    notes = [note for note in record["notes"] if not is_note(str(note))]
+    promise = None if result.chosen is None else result.promise()
+    new = {**record, "notes": [*notes, *notes_of(promise, result.notes)]}
+    new.pop("quality", None)
+    return new
 
 
 def _first_manifest(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaconvert.evaluate.sweep import Select
@@ -65,6 +65,8 @@ class CalibrationResult:
         budget: compute that was allowed, None for a choice by risk.
         split: sizes of the splits.
         digests: of weights, config and data.
+        configured: site path -> selection before any calibration chose one, which is the default
+            when nothing is chosen.
         notes: what the user should know.
     """
 
@@ -75,6 +77,7 @@ class CalibrationResult:
     budget: float | None
     split: Mapping[str, object]
     digests: Mapping[str, str]
+    configured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def entry(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class CalibrationResult:
             "split": dict(self.split),
             "rows": [row.to_json() for row in self.rows],
             "chosen": self.chosen,
+            "configured": {path: dict(select) for path, select in self.configured.items()},
         }
 
     def to_json(self) -> dict[str, object]:
@@ -138,27 +142,3 @@ class CalibrationResult:
         if self.split["unit"] == "document":
             return "documents drawn like these, the tokens of a document counted alike"
         return "blocks drawn from these very documents, and no others"
-
-    def card(self) -> list[str]:
-        """Return the section of the model card."""
-        lines = [
-            "## Compute and loss",
-            "",
-            f"Measured by `adaconvert calibrate` on {self.split['evaluation']} "
-            f"{self.split['unit']}s that took no part in choosing. `compute` is routed FLOPs per "
-            "token over those of the dense reference, router and head included; "
-            "`model.set_compute(x)` takes the largest row not above x, `model.set_compute(1.0)` "
-            "runs every expert.",
-            "",
-            "| compute | loss | rise in loss | predictions changed | setting | guaranteed |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        for index, row in enumerate(self.rows):
-            name = f"**{row.name}** (default)" if index == self.chosen else row.name
-            lines.append(
-                f"| {row.compute:.4f} | {row.loss:.4f} | {row.loss_increase:+.4f} | "
-                f"{row.changed:.1%} | {name} | {'yes' if row.guaranteed else 'no'} |"
-            )
-        if self.chosen is not None:
-            lines += ["", f"Default: {self.promise()}."]
-        return [*lines, *(f"- {note}" for note in self.notes)]

@@ -31,6 +31,8 @@ from adaconvert.evaluate.testing_sequence import (
     certify,
     frontier,
 )
+from adaconvert.modeling.adaptive_knobs import neuron_flops
+from adaconvert.modeling.adaptive_schema import routed_specs
 from adaconvert.progress import Bar, bar
 
 #: blocks a site's sensitivity is measured on.
@@ -67,11 +69,11 @@ class Search:
         self.risk = risk
         self.tried: list[Setting] = []
         self._specs: dict[str, dict[str, Any]] = {
-            path: slots["ffn"]
-            for path, slots in model.config.adaptive["sites"].items()
-            if "ffn" in slots
+            path: spec
+            for path, spec in routed_specs(model.config.adaptive).items()
+            if spec["experts"]["count"] > 1
         }
-        self._measurer = Measurer(model, data.blocks, batch=settings.batch_size)
+        self._measurer = Measurer(model, data.blocks, batch=settings.batch_size, names=data.names)
         self._ordering: list[Measured] = []
 
     def run(self) -> Found:
@@ -158,7 +160,10 @@ class Search:
         grid = Grid(experts, self._measurer.scores(self.data.ordering.blocks))
         families = [uniform(grid, rule) for rule in rules]
         if self.settings.per_layer:
-            cost = {p: float(s["hidden"]) * s["intermediate"] for p, s in self._specs.items()}
+            cost = {
+                path: float(neuron_flops(spec)) * spec["intermediate"]
+                for path, spec in self._specs.items()
+            }
             families.append(per_layer(grid, rules[0], self._curves(grid, rules[0]), cost))
         return families
 

@@ -95,7 +95,8 @@ def read_labelled(
     room = min(n for n in (length, limits.positions, 1 << 30) if n)
     ids: list[tuple[int, ...]] = []
     labels, names, cut = [], [], 0
-    for row in iter_rows(where, (field, label_field), split=split, at_most=max_documents):
+    fields, few = (field, label_field), max_documents is not None
+    for row in iter_rows(where, fields, split=split, streaming=few):
         tokens = encode(tokenizer, text_of(row, field))
         limits.check(tokens, tokenizer, row.name)
         cut += len(tokens) > room

@@ -32,6 +32,8 @@ class Compute:
         ffn_flops: of these, of the neurons that were chosen; in a stock model, of the feed-forward
             networks with their routers.
         router_flops: of routers, and of gates that are run in full; None where not told apart.
+        projection_flops: of the chosen neurons of networks in place of projections; None where not
+            told apart.
         executed_flops: as `flops`, with every neuron that was computed and then masked; None in a
             stock model.
         weight_bytes: bytes of weights a token reads when it runs alone, as in batch-1 decoding.
@@ -44,6 +46,7 @@ class Compute:
     ffn_flops: float
     weight_bytes: float
     router_flops: float | None = None
+    projection_flops: float | None = None
     executed_flops: float | None = None
     ffn_bytes: float | None = None
     fraction: float | None = None
@@ -55,6 +58,7 @@ class Compute:
             "flops_per_token": self.flops,
             "ffn_flops_per_token": self.ffn_flops,
             "router_flops_per_token": self.router_flops,
+            "projection_flops_per_token": self.projection_flops,
             "executed_flops_per_token": self.executed_flops,
             "weight_bytes_per_token": self.weight_bytes,
             "ffn_weight_bytes_per_token": self.ffn_bytes,
@@ -88,6 +92,7 @@ class Tally:
             "flops": flops["total"],
             "ffn": flops["ffn"],
             "router": flops["router"],
+            "linear": flops["linear"],
             "bytes": size["total"],
             "ffn_bytes": size["ffn"],
             "fraction": account.compute(),
@@ -111,6 +116,7 @@ class Tally:
             flops=mean["flops"],
             ffn_flops=mean["ffn"],
             router_flops=mean["router"],
+            projection_flops=mean["linear"],
             executed_flops=mean["flops"] + mean["masked"],
             weight_bytes=mean["bytes"],
             ffn_bytes=mean["ffn_bytes"],
@@ -124,16 +130,18 @@ class Tally:
         )
 
 
-def estimated(source: Source, context: int, dtype: str | None = None) -> Compute | None:
+def estimated(
+    source: Source, lengths: Mapping[int, int], dtype: str | None = None
+) -> Compute | None:
     """Return what a stock checkpoint costs by its shapes, None for a family we cannot describe.
 
     Args:
         source: the checkpoint.
-        context: tokens attention is counted at; the mean over what was evaluated.
+        lengths: length of a text that was evaluated -> how many there were.
         dtype: what weights were loaded as, such as "torch.float32"; None for as stored.
     """
     from adaconvert.arch.registry import describe
-    from adaconvert.planning.estimate import costs
+    from adaconvert.planning.estimate import attention_flops, costs
 
     try:
         spec = describe(source.config, source.tensors)
@@ -144,10 +152,10 @@ def estimated(source: Source, context: int, dtype: str | None = None) -> Compute
         name: loaded if loaded is not None and ref.dtype in _FLOATS else ref.dtype
         for name, ref in source.tensors.items()
     }
-    found = costs(spec, dtypes, context)
+    found = costs(spec, dtypes, 0)
     return Compute(
         counted=False,
-        flops=float(found.flops),
+        flops=found.flops + attention_flops(spec, lengths),
         ffn_flops=float(found.ffn_flops),
         weight_bytes=float(found.weight_bytes),
     )
@@ -158,14 +166,3 @@ def relative_to(compute: Compute | None, reference: Compute | None) -> Compute |
     if compute is None or reference is None or compute.fraction is not None:
         return compute
     return replace(compute, fraction=compute.flops / reference.flops)
-
-
-def mean_context(lengths: Mapping[int, int]) -> int:
-    """Return the mean number of tokens a token attends to, itself included.
-
-    Args:
-        lengths: length of a causal sequence -> how many there were.
-    """
-    tokens = sum(length * count for length, count in lengths.items())
-    seen = sum(count * length * (length + 1) // 2 for length, count in lengths.items())
-    return max(1, round(seen / max(tokens, 1)))

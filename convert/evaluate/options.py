@@ -34,6 +34,7 @@ class EvaluateOptions:
         task_limit: documents of each task, None for all.
         revision: of a hub id.
         out: new JSON file to write the results to as well.
+        record: keep loss, perplexity and agreement in the checkpoint's manifest and card.
         progress: show progress bars on a terminal.
     """
 
@@ -56,6 +57,7 @@ class EvaluateOptions:
     task_limit: int | None = None
     revision: str | None = None
     out: str | Path | None = None
+    record: bool = False
     progress: bool = False
 
     def check(self) -> None:
@@ -68,6 +70,8 @@ class EvaluateOptions:
             raise OptionError("there is nothing to measure on", hint="Give --data or --tasks.")
         if self.data is None and self.reference is not None:
             raise OptionError("compares text, and there is none: give --data", where="--reference")
+        if self.data is None and self.record:
+            raise OptionError("keeps what text shows: give --data", where="--record")
         least = {"max_documents": 1, "max_tokens": 2, "length": 2, "batch_size": 1, "task_limit": 1}
         for name, smallest in least.items():
             value = getattr(self, name)

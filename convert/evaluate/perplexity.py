@@ -199,11 +199,17 @@ def _add(
 
 def _compare(score: TextScore, document: int, own: Tensor, other: Tensor) -> None:
     """Add agreement and divergence of log-probabilities [S, V]."""
+    import torch
+
     score.compared = True
     score.agreeing[document] += int((own.argmax(-1) == other.argmax(-1)).sum())
-    chance = other.exp()
-    terms = (chance * (other - own)).where(chance > 0, 0.0)
-    score.divergence[document] += float(terms.sum(-1).clamp_min(0).double().sum())
+    chance, gap = other.exp(), other - own
+    # p log(p/q) - p + q adds up to the same and is nowhere below zero, so rounding cancels and
+    # nothing is cut off at zero, which would make small divergences look larger
+    close = chance * (gap + torch.expm1(-gap))
+    far = (chance * gap).where(chance > 0, 0.0) - chance + own.exp()
+    terms = close.where(gap.abs() < 1, far)
+    score.divergence[document] += float(terms.sum(dtype=torch.float64))
 
 
 def _check(loss: float, log_probabilities: Tensor, name: str, label: str) -> None:

@@ -185,20 +185,23 @@ def _quality(rows: Sequence[Result]) -> Iterator[str]:
 def _cost(rows: Sequence[Result]) -> Iterator[str]:
     if all(result.compute is None and result.speed is None for result in rows):
         return
+    replaced = any(result.compute and result.compute.projection_flops for result in rows)
     columns = (
-        *("setting", "compute", "FLOPs/token", "in FFN", "router/gate", "executed", "bytes/token"),
-        *("prefill tok/s", "decode tok/s"),
+        *("setting", "compute", "FLOPs/token", "in FFN"),
+        *(("in projections",) if replaced else ()),
+        *("router/gate", "executed", "bytes/token", "prefill tok/s", "decode tok/s"),
     )
-    yield from _table(columns, [_cost_cells(result) for result in rows])
+    yield from _table(columns, [_cost_cells(result, replaced=replaced) for result in rows])
 
 
-def _cost_cells(result: Result) -> tuple[str, ...]:
+def _cost_cells(result: Result, *, replaced: bool) -> tuple[str, ...]:
     cost, speed = result.compute, result.speed
     return (
         result.label,
         "" if cost is None or cost.fraction is None else f"{cost.fraction:.4f}",
         _count(cost.flops if cost else None),
         _count(cost.ffn_flops if cost else None),
+        *((_count(cost.projection_flops if cost else None),) if replaced else ()),
         _count(cost.router_flops if cost else None),
         _count(cost.executed_flops if cost else None),
         "" if cost is None else human_bytes(round(cost.weight_bytes)),

@@ -1,7 +1,8 @@
-"""`evaluate`: load, read, score, count, time, run tasks, report; no checkpoint is changed."""
+"""`evaluate`: load, read, score, count, time, run tasks, report; weights are never changed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import AdaconvertError, OptionError, ResourceError
 from adaconvert.evaluate import classify, results, speed
-from adaconvert.evaluate.compute import Compute, estimated, mean_context, relative_to
+from adaconvert.evaluate.compute import Compute, estimated, relative_to
 from adaconvert.evaluate.options import EvaluateOptions
 from adaconvert.evaluate.perplexity import Variant, score_texts
+from adaconvert.evaluate.record import check_recordable, keep
 from adaconvert.evaluate.report import Evaluation, Result
 from adaconvert.evaluate.settings import STORED, check_settings, settings_of
 from adaconvert.evaluate.tasks import Tasks, find_tasks, run_tasks
@@ -52,14 +54,14 @@ class Measured:
         results: one for each variant.
         data: facts of the data, for the report.
         sample: token ids to measure speed on.
-        context: mean number of tokens a token attends to.
+        lengths: length of a text -> how many were measured.
         notes: what the reader should know.
     """
 
     results: list[Result]
     data: dict[str, object]
     sample: tuple[int, ...]
-    context: int
+    lengths: Mapping[int, int]
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +82,8 @@ def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation
     options.check()
     if options.out is not None:
         check_report(Path(options.out))
+    if options.record:
+        check_recordable(checkpoint)
     settings = settings_of(options.set_compute, options.select)
     tasks = find_tasks(options.tasks, options.task_limit) if options.tasks else None
     device = options.chosen_device()
@@ -104,6 +108,9 @@ def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation
     )
     if options.out is not None:
         write_report(Path(options.out), evaluation.to_json())
+    if options.record and not keep(checkpoint, evaluation):
+        kept = "README.md was edited and stays as it is; adaconvert.json has the results"
+        evaluation = replace(evaluation, notes=(*evaluation.notes, kept))
     return evaluation
 
 
@@ -173,7 +180,7 @@ def _measure(
 ) -> Measured:
     if options.data is None:
         empty = [Result(label=v.label, setting=v.setting) for v in variants]
-        return Measured(results=empty, data={}, sample=(), context=1)
+        return Measured(results=empty, data={}, sample=(), lengths={})
     every = list(variants)
     if reference is not None:
         first = Variant(label=REFERENCE, model=reference.model, setting=STORED, is_reference=True)
@@ -181,7 +188,7 @@ def _measure(
     measure = _measure_texts if loaded.kind == "causal" else _measure_labelled
     measured = measure(options, loaded, reference, every)
     shapes = {
-        id(one.model): _shape_costs(one, measured.context) for one in _both(loaded, reference)
+        id(one.model): _shape_costs(one, measured.lengths) for one in _both(loaded, reference)
     }
     costed = _with_costs(measured.results, [shapes[id(v.model)] for v in every])
     if options.speed:
@@ -223,10 +230,7 @@ def _measure_texts(
         )
 
     blocks = cut(loaded.source.root, options.progress)
-    if (
-        reference is not None
-        and cut(reference.source.root, False).ids.tolist() != blocks.ids.tolist()
-    ):
+    if reference is not None and not _same_tokens(cut(reference.source.root, False), blocks):
         raise OptionError(
             "cuts the text into other tokens than the checkpoint",
             where="--reference",
@@ -251,8 +255,15 @@ def _measure_texts(
             "digest": documents.digest,
         },
         sample=_sample(blocks),
-        context=mean_context({int(n): int((lengths == n).sum()) for n in set(lengths.tolist())}),
+        lengths=Counter(lengths.tolist()),
     )
+
+
+def _same_tokens(one: TokenBlocks, other: TokenBlocks) -> bool:
+    """Return whether blocks hold the same tokens, whatever stands where there are none."""
+    if one.weights.tolist() != other.weights.tolist():
+        return False
+    return bool((one.ids[one.weights] == other.ids[other.weights]).all())
 
 
 def _measure_labelled(
@@ -285,7 +296,7 @@ def _measure_labelled(
         results=results.of_labelled(variants, scores, data.names),
         data={"name": _name(options.data), "documents": len(data.ids), "tokens": tokens},
         sample=max(data.ids, key=len),
-        context=max(1, round(sum(len(ids) ** 2 for ids in data.ids) / tokens)),
+        lengths=Counter(map(len, data.ids)),
         notes=(f"{data.cut} texts were cut to fit the model",) if data.cut else (),
     )
 
@@ -300,11 +311,11 @@ def _sample(blocks: TokenBlocks) -> tuple[int, ...]:
     return tuple(int(i) for i in blocks.ids[row][blocks.weights[row]])
 
 
-def _shape_costs(loaded: Loaded, context: int) -> Compute | None:
+def _shape_costs(loaded: Loaded, lengths: Mapping[int, int]) -> Compute | None:
     """Return the costs of a stock checkpoint; an adaptive one has counted them itself."""
     if hasattr(loaded.model, "account"):
         return None
-    return estimated(loaded.source, context, str(loaded.model.dtype))
+    return estimated(loaded.source, lengths, str(loaded.model.dtype))
 
 
 def _with_costs(found: Sequence[Result], shapes: Sequence[Compute | None]) -> list[Result]:

@@ -88,15 +88,24 @@ class Measurer:
         model: an adaptive model of one of these kinds, in evaluation mode.
         blocks: what it is run on.
         batch: blocks at a time, None for as many as 512 MiB of logits allow.
+        names: where each document comes from, for errors.
 
     Attributes:
         predicted: [N] predictions about each block.
         shown: told of every block that a setting other than the reference has been run on.
     """
 
-    def __init__(self, model: Any, blocks: TokenBlocks, *, batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: TokenBlocks,
+        *,
+        batch: int | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.blocks = blocks
+        self._names = names
         self.shown: Bar = Silent()
         self._classifies = is_classifier(type(model).__name__)
         config = model.config.get_text_config()
@@ -202,9 +211,11 @@ class Measurer:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
             document = int(self.blocks.document[part[bad[0]]])
+            name = self._names[document] if self._names else f"document {document}"
             raise SourceError(
-                f"the model's loss is {losses[bad[0]]} on document {document} with {setting.name}",
+                f"the model's loss is {losses[bad[0]]} with {setting.name}",
                 where="calibration",
+                found=f"first in {name}",
                 hint="Nothing was written. Check the weights with `adaconvert inspect`, or "
                 "calibrate in --dtype float32.",
             )

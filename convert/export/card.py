@@ -1,150 +1,201 @@
-"""The model card (README.md) of a converted checkpoint: what it is, what was proven, what to do
-next."""
+"""The model card (README.md) of a checkpoint of any stage, made from its manifest and config.json.
+
+Nothing else enters it, so that it can be made again from the folder at any time, byte for byte.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
 
+from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
-from adaconvert.export.words import Words, partition_words
+from adaconvert.export import card_calibration, card_proof, card_sections, card_training
+from adaconvert.export.card_facts import LICENSE_KEYS, license_of
+from adaconvert.export.card_plot import plot
+from adaconvert.export.card_stages import (
+    datasets,
+    made_lines,
+    merged_at,
+    stages_of,
+    tags,
+    title,
+)
+from adaconvert.export.card_text import is_hub_id, yaml_text
+from adaconvert.export.card_told import Told
+from adaconvert.io.card_file import CARD, MARKER, PLOT, RECIPE
+from adaconvert.io.commit import Staging
 from adaconvert.io.regular import read_text
-from adaconvert.io.source import Source
-from adaconvert.reports import PlanReport, cost_lines
+from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from adaconvert.io.strict_json import load_object
 
-#: marks a card adaconvert wrote, so that a card edited by its owner is never mistaken for one.
-MARKER = "<!-- written by adaconvert -->"
-_LICENSE_KEYS = ("license", "license_name", "license_link")
-_MAX_CARD = 1 << 20
+_MAX_RECIPE: Final = 1 << 20
 
 
-def _license_lines(source: Source) -> list[str]:
-    """Return the license lines of the source's card, if it has any that are plain values."""
-    if "README.md" not in source.side_files:
-        return []
-    try:
-        text = read_text(source.path("README.md"), "README.md", _MAX_CARD)
-    except AdaconvertError:
-        return []
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    if front is None:
-        return []
-    lines = []
-    for key in _LICENSE_KEYS:
-        found = re.search(
-            rf"^{key}:[ \t]*([\w .:/+-]{{1,200}})$", front[1], re.MULTILINE | re.ASCII
-        )
-        if found is not None:
-            lines.append(f"{key}: {found[1].strip()}")
-    return lines
+def told_of(
+    record: Mapping[str, Any], config: Mapping[str, Any], recipe: str | None = None
+) -> Told:
+    """Return what a card tells.
 
-
-def _front_matter(sources: Sequence[Source], words: Words) -> list[str]:
-    bases = [s.label for s in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", s.label, re.ASCII)]
-    lines = ["---", "library_name: transformers"]
-    if words.pipeline:
-        lines.append(f"pipeline_tag: {words.pipeline}")
-    lines += _license_lines(sources[0])
-    if len(bases) == len(sources):
-        lines += ["base_model:", *(f"- {base}" for base in dict.fromkeys(bases))]
-        relation = "merge" if len(sources) > 1 else "finetune"
-        lines.append(f"base_model_relation: {relation}")
-    return [*lines, "tags:", "- adaconvert", *(f"- {tag}" for tag in words.tags), "---"]
-
-
-def _upcycle_words(report: PlanReport, name: str, names: str, version: str) -> Words:
-    """Return what the card of an upcycled model says."""
-    options = report.options
-    return Words(
-        title=f"{name}, upcycled to {options['experts']} experts",
-        intro=f"A `{report.target}` mixture of experts made from {names} by adaconvert {version}: "
-        f"{options['experts']} experts, {options['top_k']} per token. "
-        "It loads with stock `transformers`; no custom code.",
-        tags=("sparse-upcycling", "moe"),
-        sections=tuple(_training(report)),
+    Args:
+        record: content of adaconvert.json, of any stage and version; what it lacks is left out.
+        config: content of config.json.
+        recipe: text of the recipe the folder was made by, None without one.
+    """
+    calibration, stale = card_calibration.calibration_of(config, record)
+    return Told(
+        record=record,
+        config=config,
+        recipe=recipe,
+        stages=stages_of(record),
+        calibration=calibration,
+        stale=tuple(stale),
+        spec=_spec(config),
     )
 
 
-def _training(report: PlanReport) -> list[str]:
-    coefficient = report.options["aux_loss_coef"]
-    return [
-        "## Training it",
-        "",
-        "The routers are **not trained yet**, and copies of one expert only become different "
-        "experts by training. The load-balancing loss is switched off for serving "
-        "(`output_router_logits: false`). When you train with `transformers`, TRL or another "
-        "trainer, switch it on, or experts will starve:",
-        "",
-        "```python",
-        'model = AutoModelForCausalLM.from_pretrained("path", output_router_logits=True)',
-        f"# config.router_aux_loss_coef is {coefficient}",
-        "```",
-    ]
+def _spec(config: Mapping[str, Any]) -> ModelSpec | None:
+    try:
+        return describe(config)
+    except AdaconvertError:
+        return None
 
 
-def render_card(
-    report: PlanReport, sources: Sequence[Source], verification: Sequence[str] | None, version: str
-) -> str:
-    """Return the card's text.
+def render(record: Mapping[str, Any], config: Mapping[str, Any], recipe: str | None = None) -> str:
+    """Return the text of the card; arguments as for `told_of`."""
+    return _text(told_of(record, config, recipe))
+
+
+def card_files(folder: Path, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the card of an output and the drawing beside it, by file name.
 
     Args:
-        report: the plan that was followed.
-        sources: the opened sources, first one first.
-        verification: lines of the verification, None when it was skipped.
-        version: of adaconvert.
+        folder: holds its config.json, and the recipe if there is one.
+        record: content of its adaconvert.json.
+
+    Raises:
+        SourceError: config.json is missing or damaged.
     """
-    names = " and ".join(f"`{s.label}`" for s in sources)
-    write = _upcycle_words if report.method == "upcycle" else partition_words
-    words = write(report, sources[0].label.split("/")[-1], names, version)
-    body = [
-        *_front_matter(sources, words),
+    config = load_object(folder / CONFIG_FILE, CONFIG_FILE, MAX_CONFIG_BYTES)
+    # as it will be read back: keys in their order in the file
+    read = json.loads(json.dumps(record, sort_keys=True))
+    told = told_of(read, config, _recipe(folder))
+    files = {CARD: _text(told).encode()}
+    drawn = None if told.calibration is None else plot(told.calibration)
+    return files if drawn is None else {**files, PLOT: drawn}
+
+
+def write_card(staging: Staging, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of an output whose card and drawing are written, with all files listed.
+
+    Args:
+        staging: holds everything else but the manifest.
+        record: the manifest so far, with its "card" entry.
+    """
+    files = card_files(staging.path, record)
+    for name, data in files.items():
+        staging.write_file(name, data)
+    return with_card(record, staging.files, staging.files[CARD])
+
+
+def with_card(record: Mapping[str, Any], files: Mapping[str, str], sha256: str) -> dict[str, Any]:
+    """Return a manifest that lists files, and knows the card adaconvert wrote.
+
+    Args:
+        record: the manifest so far.
+        files: sha256 of every file but the shards.
+        sha256: of the card as adaconvert makes it, whether or not it is among the files.
+    """
+    card = record.get("card")
+    facts = card if isinstance(card, dict) else {}
+    return {**record, "card": {**facts, "sha256": sha256}, "files": dict(files)}
+
+
+def _recipe(folder: Path) -> str | None:
+    try:
+        return read_text(folder / RECIPE, RECIPE, _MAX_RECIPE)
+    except AdaconvertError:
+        return None
+
+
+def _text(told: Told) -> str:
+    name = told.facts.get("name")
+    lines = [
+        *_front_matter(told),
         "",
         MARKER,
-        f"# {words.title}",
+        f"# {title(told.stages, name if isinstance(name, str) else None)}",
         "",
-        words.intro,
+        card_sections.intro(told),
         "",
-        f"**Class: {report.exactness.kind}.** {_sentence(report.exactness.why)}",
+        card_sections.class_line(told),
         "",
-        "## Verification",
-        "",
-        *_verification(verification),
-        "",
-        "## Cost",
-        "",
-        "```text",
-        *cost_lines(report.before, report.after),
-        "```",
-        "",
-        *words.sections,
-        "",
-        *_runtimes(report),
+        *card_sections.size(told),
+        *("## How it was made", "", *made_lines(told.stages), ""),
+        *card_proof.verification(told),
+        *card_training.section(told.stages),
+        *card_proof.quality(told),
+        *([] if told.calibration is None else card_calibration.section(told.calibration)),
+        *card_sections.loading(told),
+        *card_sections.using(told),
+        *card_sections.runtimes(told),
+        *card_sections.limits(told),
+        *card_sections.recipe(told),
+        *card_sections.license_section(told),
     ]
-    body += [f"- {_sentence(note)}" for note in report.notes]
-    return "\n".join(body).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _runtimes(report: PlanReport) -> list[str]:
-    if not report.runtimes:
-        return []
-    return [
-        "## Where it runs",
-        "",
-        "| runtime | result | why |",
-        "| --- | --- | --- |",
-        *(f"| {v.runtime} | {v.verdict} | {v.why} |" for v in report.runtimes),
-        "",
-    ]
+def _front_matter(told: Told) -> list[str]:
+    lines = ["---", "library_name: transformers"]
+    if told.pipeline:
+        lines.append(f"pipeline_tag: {told.pipeline}")
+    lines += _license_lines(told)
+    listed = told.facts.get("base_models")
+    bases = [base for base in (listed if isinstance(listed, list) else []) if is_hub_id(base)]
+    if bases:
+        lines += ["base_model:", *(f"- {base}" for base in bases)]
+        lines.append(f"base_model_relation: {_relation(told)}")
+    trained_on = datasets(told.stages)
+    if trained_on:
+        lines += ["datasets:", *(f"- {name}" for name in trained_on)]
+    return [*lines, "tags:", *(f"- {tag}" for tag in _tags(told)), "---"]
 
 
-def _verification(lines: Sequence[str] | None) -> list[str]:
-    if lines is None:
-        return [
-            "**Not verified**: the conversion ran with `--no-verify`. "
-            "Run `adaconvert verify SOURCE THIS`."
-        ]
-    return ["```text", *lines, "```"]
+def _license_lines(told: Told) -> list[str]:
+    found = license_of(told.facts.get("license"))
+    if not found and _all_stated(told.facts.get("licenses")):
+        return ["license: other", "license_name: those-of-the-base-models"]
+    lines = []
+    for key in LICENSE_KEYS:
+        value = found.get(key)
+        if isinstance(value, list):
+            lines += [f"{key}:", *(f"- {yaml_text(item)}" for item in value)]
+        elif value is not None:
+            lines.append(f"{key}: {yaml_text(value)}")
+    return lines
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+def _all_stated(entries: object) -> bool:
+    return isinstance(entries, list) and bool(entries) and all(map(license_of, entries))
+
+
+def _relation(told: Told) -> str:
+    """Return how the hub relates it to its base model; a converted model counts as fine-tuned."""
+    if merged_at(told.stages) is not None:
+        return "merge"
+    return "quantized" if told.config.get("quantization_config") else "finetune"
+
+
+def _tags(told: Told) -> list[str]:
+    found = ["adaconvert", *tags(told.stages)]
+    if told.is_mixture:
+        found.append("moe")
+    if told.is_adaptive:
+        found.append("adaptive-compute")
+    if told.config.get("auto_map"):
+        found.append("custom_code")
+    return list(dict.fromkeys(found))

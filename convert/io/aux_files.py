@@ -30,7 +30,14 @@ _COPIED: Final = re.compile(
 )
 _NEVER: Final = (
     (re.compile(r".*\.index\.json", re.I), "belongs to the source's shards"),
-    (re.compile(r"config\.json|README(\..*)?|adaconvert\.json", re.I), "written anew"),
+    (
+        re.compile(
+            r"config\.json|README(\..*)?|adaconvert\.json|compute_loss\.svg"
+            r"|adaconvert_recipe\.yaml",
+            re.I,
+        ),
+        "written anew",
+    ),
     (re.compile(r"\.git.*", re.I), "belongs to the source's repository"),
     (re.compile(r".*\.(py|pyc|so|sh)", re.I), "is code"),
     (re.compile(r"training_args.*|optimizer.*|scheduler.*|rng_state.*", re.I), "is training state"),

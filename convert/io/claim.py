@@ -45,6 +45,7 @@ def claim(
     resume: bool,
     needed_bytes: int,
     facts: Mapping[str, object],
+    updating: bool = False,
 ) -> Claim:
     """Return the claim on a destination; see `Staging.open` for arguments and errors.
 
@@ -53,7 +54,7 @@ def claim(
     destination = Destination.resolve(dst)
     destination.check_apart(sources)
     if not os.path.lexists(destination.old):
-        destination.check_free(overwrite=overwrite)
+        destination.check_free(overwrite=overwrite, updating=updating)
     made: list[Path] = []
     lock: Lock | None = None
     journal: Journal | None = None
@@ -63,7 +64,7 @@ def claim(
             make_parents(fs, destination.path, made)
             lock = Lock.claim(fs, destination.staging, destination.given)
             destination.settle(fs)
-            destination.check_free(overwrite=overwrite)
+            destination.check_free(overwrite=overwrite, updating=updating)
             journal = _open_journal(fs, destination, lock, plan_digest, facts, resume)
             _check_space(destination, journal, needed_bytes)
     except BaseException:

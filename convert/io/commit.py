@@ -13,7 +13,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -46,18 +46,23 @@ class Staging:
         path: folder of the growing checkpoint.
         files: sha256 of every file but the shards, by name.
         resumed: an interrupted run of the same plan finished some shards.
+        kept_elsewhere: what an interrupted run has kept outside, None for nothing.
     """
 
-    def __init__(self, fs: FileSystem, held: Claim, *, overwrite: bool, needed: int) -> None:
+    def __init__(
+        self, fs: FileSystem, held: Claim, *, overwrite: bool, updating: bool, needed: int
+    ) -> None:
         self.path = held.lock.folder / CHECKPOINT_FOLDER
         self.files: dict[str, str] = {}
         self.resumed = bool(held.journal.records)
+        self.kept_elsewhere: Callable[[], str | None] = lambda: None
         self._fs = fs
         self._destination = held.destination
         self._lock = held.lock
         self._journal = held.journal
         self._made = held.made
         self._overwrite = overwrite
+        self._updating = updating
         self._needed = needed
         self._records: dict[str, ShardRecord] = {}
         self._copier = Copier(fs)
@@ -78,6 +83,7 @@ class Staging:
         needed_bytes: int = 0,
         facts: Mapping[str, object] | None = None,
         fs: FileSystem | None = None,
+        updating: bool = False,
     ) -> Staging:
         """Return a staging folder for `dst` that this process holds, after every cheap check.
 
@@ -90,6 +96,7 @@ class Staging:
             needed_bytes: size of the output, 0 when unknown.
             facts: what the plan depends on, named when a resumed run differs.
             fs: the disk.
+            updating: see `Destination.check_free`.
 
         Raises:
             OutputConflictError: the destination is taken, overlaps a source or is in use.
@@ -105,8 +112,9 @@ class Staging:
             resume=resume,
             needed_bytes=needed_bytes,
             facts=facts or {},
+            updating=updating,
         )
-        return cls(fs, held, overwrite=overwrite, needed=needed_bytes)
+        return cls(fs, held, overwrite=overwrite, updating=updating, needed=needed_bytes)
 
     def completed_shards(self, layouts: Sequence[ShardLayout]) -> dict[str, ShardRecord]:
         """Return the shards an interrupted run finished whose bytes still have their hash.
@@ -254,7 +262,7 @@ class Staging:
         if self._committed:
             return f"{self._destination.given} is complete."
         if not kept:
-            return "Nothing was complete, so nothing was kept."
+            return self.kept_elsewhere() or "Nothing was complete, so nothing was kept."
         count = len(self._journal.records)
         shards = "1 complete shard is" if count == 1 else f"{count} complete shards are"
         return f"{shards} kept: run the same command with --resume to go on from there."
@@ -263,7 +271,10 @@ class Staging:
         # one shard is synced while the next is written: disk and copying overlap, and no more than
         # two shards are ever open.
         self._drain()
-        self._pending = self._worker.submit(self._complete, writer, digests)
+        # a signal in the middle of starting the thread would leave one that nobody waits for
+        with signals_deferred():
+            self._pending = self._worker.submit(self._complete, writer, digests)
+            writer.finished = True
 
     def _complete(self, writer: ShardWriter, digests: Digests) -> ShardRecord:
         record = writer.complete(digests)
@@ -324,7 +335,7 @@ class Staging:
     def _move_in(self) -> None:
         target = self._destination
         if target.occupied():
-            target.check_free(overwrite=self._overwrite)
+            target.check_free(overwrite=self._overwrite, updating=self._updating)
             self._fs.rename(target.path, target.old)
             try:
                 self._fs.rename(self.path, target.path)

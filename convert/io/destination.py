@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from adaconvert.errors import OutputConflictError
+from adaconvert.io.card_file import CARD, is_edited
 from adaconvert.io.fs import FileSystem, reporting
 from adaconvert.io.manifest import MANIFEST_FILE, foreign_entries, is_ours
 from adaconvert.io.names import escape
@@ -89,8 +90,12 @@ class Destination:
                 )
             return next(os.scandir(self.path), None) is not None
 
-    def check_free(self, *, overwrite: bool) -> None:
+    def check_free(self, *, overwrite: bool, updating: bool = False) -> None:
         """Return only when an output may be put here.
+
+        Args:
+            overwrite: an earlier output of adaconvert may be replaced.
+            updating: what is there is only updated, and an edited card goes along.
 
         Raises:
             OutputConflictError: something is there, and may not be replaced.
@@ -115,6 +120,12 @@ class Destination:
             raise _conflict(
                 self.given,
                 f"holds '{escape(strange[0])}', which adaconvert did not write",
+                hint="Move it away first: --overwrite replaces the whole folder.",
+            )
+        if not updating and is_edited(self.path):
+            raise _conflict(
+                self.given,
+                f"holds a {CARD} that was edited since adaconvert wrote it",
                 hint="Move it away first: --overwrite replaces the whole folder.",
             )
 

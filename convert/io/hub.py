@@ -14,10 +14,13 @@ from adaconvert.io.names import escape, listing
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*", re.ASCII)
 _EITHER = "Give an existing folder, or a hub id of the form org/name."
+_UNSAFE_NAME = re.compile(r"Invalid (?:filename|pointer path)[^']*'(?P<name>.*?)'", re.DOTALL)
 _CACHE_FOLDER = re.compile(r"models--(?P<id>.+)")
 
-#: what a dense checkpoint consists of; never pickles, never code
+#: what a dense checkpoint consists of, and the card that states its licence; never pickles, never
+#: code
 ALLOW_PATTERNS = (
+    "README.md",
     "*.json",
     "*.safetensors",
     "*.txt",
@@ -174,6 +177,14 @@ def _unreachable(error: Exception, kinds: set[str], at: str) -> AdaconvertError:
         hint = "Check the network, or give a folder."
         return ResourceError(
             "not in the hub cache, and the hub cannot be reached", where=at, hint=hint
+        )
+    unsafe = _UNSAFE_NAME.match(str(error)) if isinstance(error, ValueError) else None
+    if unsafe:
+        return SourceError(
+            "the repository lists a file whose name leads out of its folder",
+            where=at,
+            found=f"'{escape(unsafe['name'])}'",
+            hint="Ask its owner to rename the file, or take another revision.",
         )
     if isinstance(error, PermissionError):
         return ResourceError(

@@ -15,6 +15,7 @@ from typing import Final, cast
 
 from adaconvert import __version__
 from adaconvert.errors import AdaconvertError, OptionError, VerificationError
+from adaconvert.io.digest import digest_of_digests
 from adaconvert.io.layout import ShardRecord
 from adaconvert.io.names import escape
 
@@ -23,6 +24,7 @@ FORMAT: Final = 1
 MAX_BYTES: Final = 256 << 20
 
 _SELF: Final = "self_sha256"
+_MOST_STAGES: Final = 64
 _SHAPE: Final[dict[str, tuple[type, ...]]] = {
     "adaconvert": (str,),
     "dropped": (list,),
@@ -137,19 +139,21 @@ def read(folder: Path) -> dict[str, object]:
 
 def is_ours(folder: Path) -> bool:
     """Return whether a folder holds a manifest of any version of adaconvert, edited or not."""
-    try:
-        manifest = _parse(_raw(folder)) or {}
-    except AdaconvertError:
-        return False
+    manifest = peek(folder)
     return isinstance(manifest.get("adaconvert"), str) and isinstance(manifest.get("format"), int)
+
+
+def peek(folder: Path) -> dict[str, object]:
+    """Return what a manifest says, edited or of any version; nothing when it cannot be read."""
+    try:
+        return _parse(_raw(folder)) or {}
+    except AdaconvertError:
+        return {}
 
 
 def foreign_entries(folder: Path) -> list[str]:
     """Return what lies in an output folder that its manifest does not list, sorted."""
-    try:
-        manifest = _parse(_raw(folder)) or {}
-    except AdaconvertError:
-        manifest = {}
+    manifest = peek(folder)
     known = {MANIFEST_FILE}
     for key in ("files", "shards"):
         entries = manifest.get(key)
@@ -168,6 +172,83 @@ def records(manifest: Mapping[str, object]) -> dict[str, ShardRecord]:
             tensors=cast("dict[str, str]", entry["tensors"]),
         )
     return found
+
+
+def weights_of(manifest: Mapping[str, object]) -> str:
+    """Return one sha256 over names and bytes of all tensors a manifest that `read` returned
+    lists."""
+    shards = records(manifest).values()
+    return digest_of_digests(
+        {name: digest for shard in shards for name, digest in shard.tensors.items()}
+    )
+
+
+def history_of(
+    folder: Path, *, label: str | None = None, weights: str | None = None
+) -> list[dict[str, object]]:
+    """Return the stages a checkpoint came by, oldest first; none when adaconvert did not write it.
+
+    Args:
+        folder: the checkpoint, as it was opened.
+        label: what the next stage calls it; entered as "into" of the last stage.
+        weights: sha256 over its tensors; the history of other weights is none of this checkpoint.
+    """
+    try:
+        manifest = read(folder)
+        if weights is not None and weights_of(manifest) != weights:
+            return []
+    except (AdaconvertError, ValueError):
+        return []
+    last = _stage(manifest)
+    if label is not None:
+        last["into"] = label
+    return [*history(manifest), last][-_MOST_STAGES:]
+
+
+def histories_of(
+    sources: Sequence[tuple[Path, str]], weights: Sequence[str] | None = None
+) -> list[dict[str, object]]:
+    """Return the stages several checkpoints came by; one they share is there once.
+
+    Args:
+        sources: folder and label of each.
+        weights: sha256 over the tensors of each.
+    """
+    digests: Sequence[str | None] = [None] * len(sources) if weights is None else weights
+    found: list[dict[str, object]] = []
+    for (folder, label), digest in zip(sources, digests, strict=True):
+        stages = history_of(folder, label=label, weights=digest)
+        found += [stage for stage in stages if stage not in found]
+    return found
+
+
+def history(manifest: Mapping[str, object]) -> list[dict[str, object]]:
+    """Return the earlier stages a manifest lists, those that are none left out."""
+    listed = manifest.get("history")
+    entries = listed if isinstance(listed, list) else []
+    return [dict(entry) for entry in entries if isinstance(entry, dict) and _is_stage(entry)]
+
+
+def _is_stage(entry: Mapping[str, object]) -> bool:
+    kinds = {"method": str, "options": dict, "sources": list, "exactness": dict, "notes": list}
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+
+
+def _stage(manifest: Mapping[str, object]) -> dict[str, object]:
+    """Return a manifest without what only its own folder needs."""
+    sources = cast("list[object]", manifest["sources"])
+    kept = {key: manifest[key] for key in ("method", "options", "exactness", "notes")}
+    found: dict[str, object] = {
+        **kept,
+        "sources": [
+            {key: source.get(key) for key in ("label", "revision", "digest")}
+            for source in sources
+            if isinstance(source, dict)
+        ],
+        "version": manifest["adaconvert"],
+    }
+    training = manifest.get("training")
+    return {**found, "training": training} if isinstance(training, dict) else found
 
 
 def _raw(folder: Path) -> bytes:

@@ -57,7 +57,11 @@ class ShardWriter:
         folder: where the shard goes.
         layout: what it holds.
         copier: copies ranges of source files.
-        seal: takes the writer over once every byte is written; syncs, closes and journals.
+        seal: takes the writer over once every byte is written, and says so in `finished`; syncs,
+            closes and journals.
+
+    Attributes:
+        finished: it was taken over, so that leaving the `with` block does not close it.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class ShardWriter:
         self._placed = {tensor.name: tensor for tensor in layout.tensors}
         self._filled = dict.fromkeys(self._placed, 0)
         self._fd: int | None = None
-        self._finished = False
+        self.finished = False
 
     def __enter__(self) -> ShardWriter:
         try:
@@ -97,7 +101,7 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._finished:
+        if not self.finished:
             self.close()
 
     def copy(self, name: str, ranges: Iterable[SpanLike]) -> None:
@@ -144,7 +148,6 @@ class ShardWriter:
                 filled = f"{self._filled[tensor.name]} of {tensor.nbytes} bytes"
                 raise ValueError(f"{self.layout.file}: tensor {tensor.name} has {filled}")
         self._seal(self, {} if tensor_digests is None else tensor_digests)
-        self._finished = True
 
     def complete(self, tensor_digests: Digests) -> ShardRecord:
         """Sync and close the file, and return what it holds.

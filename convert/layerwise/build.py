@@ -61,21 +61,29 @@ def report_of(info: Mapping[str, Any]) -> KeyReport:
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the stock language-model class of a configuration.
+    """Return the stock language-model class of a configuration; the adaptive one over it where the
+    configuration is adaptive.
 
     Raises:
         OptionError: the family has none.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    is_adaptive = getattr(config, "adaptive", None) is not None
+    stock = type(config).__bases__[0] if is_adaptive else type(config)
     try:
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
     except KeyError:
         raise OptionError(
             f"model_type {escape(config.model_type)} is no language model: it has no logits"
         ) from None
     chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-    return chosen
+    if not is_adaptive:
+        return chosen
+    from adaconvert.modeling import modeling_adaptive
+
+    own: type[PreTrainedModel] = getattr(modeling_adaptive, f"Adaptive{chosen.__name__}")
+    return own
 
 
 def attention_of(model_class: type[PreTrainedModel]) -> str:

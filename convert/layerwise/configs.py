@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.arch.adaptive import dense_config
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
+from adaconvert.layerwise.names import as_block, block_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,11 +28,9 @@ def load_config(source: Source) -> PreTrainedConfig:
     Raises:
         SourceError: transformers does not know the model type or refuses a value.
     """
-    from transformers import CONFIG_MAPPING
-
     model_type = str(source.config.get("model_type", ""))
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(source.config))
+        return _class_of(source).from_dict(dict(source.config))
     except KeyError:
         raise SourceError(
             f"transformers does not know model_type {escape(model_type)}", where="config.json"
@@ -40,6 +40,22 @@ def load_config(source: Source) -> PreTrainedConfig:
         raise SourceError(
             f"transformers refuses it: {escape(str(error))}", where="config.json"
         ) from error
+
+
+def _class_of(source: Source) -> Any:
+    """Return the configuration class of a checkpoint; of ours where it is adaptive.
+
+    Raises:
+        KeyError: there is none.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if source.config.get("adaptive") is None:
+        return CONFIG_MAPPING[str(source.config.get("model_type", ""))]
+    from adaconvert.modeling.configuration_adaptive import made_config
+
+    stock = CONFIG_MAPPING[str(dense_config(source.config)["model_type"])]
+    return made_config(f"Adaptive{stock.__name__}")
 
 
 def depth_of(config: PreTrainedConfig) -> int:
@@ -66,10 +82,28 @@ def one_block(
             values[key] = [entries[index]]
     values[names.get("num_hidden_layers", "num_hidden_layers")] = 1
     values.update(_sparsity(values, index))
+    if values.get("adaptive") is not None:
+        values["adaptive"] = _sites_of(values["adaptive"], index)
     if vocab_size is not None:
         values[names.get("vocab_size", "vocab_size")] = vocab_size
         values.update({key: None for key in _TOKEN_IDS if key in values})
     return type(config).from_dict(values)
+
+
+def without_sites(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the configuration with no site, for a model without blocks; a stock one as it is."""
+    values = config.to_dict()
+    if values.get("adaptive") is None:
+        return config
+    values["adaptive"] = {**values["adaptive"], "sites": {}}
+    return type(config).from_dict(values)
+
+
+def _sites_of(adaptive: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return `config.adaptive` with the sites of one block, which is the first then."""
+    sites = adaptive["sites"]
+    own = {as_block(path, 0): slots for path, slots in sites.items() if block_of(path) == index}
+    return {**adaptive, "sites": own}
 
 
 def _sparsity(values: dict[str, Any], index: int) -> dict[str, Any]:

@@ -1,9 +1,15 @@
-"""An adaptive checkpoint seen as the dense model it was made of: same tensors, permuted neurons."""
+"""An adaptive checkpoint seen as the dense model it was made of: same tensors, permuted neurons.
+
+Projections that networks took the place of are gone from it, so those networks stay, with every
+neuron on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adaconvert.arch import adaptive
 from adaconvert.io.source import Source
@@ -15,7 +21,8 @@ EXTRA = (f".{adaptive.NEURON_ORDER}", ".router.")
 def dense_view(where: Path | Source) -> Source:
     """Return a checkpoint as a stock one: an adaptive one without what its conversion added.
 
-    A partition only permutes neurons, so the dense FFN computes what all experts together do.
+    A partition only permutes neurons, so the dense FFN computes what all experts together do. One
+    with networks in place of projections stays adaptive, for them alone.
 
     Args:
         where: folder or opened source; a stock checkpoint is returned as it is.
@@ -27,4 +34,21 @@ def dense_view(where: Path | Source) -> Source:
     if source.config.get("adaptive") is None:
         return source
     tensors = {n: ref for n, ref in source.tensors.items() if not any(e in n for e in EXTRA)}
-    return replace(source, config=adaptive.dense_config(source.config), tensors=tensors)
+    config = adaptive.dense_config(source.config)
+    kept = _networks(source.config)
+    if kept:
+        own: Any = source.config["adaptive"]
+        config["model_type"] = source.config["model_type"]
+        config["adaptive"] = {**own, "sites": kept, "calibration": None}
+    return replace(source, config=config, tensors=tensors)
+
+
+def _networks(config: Mapping[str, Any]) -> dict[str, object]:
+    """Return the sites of networks in place of projections, without routers, every neuron on."""
+    whole = {"router": {"kind": "none"}, "select": {"rule": "all"}}
+    sites = config["adaptive"].get("sites")
+    return {
+        path: {"linear": {"mlp": {**slots["linear"]["mlp"], **whole}}}
+        for path, slots in (sites if isinstance(sites, dict) else {}).items()
+        if "mlp" in (slots.get("linear") or {})
+    }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PLAIN = (bool, int, float, str, type(None))
 #: settings that differ because the block stands elsewhere or holds weights, not because it computes
 #: another thing.
-_POSITION = frozenset({"layer_idx", "training", "layer_id"})
+_POSITION = frozenset({"layer_idx", "training", "layer_id", "adaptive_path"})
 
 
 def check_likeness(alone: nn.Module, within: nn.Module, index: int) -> None:

@@ -28,7 +28,7 @@ from adaconvert.errors import VerificationError
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.build import KeyReport, causal_class, find_blocks, load
-from adaconvert.layerwise.configs import depth_of, load_config, one_block
+from adaconvert.layerwise.configs import depth_of, load_config, one_block, without_sites
 from adaconvert.layerwise.ends import ends_class, seam_of
 from adaconvert.layerwise.likeness import check_likeness
 from adaconvert.layerwise.names import as_block, block_of
@@ -216,7 +216,7 @@ class LayerwiseModel:
         size = None if rows is None else len(rows)
         model, keys = load(
             ends_class(self._class),
-            one_block(self.config, 0, vocab_size=size),
+            without_sites(one_block(self.config, 0, vocab_size=size)),
             stored,
             dtype=self.dtype,
         )

@@ -57,6 +57,10 @@ def _nothing(progress: bool) -> Fitted:
     return {}
 
 
+def _nothing_kept() -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A planned run.
@@ -67,9 +71,11 @@ class Prepared:
             is whether to show progress.
         config_of: config.json once everything is fitted; None when the plan's is complete.
         notes_of: further notes, from the sha256 of every tensor written; None for none.
+        kept: what an interrupted run has kept besides complete shards, None for nothing.
     """
 
     planned: Planned
     fit: Callable[[bool], Fitted] = _nothing
     config_of: Callable[[Fitted], dict[str, object]] | None = None
     notes_of: Callable[[Mapping[str, str]], list[str]] | None = None
+    kept: Callable[[], str | None] = _nothing_kept

@@ -15,6 +15,7 @@ from adaconvert.arch.check import Audit, audit
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io import aux_files
+from adaconvert.io.card_file import PLOT, RECIPE
 from adaconvert.io.reader import iter_chunks
 from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
@@ -148,8 +149,10 @@ def check_agreement(described: Sequence[Described]) -> None:
 
 def left_behind(item: Described) -> dict[str, str]:
     """Return the side files that do not go along, with the reasons; the code and the kept config of
-    an adaptive checkpoint go without saying."""
-    dropped = aux_files.classify(item.source).dropped
+    an adaptive checkpoint go without saying, and so does what belongs to a card."""
+    dropped = dict(aux_files.classify(item.source).dropped)
+    for name in (PLOT, RECIPE):
+        dropped.pop(name, None)
     if item.spec.adaptive is None:
         return dropped
     return {name: why for name, why in dropped.items() if not _OWN_FILES.fullmatch(name)}

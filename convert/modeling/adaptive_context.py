@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -26,6 +25,7 @@ class SiteAccount:
     """What one site did, summed over the passes counted.
 
     Attributes:
+        slot: "ffn", or "linear" for a network in place of a projection.
         tokens: tokens that reached the site, padding not counted.
         routed_tokens: those of them that a router looked at; with every expert on none runs.
         neurons: (token, neuron) pairs that were selected, always-on neurons included.
@@ -43,6 +43,7 @@ class SiteAccount:
     neuron_bytes: int
     router_bytes: int
     gate_bytes: int
+    slot: str = "ffn"
     tokens: int = 0
     routed_tokens: int = 0
     neurons: int = 0
@@ -100,27 +101,37 @@ class Account:
     sites: dict[str, SiteAccount] = field(default_factory=dict)
 
     def flops_per_token(self) -> dict[str, float]:
-        """Return routed FLOPs per token: "ffn" (selected neurons), "router" (routers and full
-        gates) and "total" (both, projections, attention and head)."""
+        """Return routed FLOPs per token: "ffn" (selected neurons of feed-forward networks),
+        "linear" (those of networks in place of projections), "router" (routers and full gates) and
+        "total" (these, the other projections, attention and head)."""
         tokens = max(self.tokens, 1)
-        ffn = sum(site.ideal_flops for site in self.sites.values()) / tokens
+        ideal = self._by_slot("ideal_flops")
         routed = sum(site.routed_flops for site in self.sites.values()) / tokens
         total = routed + self.static_flops + self.attention_flops / tokens
-        return {"ffn": ffn, "router": routed - ffn, "total": total}
+        return {**ideal, "router": routed - sum(ideal.values()), "total": total}
 
     def weight_bytes_per_token(self) -> dict[str, float]:
         """Return the weight bytes a token reads when it runs alone, as batch-1 decoding does."""
-        tokens = max(self.tokens, 1)
-        routed = sum(site.weight_bytes for site in self.sites.values()) / tokens
-        fixed = sum(site.fixed_bytes for site in self.sites.values()) / tokens
-        return {"ffn": routed - fixed, "router": fixed, "total": routed + self.static_bytes}
+        fixed = sum(self._by_slot("fixed_bytes").values())
+        whole = self._by_slot("weight_bytes")
+        chosen = {k: v - self._by_slot("fixed_bytes")[k] for k, v in whole.items()}
+        return {**chosen, "router": fixed, "total": sum(whole.values()) + self.static_bytes}
+
+    def _by_slot(self, what: str) -> dict[str, float]:
+        """Return a sum over the sites of each slot, per token."""
+        found = dict.fromkeys(("ffn", "linear"), 0.0)
+        for site in self.sites.values():
+            found[site.slot] += getattr(site, what) / max(self.tokens, 1)
+        return found
 
     def compute(self) -> float:
         """Return routed FLOPs per token as a fraction of the reference at its stated length."""
         flops = self.flops_per_token()
         whole = self.reference["flops_per_token"]
-        rest = whole - self.reference["ffn_flops_per_token"]
-        return float((rest + flops["ffn"] + flops["router"]) / whole)
+        converted = self.reference["ffn_flops_per_token"]
+        converted += self.reference.get("linear_flops_per_token", 0)
+        routed = flops["ffn"] + flops["linear"] + flops["router"]
+        return float((whole - converted + routed) / whole)
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ class Call:
     """One forward pass.
 
     Attributes:
+        owner: the `Runtime` of the model it is a pass of.
         token_mask: [B, S] True for real tokens, None when all are.
         phase: "train", "prefill" or "decode".
         knobs: site path, or "*", -> selection that overrides the config's.
@@ -136,6 +148,7 @@ class Call:
         recomputing: this is the second run of a checkpointed segment.
     """
 
+    owner: object = None
     token_mask: Tensor | None = None
     phase: str = "prefill"
     knobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -210,19 +223,3 @@ def checkpointed(inner: Callable[..., Any]) -> Callable[..., Any]:
         return inner(segment, *args, **kwargs)
 
     return run
-
-
-def token_mask_of(attention_mask: Tensor | None, positions: int) -> Tensor | None:
-    """Return which tokens of this pass are real, [B, S], from a mask over cache and pass.
-
-    Args:
-        attention_mask: [B, past + S] with 1 for real tokens; masks of other ranks say nothing about
-            padding.
-        positions: S.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    if attention_mask.shape[1] < positions:
-        return None
-    own = attention_mask[:, attention_mask.shape[1] - positions :]
-    return own.to(torch.bool)

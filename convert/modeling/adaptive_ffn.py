@@ -20,8 +20,10 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .adaptive_context import Call, SiteAccount, current
+from .adaptive_costs import matrix_size
 from .adaptive_decode import RULES as DECODED
 from .adaptive_execution import Decoder, ExpertWeights, decode_step, run_experts
+from .adaptive_knobs import neuron_flops
 from .adaptive_routers import Router, grouped, make_router
 from .adaptive_schema import RULES
 from .adaptive_select import runs_all, select_experts
@@ -44,10 +46,12 @@ class AdaptiveFFN(nn.Module):
     """What a stock feed-forward class becomes a subclass of; see the module docstring.
 
     Attributes:
+        adaptive_slot: which slot of the site it fills.
         adaptive_path: the site's path in the model.
-        adaptive_spec: the site's "ffn" spec.
+        adaptive_spec: what the slot holds.
     """
 
+    adaptive_slot = "ffn"
     adaptive_path: str
     adaptive_spec: dict[str, Any]
     adaptive_gated: bool
@@ -95,7 +99,7 @@ class AdaptiveFFN(nn.Module):
                     spec = self.adaptive_spec
                     executed = int(chosen.sum()) * spec["experts"]["width"]
                     self._count(call, chosen, None, executed + spec.get("shared", 0))
-                return self._after(out).reshape(hidden_states.shape)
+                return self._after(out).reshape(*hidden_states.shape[:-1], out.shape[-1])
         gated, scores = self._scores(x)
         chosen = select_experts(scores.detach(), select)
         if real is not None:
@@ -149,7 +153,7 @@ class AdaptiveFFN(nn.Module):
             gated = self.adaptive_activation(self._gate(x))
             return gated, grouped(gated.abs().float(), experts, shared)
         if kind == "oracle":
-            hidden = self._hidden(x).float() * self._down_norms()
+            hidden = self._hidden(x).float() * self._down_norms(x.device)
             return None, grouped(hidden * hidden, experts, shared).sqrt()
         return None, x.new_ones(x.shape[0], experts, dtype=torch.float32)
 
@@ -242,13 +246,20 @@ class AdaptiveFFN(nn.Module):
             shared=spec.get("shared", 0),
         )
 
-    def _down_norms(self) -> Tensor:
-        """Return the norm of each neuron's output column, [f]; ones where the site has no down."""
-        found = self._child_weights()
-        if found is None or "down" not in found:
-            return torch.ones(self.adaptive_spec["intermediate"])
-        norms: Tensor = torch.linalg.vector_norm(found["down"][0].float(), dim=0)
+    def _down_norms(self, device: torch.device) -> Tensor:
+        """Return the norm of each neuron's output column, [f]; ones where the down projection is no
+        matrix at hand (quantised, offloaded), so that the oracle then knows hidden units alone."""
+        down = self._down()
+        if down is None or not _is_untouched(down):
+            return torch.ones(self.adaptive_spec["intermediate"], device=device)
+        weight: Any = down.weight if type(down) is nn.Linear else down.weight.T
+        norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=0)
         return norms
+
+    def _down(self) -> Any:
+        """Return the module of the down projection, here or (BERT) in another module."""
+        name = self.adaptive_spec["weights"].get("down")
+        return self.__dict__.get("adaptive_down") if name is None else getattr(self, name)
 
     def _account(self, call: Call) -> SiteAccount:
         assert call.account is not None
@@ -260,19 +271,25 @@ class AdaptiveFFN(nn.Module):
     def _new_account(self) -> SiteAccount:
         spec = self.adaptive_spec
         d, f = spec["hidden"], spec["intermediate"]
-        names = spec["weights"]
-        item = getattr(self, names.get("up", names.get("gate_up"))).weight.element_size()
-        matrices = 3 if self.adaptive_gated else 2
+        sizes = self._matrix_bytes()
         full = spec["router"]["kind"] == "gate"
+        whole = sizes.get("gate_up", 0) // 2 or sizes.get("gate", sizes.get("up", 0))
         router_bytes = sum(t.numel() * t.element_size() for t in self._router_tensors())
         return SiteAccount(
-            neuron_flops=2 * d * (matrices - full),
+            slot=self.adaptive_slot,
+            neuron_flops=neuron_flops(spec),
             router_flops=0 if self.router is None else self.router.flops,
             gate_flops=2 * d * f if full else 0,
-            neuron_bytes=d * item * (matrices - full),
+            neuron_bytes=(sum(sizes.values()) - whole * full) // f,
             router_bytes=router_bytes,
-            gate_bytes=d * f * item if full else 0,
+            gate_bytes=whole if full else 0,
         )
+
+    def _matrix_bytes(self) -> dict[str, int]:
+        """Return the weight bytes of the site's matrices by role."""
+        modules = {r: getattr(self, n) for r, n in self.adaptive_spec["weights"].items()}
+        sizes = {role: matrix_size(m) for role, m in {**modules, "down": self._down()}.items()}
+        return {role: size[1] for role, size in sizes.items() if size is not None}
 
     def _router_tensors(self) -> list[Tensor]:
         return [] if self.router is None else [*self.router.parameters(), *self.router.buffers()]

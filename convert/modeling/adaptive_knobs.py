@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from .adaptive_schema import routed_specs
+
 Select = Mapping[str, Any]
 Knobs = dict[str, Select]
 #: what a fraction may miss a row by before the row counts as above it (rounding of decimals).
@@ -16,8 +18,8 @@ SLACK = 1e-9
 class Setting:
     """Knobs that were just set; as a context manager it puts back what was there before."""
 
-    def __init__(self, model: Any, before: Knobs) -> None:
-        self._model, self._before = model, before
+    def __init__(self, runtime: Any, before: Knobs) -> None:
+        self._runtime, self._before = runtime, before
 
     def __enter__(self) -> Setting:
         return self
@@ -28,7 +30,7 @@ class Setting:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._model._adaptive_knobs = self._before
+        self._runtime.knobs = self._before
 
 
 def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
@@ -67,22 +69,19 @@ def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
 
 
 def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
-    reference = adaptive["reference"]
-    sites = {path: slots["ffn"] for path, slots in adaptive["sites"].items() if "ffn" in slots}
-    whole = reference["flops_per_token"]
-    budget = compute * whole - (whole - reference["ffn_flops_per_token"])
-    # unconverted feed-forward networks cost what they cost
-    budget -= reference["ffn_flops_per_token"] - sum(_dense_flops(s) for s in sites.values())
+    sites = routed_specs(adaptive)
+    whole = adaptive["reference"]["flops_per_token"]
+    # what is not converted costs what it costs
+    budget = compute * whole - (whole - sum(_dense_flops(spec) for spec in sites.values()))
     budget -= sum(fixed_flops(spec) for spec in sites.values())
-    per_share = sum(_routed_flops(spec) for spec in sites.values())
-    least = sum(_routed_flops(s) / s["experts"]["count"] for s in sites.values())
+    least = sum(_expert_flops(spec) for spec in sites.values())
     if not sites or budget < least:
         low = compute + (least - budget) / whole
         raise ValueError(
             f"compute {compute:g} is out of reach: this model can run {_up(low)} to 1 of the "
             "reference's FLOPs per token"
         )
-    share = budget / per_share
+    share = _share(list(sites.values()), budget)
     return {
         path: {"rule": "top-k", "k": max(1, int(share * spec["experts"]["count"] + SLACK))}
         if share < 1
@@ -91,21 +90,45 @@ def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     }
 
 
+def _share(specs: list[Mapping[str, Any]], budget: float) -> float:
+    """Return the largest share of its experts that every site can run within a budget of FLOPs; a
+    site of few experts runs one where that is more than the share."""
+    while True:
+        share = budget / sum(map(_routed_flops, specs))
+        enough = [spec for spec in specs if share * spec["experts"]["count"] >= 1 - SLACK]
+        if len(enough) == len(specs) or not enough:
+            return share
+        budget -= sum(_expert_flops(spec) for spec in specs if spec not in enough)
+        specs = enough
+
+
 def _matrices(spec: Mapping[str, Any]) -> int:
     names = spec["weights"]
     return 3 if "gate" in names or "gate_up" in names else 2
 
 
 def _dense_flops(spec: Mapping[str, Any]) -> int:
-    """Return the FLOPs of the dense network for one token."""
+    """Return the FLOPs for one token of what the site was in the dense model."""
+    if "output" in spec:
+        return 2 * int(spec["hidden"]) * int(spec["output"])
     return 2 * int(spec["hidden"]) * int(spec["intermediate"]) * _matrices(spec)
+
+
+def neuron_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of one neuron of a site for one token; a gate that is run in full is no part
+    of it."""
+    into = _matrices(spec) - 1 - int(spec["router"]["kind"] == "gate")
+    return 2 * (int(spec["hidden"]) * into + int(spec.get("output", spec["hidden"])))
 
 
 def _routed_flops(spec: Mapping[str, Any]) -> int:
     """Return the FLOPs of all routed experts together for one token."""
-    routed = spec["experts"]["count"] * spec["experts"]["width"]
-    run = _matrices(spec) - (spec["router"]["kind"] == "gate")
-    return int(2 * spec["hidden"] * routed * run)
+    return int(spec["experts"]["count"] * spec["experts"]["width"] * neuron_flops(spec))
+
+
+def _expert_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of one expert for one token."""
+    return int(spec["experts"]["width"] * neuron_flops(spec))
 
 
 def router_flops(spec: Mapping[str, Any]) -> int:
@@ -127,5 +150,5 @@ def fixed_flops(spec: Mapping[str, Any]) -> int:
     hidden = int(spec["hidden"])
     full = spec["router"]["kind"] == "gate"
     gate = 2 * hidden * int(spec["intermediate"]) if full else 0
-    shared = 2 * hidden * int(spec.get("shared", 0)) * (_matrices(spec) - full)
+    shared = int(spec.get("shared", 0)) * neuron_flops(spec)
     return int(router_flops(spec) + gate + shared)

@@ -12,6 +12,10 @@
 An "ffn" site whose down projection lies in another module (BERT) has no "down" among its weights
 and names that matrix's path in `down_path`; it returns the masked hidden units.
 
+A "linear" slot holds {"mlp": ...} where a two-layer network split into experts stands in for the
+module's matrix; it is described as an "ffn" is, with the width of its `output` and which of its
+two layers have a `bias`.
+
 A slot is filled by one class (`SLOTS` in adaptive_slots.py); methods edit the fields of a slot's
 spec and never replace one another's modules. This file needs no torch.
 """
@@ -80,8 +84,20 @@ def read(adaptive: Mapping[str, Any]) -> dict[str, Any]:
         raise AdaptiveConfigError("config.adaptive has no sites")
     for path, slots in known["sites"].items():
         _check_site(path, slots)
+    _check_apart(known["sites"])
     check_composition(known)
     return known
+
+
+def routed_specs(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return, by path, the description of every site that chooses experts: of feed-forward
+    networks, and of networks in place of projections."""
+    found = {}
+    for path, slots in adaptive["sites"].items():
+        spec = slots.get("ffn") or (slots.get("linear") or {}).get("mlp")
+        if spec is not None:
+            found[path] = spec
+    return found
 
 
 def parts(adaptive: Mapping[str, Any]) -> set[str]:
@@ -118,17 +134,44 @@ def _check_site(path: str, slots: Mapping[str, Any]) -> None:
     where = f"config.adaptive.sites[{path!r}]"
     _check_keys(where, slots, set(SLOT_ORDER))
     if "ffn" in slots:
-        _check_ffn(f"{where}.ffn", slots["ffn"])
+        _check_keys(f"{where}.ffn", slots["ffn"], _FFN)
+        _check_experts(f"{where}.ffn", slots["ffn"])
+    linear = slots.get("linear")
+    if isinstance(linear, Mapping) and "mlp" in linear:
+        _check_mlp(f"{where}.linear.mlp", linear["mlp"])
 
 
-_FFN = {
+_EXPERTS = {
     *("weights", "activation", "hidden", "intermediate", "partition", "experts", "shared"),
-    *("router", "select", "combine", "null", "down_path"),
+    *("router", "select"),
 }
+_FFN = {*_EXPERTS, "combine", "null", "down_path"}
+_MLP = {*_EXPERTS, "role", "output", "bias", "quality"}
 
 
-def _check_ffn(where: str, spec: Mapping[str, Any]) -> None:
-    _check_keys(where, spec, _FFN)
+def _check_mlp(where: str, spec: Mapping[str, Any]) -> None:
+    _check_keys(where, spec, _MLP)
+    _check_keys(f"{where}.bias", spec.get("bias"), {"up", "down"})
+    sizes = [spec.get(name) for name in ("hidden", "output", "intermediate")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise AdaptiveConfigError(f"{where}: hidden, output and intermediate are {sizes}")
+    if spec.get("weights") != {"up": "up", "down": "down"} or len(spec["bias"]) != 2:
+        raise AdaptiveConfigError(f"{where} needs weights up and down, and bias of both")
+    _check_experts(where, spec)
+
+
+def _check_apart(sites: Mapping[str, Any]) -> None:
+    """Refuse a network in place of a matrix that is part of another site's experts."""
+    for path, slots in sites.items():
+        outer = path.rpartition(".")[0]
+        if "mlp" in (slots.get("linear") or {}) and "ffn" in sites.get(outer, {}):
+            raise AdaptiveConfigError(
+                f"config.adaptive.sites[{path!r}].linear.mlp stands for a matrix of the split "
+                f"network {outer!r}"
+            )
+
+
+def _check_experts(where: str, spec: Mapping[str, Any]) -> None:
     try:
         count, width = spec["experts"]["count"], spec["experts"]["width"]
         total, shared = spec["intermediate"], spec.get("shared", 0)

@@ -13,14 +13,16 @@ from typing import Any
 from torch import nn
 
 from .adaptive_ffn import AdaptiveFFN
+from .adaptive_projection import AdaptiveProjection
 from .adaptive_schema import SLOT_ORDER, AdaptiveConfigError
 
-#: slot -> class; it has `adaptive_init(path, spec)` and overrides `forward`.
-SLOTS: dict[str, type[nn.Module]] = {"ffn": AdaptiveFFN}
-_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+#: slot -> class; it has `adaptive_init(path, spec)` and overrides `forward`. One with an
+#: `adaptive_stock` is mixed into that class instead of the module's own.
+SLOTS: dict[str, type[nn.Module]] = {"linear": AdaptiveProjection, "ffn": AdaptiveFFN}
+_MIXED: dict[tuple[type[Any], type[nn.Module]], type[nn.Module]] = {}
 
 
-def mixed_class(slot: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+def mixed_class(slot: type[Any], stock: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of both; one per pair, so that instances of a model share it."""
     known = _MIXED.get((slot, stock))
     if known is None:
@@ -46,7 +48,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str, nn.Module]:
-    """Fill the sites of a stock model; return path -> module of the feed-forward sites.
+    """Fill the sites of a stock model; return path -> module of those that choose experts.
 
     Args:
         model: the stock model.
@@ -59,7 +61,7 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
     """
     inside = f"{prefix}."
     bare = bool(prefix) and not hasattr(model, prefix)
-    found = {}
+    found: dict[str, nn.Module] = {}
     for slot in SLOT_ORDER:
         for path, slots in adaptive["sites"].items():
             if slot not in slots:
@@ -68,11 +70,20 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
             module = _module(model, own)
             if slot not in SLOTS:
                 raise AdaptiveConfigError(f"site {path!r}: this code cannot fill slot {slot!r}")
-            module.__class__ = mixed_class(SLOTS[slot], type(module))
+            stock = getattr(SLOTS[slot], "adaptive_stock", type(module))
+            module.__class__ = mixed_class(SLOTS[slot], stock)
             module.adaptive_init(path, slots[slot])  # type: ignore[operator]
-            if slot == "ffn":
+            if isinstance(module, AdaptiveFFN):
                 found[path] = module
+            if slot == "ffn":
+                _name_down(model, module, slots[slot].get("down_path"), inside if bare else "")
     return found
+
+
+def _name_down(model: nn.Module, site: nn.Module, path: str | None, outside: str) -> None:
+    """Let a site know its down projection in another module, which stays that module's child."""
+    if path is not None:
+        site.__dict__["adaptive_down"] = _module(model, path.removeprefix(outside))
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

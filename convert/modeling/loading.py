@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 PREFIX = "adaptive_"
 #: the files of this package that a checkpoint carries to load without adaconvert.
 CODE_FILES = (
+    "adaptive_calls.py",
     "adaptive_compiled.py",
     "adaptive_context.py",
+    "adaptive_costs.py",
     "adaptive_decode.py",
     "adaptive_execution.py",
     "adaptive_ffn.py",
@@ -23,6 +25,8 @@ CODE_FILES = (
     "adaptive_inductor.py",
     "adaptive_knobs.py",
     "adaptive_layout.py",
+    "adaptive_masks.py",
+    "adaptive_projection.py",
     "adaptive_routers.py",
     "adaptive_schema.py",
     "adaptive_select.py",

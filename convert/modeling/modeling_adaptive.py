@@ -8,9 +8,7 @@ the stock class's.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -24,15 +22,17 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.pytorch_utils import Conv1D
 
-from .adaptive_context import Account, Call, checkpointed, entered, token_mask_of
+from .adaptive_calls import AdaptiveBackbone, Runtime, forward_of
+from .adaptive_context import Account, checkpointed
+from .adaptive_costs import static_costs
 from .adaptive_execution import prepare
 from .adaptive_ffn import AdaptiveFFN
 from .adaptive_knobs import Knobs, Setting, knobs_for
+from .adaptive_projection import drop_plans
 from .adaptive_routers import Router
 from .adaptive_schema import RULES, AdaptiveConfigError, check_select, read
-from .adaptive_slots import fill
+from .adaptive_slots import fill, mixed_class
 from .configuration_adaptive import made_config
 
 _MADE: dict[str, type] = {}
@@ -51,10 +51,8 @@ _AUTO = {
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "Model": "AutoModel",
 }
-_KNOBS: ContextVar[tuple[int, Knobs] | None] = ContextVar("adaptive_knobs", default=None)
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
-_WATCH: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("adaptive_watch", default=None)
 
 
 class AdaptiveMixin:
@@ -67,23 +65,43 @@ class AdaptiveMixin:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             _BUILDING.reset(token)
-        self._adaptive_knobs: Knobs = {}
-        self._adaptive_sites: tuple[str, ...] = ()
+        self.adaptive_runtime = Runtime()
         if inside or config.adaptive is None:
             return
         adaptive = read(config.adaptive)
         own: Any = self
         sites = fill(own, adaptive, own.base_model_prefix)
-        self._adaptive_sites = tuple(sites)
+        self.adaptive_runtime.sites = tuple(sites)
+        self._share_runtime()
+        drop_plans(own, [path for path, site in sites.items() if site.adaptive_slot == "linear"])
         for module in sites.values():
             assert isinstance(module, AdaptiveFFN)
             if module.router is not None and not next(module.router.parameters()).is_meta:
                 self._init_weights(module.router)
 
+    def _share_runtime(self) -> None:
+        """Let the backbone inside run, when it is called by itself, as this model does."""
+        own: Any = self
+        backbone: Any = own.base_model
+        if backbone is self:
+            return
+        if not isinstance(backbone, AdaptiveMixin):
+            backbone.__class__ = mixed_class(AdaptiveBackbone, type(backbone))
+        backbone.adaptive_runtime = self.adaptive_runtime
+
+    @property
+    def _adaptive_sites(self) -> tuple[str, ...]:
+        return self.adaptive_runtime.sites
+
+    @property
+    def _adaptive_knobs(self) -> Knobs:
+        return self.adaptive_runtime.knobs
+
     # -- what a caller uses
 
     def adaptive_sites(self) -> dict[str, AdaptiveFFN]:
-        """Return the feed-forward sites by path."""
+        """Return the sites that choose experts, by path: feed-forward networks, and networks in
+        place of projections."""
         return {path: self._site(path) for path in self._adaptive_sites}
 
     def set_select(
@@ -96,31 +114,34 @@ class AdaptiveMixin:
         Args:
             rule: "all", "top-k" (k), "dynamic-k" (tau), "threshold" (threshold) or "top-p" (p);
                 None goes back to what the configuration says.
-            sites: paths it holds for; all when not given.
+            sites: paths it holds for; all when not given, and then a k above a site's number of
+                experts runs all of them there.
             value: the rule's value by its name.
 
         Raises:
             ValueError: unknown rule, site or value.
         """
-        before = self._adaptive_knobs
+        runtime = self.adaptive_runtime
+        before = runtime.knobs
         if rule is None:
-            self._adaptive_knobs = {}
-            return Setting(self, before)
+            runtime.knobs = {}
+            return Setting(runtime, before)
         select = {"rule": rule, **value}
         unknown = sorted(set(sites or ()) - set(self._adaptive_sites))
         if unknown:
             raise AdaptiveConfigError(f"no such site: {', '.join(unknown)}")
-        for path in sites or self._adaptive_sites:
-            experts = self._site(path).adaptive_spec["experts"]["count"]
-            check_select(f"set_select at {path}", select, experts)
+        counts = {p: s.adaptive_spec["experts"]["count"] for p, s in self.adaptive_sites().items()}
+        for path in sites or counts:
+            most = counts[path] if sites else max(counts.values())
+            check_select(f"set_select at {path}", select, most)
         if set(value) - {RULES[rule]}:
             raise AdaptiveConfigError(
                 f"{rule} takes {RULES[rule] or 'no value'}, not {sorted(value)}"
             )
-        self._adaptive_knobs = (
+        runtime.knobs = (
             {"*": select} if sites is None else {**before, **dict.fromkeys(sites, select)}
         )
-        return Setting(self, before)
+        return Setting(runtime, before)
 
     def set_compute(self, compute: float | None) -> Setting:
         """Spend at most this fraction of the reference's FLOPs per token from now on.
@@ -132,10 +153,11 @@ class AdaptiveMixin:
         Raises:
             ValueError: out of reach; the message gives the range.
         """
-        before = self._adaptive_knobs
+        runtime = self.adaptive_runtime
+        before = runtime.knobs
         adaptive = self.config.adaptive  # type: ignore[attr-defined]
-        self._adaptive_knobs = {} if compute is None else knobs_for(adaptive, compute)
-        return Setting(self, before)
+        runtime.knobs = {} if compute is None else knobs_for(adaptive, compute)
+        return Setting(runtime, before)
 
     def prepare_decoding(self, *, in_place: bool = False) -> int:
         """Lay matrices out so that decoding one sequence on the CPU reads only chosen neurons.
@@ -152,10 +174,10 @@ class AdaptiveMixin:
     @contextmanager
     def account(self) -> Iterator[Account]:
         """Count what the forward passes inside the body do."""
-        static_flops, static_bytes = self._static_costs()
+        static_flops, static_bytes = static_costs(self, self._own_modules())
         reference = self.config.adaptive["reference"]  # type: ignore[attr-defined]
         made = Account(static_flops=static_flops, static_bytes=static_bytes, reference=reference)
-        with self._watching(account=made):
+        with self.adaptive_runtime.watching(account=made):
             yield made
 
     @contextmanager
@@ -165,7 +187,7 @@ class AdaptiveMixin:
         if names != ("router_scores",):
             raise ValueError(f"cannot collect {names}; known: router_scores")
         kept: dict[str, list[Tensor]] = {}
-        with self._watching(collected={"router_scores": kept}):
+        with self.adaptive_runtime.watching(collected={"router_scores": kept}):
             yield kept
 
     def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
@@ -173,11 +195,8 @@ class AdaptiveMixin:
         if compute is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         knobs = knobs_for(self.config.adaptive, compute)  # type: ignore[attr-defined]
-        token = _KNOBS.set((id(self), knobs))
-        try:
+        with self.adaptive_runtime.overridden(knobs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            _KNOBS.reset(token)
 
     # -- what transformers calls
 
@@ -193,7 +212,7 @@ class AdaptiveMixin:
         missing = sorted(info["missing_keys"])
         # a class the checkpoint was not written for brings a head of its own
         if cls.__name__ not in (model.config.architectures or [cls.__name__]):
-            missing = [key for key in missing if _is_of_a_site(key)]
+            missing = [key for key in missing if model._is_of_a_site(key)]
         if missing:
             raise AdaptiveConfigError(f"the checkpoint lacks {', '.join(missing[:5])}")
         for path in model._adaptive_sites:
@@ -228,71 +247,10 @@ class AdaptiveMixin:
             enable=enable, gradient_checkpointing_func=checkpointed(given), **kwargs
         )
 
-    # -- one call
+    # -- inside
 
-    @contextmanager
-    def _watching(self, **what: Any) -> Iterator[None]:
-        watch = _WATCH.get() or {}
-        mine = {**watch.get(id(self), {}), **what}
-        token = _WATCH.set({**watch, id(self): mine})
-        try:
-            yield
-        finally:
-            _WATCH.reset(token)
-
-    def _adaptive_call(self, inputs: Mapping[str, Any]) -> Call:
-        """Return the call of one forward pass over bound arguments."""
-        given = next((inputs[n] for n in _INPUTS if inputs.get(n) is not None), None)
-        positions = given.shape[1] if isinstance(given, Tensor) and given.dim() in (2, 3) else 0
-        mask = inputs.get("attention_mask")
-        override = _KNOBS.get()
-        knobs = override[1] if override and override[0] == id(self) else self._adaptive_knobs
-        watch = (_WATCH.get() or {}).get(id(self), {})
-        cached = _cached(inputs.get("past_key_values"))
-        phase = "decode" if positions == 1 and cached else "prefill"
-        call = Call(
-            token_mask=token_mask_of(mask, positions) if positions else None,
-            phase="train" if self.training else phase,  # type: ignore[attr-defined]
-            knobs=knobs,
-            account=watch.get("account"),
-            collected=watch.get("collected", {}),
-        )
-        if call.account is not None and isinstance(given, Tensor):
-            self._count_tokens(call, given, mask, cached)
-        return call
-
-    def _count_tokens(self, call: Call, given: Tensor, mask: Any, cached: int) -> None:
-        assert call.account is not None
-        batch = given.shape[0]
-        positions = given.shape[1] if given.dim() < 4 else self._patches(given)
-        lengths = torch.arange(1, positions + 1).expand(batch, positions) + cached
-        real = torch.ones(batch, positions, dtype=torch.bool)
-        if call.token_mask is not None:
-            real = call.token_mask.cpu()
-            lengths = mask.cpu().long().cumsum(dim=1)[:, -positions:]
-        if not self._causal():
-            lengths = real.sum(dim=1, keepdim=True).expand(batch, positions)
-        call.account.tokens += int(real.sum())
-        call.account.attention_flops += self._attention_flops(lengths[real])
-
-    def _attention_flops(self, lengths: Tensor) -> int:
-        """Return the FLOPs of scores and weighted sums of tokens that see `lengths` positions."""
-        config: Any = self.config.get_text_config()  # type: ignore[attr-defined]
-        heads = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        window = getattr(config, "sliding_window", None)
-        layers = config.num_hidden_layers
-        kinds = (
-            getattr(config, "layer_types", None)
-            or ["sliding_attention" if window else "full_attention"] * layers
-        )
-        full = int(lengths.sum())
-        near = int(lengths.clamp_max(window).sum()) if window else full
-        seen = sum(near if "sliding" in kind else full for kind in kinds[:layers])
-        return int(4 * heads * head * seen)
-
-    def _static_costs(self) -> tuple[int, int]:
-        """Return FLOPs and weight bytes per token of every matrix outside the sites."""
+    def _own_modules(self) -> set[int]:
+        """Return the ids of the modules that sites and adapters on their matrices are made of."""
         inside: set[int] = set()
         for site in self.adaptive_sites().values():
             own = [getattr(site, name) for name in site.adaptive_spec["weights"].values()]
@@ -300,20 +258,15 @@ class AdaptiveMixin:
                 own.append(self._at(site.adaptive_spec["down_path"]))
             # an adapter wraps the matrix it adapts
             inside |= {id(part) for child in own for part in child.modules()}
-        flops = size = 0
-        for module in self.modules():  # type: ignore[attr-defined]
-            if id(module) in inside or not isinstance(module, nn.Linear | Conv1D | nn.Conv2d):
-                continue
-            flops += 2 * module.weight.numel()
-            size += module.weight.numel() * module.weight.element_size()
-        return flops, size
+        return inside
 
-    def _causal(self) -> bool:
-        return self.config.model_type.removeprefix("adaptive_") not in _ENCODERS  # type: ignore[attr-defined]
-
-    def _patches(self, pixels: Tensor) -> int:
-        side = int(self.config.patch_size)  # type: ignore[attr-defined]
-        return (pixels.shape[-2] // side) * (pixels.shape[-1] // side) + 1
+    def _is_of_a_site(self, key: str) -> bool:
+        """Return whether a tensor is one that the stock model does not have."""
+        if ".router." in key or key.endswith(".neuron_order"):
+            return True
+        named: Any = self.named_modules()  # type: ignore[attr-defined]
+        new = [n for n, m in named if getattr(m, "adaptive_slot", None) == "linear"]
+        return any(key.startswith(f"{name}.") for name in new)
 
     def _site(self, path: str) -> Any:
         return self._at(path)
@@ -322,34 +275,6 @@ class AdaptiveMixin:
         prefix = self.base_model_prefix  # type: ignore[attr-defined]
         bare = bool(prefix) and not hasattr(self, prefix)
         return self.get_submodule(path.removeprefix(f"{prefix}.") if bare else path)  # type: ignore[attr-defined]
-
-
-def _is_of_a_site(key: str) -> bool:
-    return ".router." in key or key.endswith(".neuron_order")
-
-
-_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
-_ENCODERS = frozenset({"bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2"})
-
-
-def _cached(cache: Any) -> int:
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if length is not None else 0
-
-
-def _forward_of(stock: Any) -> Any:
-    """Return the stock forward inside its call, with the stock signature."""
-    signature = inspect.signature(stock)
-
-    @functools.wraps(stock)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._adaptive_sites:
-            return stock(self, *args, **kwargs)
-        inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
-        with entered(self._adaptive_call(inputs)):
-            return stock(self, *args, **kwargs)
-
-    return forward
 
 
 def _register_names(name: str, base: Any) -> None:
@@ -380,7 +305,7 @@ def _make(name: str) -> type:
         "__module__": __name__,
         "__qualname__": name,
         "config_class": made_config(f"{_PREFIX}{base.config_class.__name__}"),
-        "forward": _forward_of(base.forward),
+        "forward": forward_of(base.forward),
         # a rounded router chooses other experts
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "router"},
     }

@@ -1,8 +1,10 @@
 """What a model costs to hold and to run, and what a run needs; from shapes alone.
 
-1 multiply-add = 2 FLOPs. Per token: every weight matrix a token passes through costs 2 FLOPs per
-entry (embedding look-ups cost none, a tied head costs as a head), and attention over a context of n
-tokens costs 4 * heads * head_dim * min(n, window) per block.
+1 multiply-add = 2 FLOPs. Per token: every matrix a token passes through costs 2 FLOPs per entry (a
+tied head costs as a head), and a block's attention to n tokens costs 4 * heads * head_dim *
+min(n, window of that block). Norms, biases, embedding look-ups and what runs once per text (a
+pooler, a classifier on it) are left out. `config.adaptive.reference`, what an adaptive model counts
+while it runs and the numbers of every report follow this one rule.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
+from adaconvert.arch.projections import active_shares
 from adaconvert.arch.registry import layer_mask
 from adaconvert.dtypes import nbytes_of
 from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Gather, Init, Plan
@@ -21,10 +24,14 @@ CONTEXT = 2048
 
 _FFN_ROLES = frozenset({"gate", "up", "down", "gate_up"})
 _PER_EXPERT = ("expert_",)
+_FFN_STARTS = (*_PER_EXPERT, "shared_", "router")
 _LOOKUPS = frozenset({"embed", "pos_embed", "neuron_order"})
 #: matrices every token passes through, besides those of the feed-forward networks.
 _PER_TOKEN = frozenset(
-    {"q", "k", "v", "o", "qkv", "qkv_by_head", "head", "head_transform", "patch_embed"}
+    {
+        *("q", "k", "v", "o", "qkv", "qkv_by_head", "head", "head_transform", "span_head"),
+        *("patch_embed", "pixel_head", "projection_up", "projection_down", "projection_router"),
+    }
 )
 #: tokens of context an adaptive model's compute is stated at.
 REFERENCE_LENGTH = 512
@@ -36,10 +43,11 @@ class Costs:
 
     Attributes:
         total_params: stored parameters.
-        active_params: parameters a token passes through, embedding look-ups not counted.
+        active_params: parameters a token passes through, norms and biases too, embedding look-ups
+            not.
         flops: FLOPs per token at `context` tokens of context, head included.
         ffn_flops: of these, in feed-forward networks, experts, shared experts and routers.
-        weight_bytes: bytes of weights read per token when decoding one sequence.
+        weight_bytes: bytes of the matrices read per token when decoding one sequence.
         context: tokens of context attention is counted at.
     """
 
@@ -60,6 +68,18 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _is_ffn(tensor: TensorSpec) -> bool:
+    own = tensor.role in _FFN_ROLES or tensor.role.startswith(_FFN_STARTS)
+    return own and len(tensor.shape) > 1 and not tensor.role.endswith("_bias")
+
+
+def _is_per_token(spec: ModelSpec, tensor: TensorSpec) -> bool:
+    """Return whether a tensor is a matrix that every token passes through, or may."""
+    if tensor.role == "classifier":
+        return spec.architecture.endswith("ForTokenClassification") and len(tensor.shape) > 1
+    return tensor.role in _PER_TOKEN or _is_ffn(tensor)
 
 
 def _active_share(
@@ -87,31 +107,27 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         dtypes: stored dtype of each tensor by name; tensors missing here are taken as absent.
         context: tokens of context attention is counted at.
     """
-    total = active = ffn = read = 0.0
-    head = False
-    split = active_share(spec)
+    total = active = matrices = ffn = read = 0.0
+    split, replaced = active_share(spec), active_shares(spec)
+    embedded = next((t.name for t in spec.tensors if t.role == "embed"), "")
     for tensor in spec.tensors:
-        if tensor.name not in dtypes:
+        # a tied head is not stored and runs all the same
+        stored = tensor.name if tensor.name in dtypes or tensor.role != "head" else embedded
+        if stored not in dtypes:
             continue
-        size, share = _count(tensor.shape), _active_share(spec, tensor, split)
-        total += 0 if tensor.role == "neuron_order" else size
+        size = _count(tensor.shape)
+        share = replaced.get(tensor.name, _active_share(spec, tensor, split))
+        total += size if stored == tensor.name and tensor.role != "neuron_order" else 0
         active += size * share
-        read += nbytes_of(dtypes[tensor.name], tensor.shape) * share
-        head = head or tensor.role == "head"
-        if tensor.role in _FFN_ROLES or tensor.role.startswith(("expert_", "shared_", "router")):
-            ffn += 2 * size * share
-    matrices = 2 * active
-    if not head and spec.kind == "decoder":
-        matrices += 2 * spec.vocab * spec.hidden
-        active += spec.vocab * spec.hidden
-        read += sum(nbytes_of(dtypes[t.name], t.shape) for t in spec.tensors if t.role == "embed")
-    window = spec.traits.sliding_window if spec.traits.sliding == "uniform" else None
-    length = min(context, window or context)
-    attention = 4 * spec.layers * spec.heads * spec.head_dim * length
+        if _is_per_token(spec, tensor):
+            matrices += 2 * size * share
+            read += nbytes_of(dtypes[stored], tensor.shape) * share
+        ffn += 2 * size * share if _is_ffn(tensor) else 0
+    seen = sum(min(context, window or context) for window in _windows(spec))
     return Costs(
         total_params=int(total),
         active_params=int(active),
-        flops=int(matrices) + attention,
+        flops=int(matrices) + 4 * spec.heads * spec.head_dim * seen,
         ffn_flops=int(ffn),
         weight_bytes=int(read),
         context=context,
@@ -135,25 +151,43 @@ def reference(
     per_token = ffn = 0
     for tensor in spec.tensors:
         size = 2 * _count(tensor.shape)
-        if tensor.role in _FFN_ROLES or tensor.role in _PER_TOKEN:
-            per_token += size
+        per_token += size if _is_per_token(spec, tensor) else 0
         if tensor.role in _FFN_ROLES and tensor.layer in layers:
             ffn += size
         if tensor.role == "pos_embed" and spec.kind == "vision":
             length = tensor.shape[1]
-    attended = sum(_mean_length(spec, layer, length) for layer in range(spec.layers))
-    whole = per_token + round(4 * spec.heads * spec.head_dim * attended)
+    whole = per_token + round(attention_flops(spec, {length: 1}))
     return {"flops_per_token": whole, "ffn_flops_per_token": ffn, "length": length}
 
 
-def _mean_length(spec: ModelSpec, layer: int, length: int) -> float:
-    """Return how many tokens a token of a text attends to on average."""
+def attention_flops(spec: ModelSpec, lengths: Mapping[int, int]) -> float:
+    """Return the mean FLOPs per token of attention's scores and weighted sums.
+
+    Args:
+        spec: the model.
+        lengths: length of a text -> how many there are.
+    """
+    tokens = sum(length * count for length, count in lengths.items())
+    seen = sum(
+        count * _seen(spec, window, length)
+        for window in _windows(spec)
+        for length, count in lengths.items()
+    )
+    return 4 * spec.heads * spec.head_dim * seen / max(tokens, 1)
+
+
+def _windows(spec: ModelSpec) -> list[int | None]:
+    """Return how many tokens each block attends to at most, None for all."""
+    sliding = layer_mask(spec, "sliding") or (spec.traits.sliding == "uniform",) * spec.layers
+    return [spec.traits.sliding_window if slides else None for slides in sliding]
+
+
+def _seen(spec: ModelSpec, window: int | None, length: int) -> int:
+    """Return how many tokens the tokens of a text attend to, summed, themselves included."""
     if spec.kind != "decoder":
-        return length
-    sliding = layer_mask(spec, "sliding")
-    slides = sliding[layer] if sliding else spec.traits.sliding == "uniform"
-    window = min(spec.traits.sliding_window or length, length) if slides else length
-    return (window * (window + 1) / 2 + (length - window) * window) / length
+        return length * length
+    near = min(window or length, length)
+    return near * (near + 1) // 2 + (length - near) * near
 
 
 def _float_bytes(expr: Expr) -> int:

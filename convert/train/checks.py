@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
 
-#: oldest version of accelerate, which Trainer needs; as in pyproject.toml.
-_FLOOR = (1, 10)
+#: package -> (oldest version that works, as in pyproject.toml; what it is needed for).
+_NEEDED = {
+    "accelerate": ("1.10", "training needs it"),
+    "peft": ("0.19", "--lora needs it"),
+    "bitsandbytes": ("0.49", "--load-in-4bit needs it"),
+}
 
 
-def require_accelerate() -> None:
-    """Return only when accelerate is installed and new enough.
+def require(package: str) -> None:
+    """Return only when a package is installed and new enough.
 
     Raises:
         ResourceError: it is not.
     """
-    floor = ".".join(map(str, _FLOOR))
+    floor, why = _NEEDED[package]
     try:
-        found = metadata.version("accelerate")
+        found = metadata.version(package)
     except metadata.PackageNotFoundError:
         found = "none"
-    if found == "none" or tuple(map(int, found.split(".")[:2])) < _FLOOR:
+    if found == "none" or _numbers(found) < _numbers(floor):
         raise ResourceError(
-            "training needs it",
-            where="package accelerate",
+            why,
+            where=f"package {package}",
             expected=f">= {floor}",
             found=found,
-            hint=f"Run: pip install 'accelerate>={floor}'",
+            hint=f"Run: pip install '{package}>={floor}'",
         )
+
+
+def is_usable(package: str) -> bool:
+    """Return whether `require` would find a package."""
+    try:
+        require(package)
+    except ResourceError:
+        return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def check_source(item: Described, config: FinetuneConfig) -> None:
@@ -57,6 +75,59 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     if item.spec.adaptive is None and (config.select is not None or config.compute is not None):
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
+
+
+def check_layout(item: Described, config: FinetuneConfig) -> None:
+    """Return only when adapters and layout fit each other and the kind of model.
+
+    Raises:
+        OptionError: they do not.
+    """
+    adapting, machine = config.adapting, config.machine
+    if machine.sharded or machine.experts_over > 1:
+        _check_split(item, config)
+    if adapting.four_bit and machine.compiled:
+        raise OptionError("cannot be combined with --load-in-4bit", where="--compile")
+    if adapting.four_bit and config.precision == "fp64":
+        raise OptionError("cannot be combined with --load-in-4bit", where="--precision fp64")
+
+
+def can_split() -> bool:
+    """Return whether the installed transformers splits models over processes as it loads them, and
+    its Trainer leaves such models alone."""
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return False
+    # came in the same release
+    return "ep_size" in DistributedConfig.__dataclass_fields__
+
+
+def _check_split(item: Described, config: FinetuneConfig) -> None:
+    where = "--fsdp" if config.machine.sharded else "--expert-parallel"
+    if not can_split():
+        raise OptionError(
+            "is not offered by this version of transformers",
+            where=where,
+            expected="transformers >= 5.23",
+            found=metadata.version("transformers"),
+        )
+    if config.adapting.rank:
+        raise OptionError(
+            "cannot be combined with --lora",
+            where=where,
+            hint="Leave it out: every process holds the frozen model, small with --load-in-4bit.",
+        )
+    if config.machine.sharded:
+        return
+    if not item.spec.num_experts or item.spec.adaptive is not None:
+        raise OptionError(
+            "shares the experts of stock mixtures only",
+            where=where,
+            hint="Give --fsdp: it splits every other model over the processes.",
+        )
+    if config.precision == "fp64":
+        raise OptionError("cannot be combined with --precision fp64", where=where)
 
 
 def check_device(device: str) -> None:

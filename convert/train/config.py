@@ -17,9 +17,25 @@ from typing import Any, Final
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.settings import parse_select
 from adaconvert.io.names import escape
+from adaconvert.train.adapt_config import (
+    ADAPT_OPTIONS,
+    MACHINE_OPTIONS,
+    Adapting,
+    Machine,
+    taken,
+)
+from adaconvert.train.bounds import among as _among
+from adaconvert.train.bounds import flag as _flag
+from adaconvert.train.bounds import number as _number
+from adaconvert.train.bounds import whole as _whole
+from adaconvert.train.rates import Rate
+from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
+from adaconvert.train.sources import READING_OPTIONS, Reading
+from adaconvert.train.validation import VALIDATION_OPTIONS, Validation
 
 SCHEDULES: Final = ("cosine", "linear", "constant")
-PRECISIONS: Final = ("fp32", "bf16")
+PRECISIONS: Final = ("fp32", "bf16", "fp64")
+OPTIMIZERS: Final = ("adamw", "sgd")
 ACTIVATIONS: Final = ("keep", "relu", "relu2")
 PENALTIES: Final = ("hoyer", "l1")
 NORMS: Final = ("raw", "width")
@@ -32,6 +48,7 @@ SPARSITY_OPTIONS: Final = {
     "sparsity_loss": "penalty",
     "sparsity_norm": "norm",
     "sparsity_ramp": "ramp",
+    "activation_ramp": "blend",
 }
 _COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 
@@ -90,6 +107,8 @@ class Sparsity:
             grows with the width.
         norm: "raw" as published, "width" divided by the number of neurons, so that a coefficient
             carries over between models.
+        blend: share of the run over which the new activation takes the old one's place, the two
+            mixed in between; 0 replaces it at once (the published code).
         ramp: how the coefficient grows: "constant", "linear" over the whole run, "warm-up" over
             its first half (the ViT scripts).
     """
@@ -99,6 +118,7 @@ class Sparsity:
     coefficient: float = 0.0
     norm: str = "raw"
     ramp: str = "warm-up"
+    blend: float = 0.0
 
     def __post_init__(self) -> None:
         _among("--activation", self.activation, ACTIVATIONS)
@@ -106,6 +126,7 @@ class Sparsity:
         _among("--sparsity-norm", self.norm, NORMS)
         _among("--sparsity-ramp", self.ramp, RAMPS)
         _number("--sparsity", self.coefficient, 0.0)
+        _number("--activation-ramp", self.blend, 0.0, 1.0)
 
     @property
     def watches(self) -> bool:
@@ -119,6 +140,10 @@ class Sparsity:
             return self.coefficient
         return self.coefficient * min(1.0, share if self.ramp == "linear" else 2 * share)
 
+    def newness(self, step: int, steps: int) -> float:
+        """Return the share of the new activation at a step, counted from 0, of `steps`."""
+        return 1.0 if self.blend == 0 else min(1.0, (step + 1) / (steps * self.blend))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneConfig:
@@ -128,61 +153,80 @@ class FinetuneConfig:
         data: where the text comes from.
         tokens, steps: budget; exactly one is given.
         text_field: field of a row that holds the text.
+        reading: see `Reading`.
+        validation: see `Validation`.
         seq_len: tokens of a sequence.
         batch_size: sequences that pass through the model at a time.
         accumulate: such batches per optimiser step; the result equals one large batch.
         train: what is trained: "all", "router", "experts", "adapters", "exits", or a regular
             expression that matches somewhere in a parameter's name; several add up.
         lr, router_lr: peak learning rates; routers take `lr` when theirs is None.
+        lr_of: `PART=RATE` each, parts as in `train`; the last that fits a parameter holds for it.
         weight_decay: of matrices; norms and biases get none.
         warmup: share of the steps over which learning rates rise.
         schedule: how they fall after that.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         precision: "fp32", or "bf16": trained parameters stay float32, matrices are multiplied in
-            bfloat16, frozen parameters keep their stored dtype.
+            bfloat16, frozen parameters keep their stored dtype; "fp64" for comparisons.
+        optimizer: "adamw", or "sgd" without momentum, which keeps no state.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         seed: of the order of documents and of dropout.
         lm, distill: factors of the language-model loss and of the divergence from the teacher.
+        distill_hidden: factor of the squared distance from the teacher's hidden states, relative
+            to their squared length, averaged over tokens and layers.
         teacher: dense checkpoint; None is the one that is trained, as it was.
         temperature: of the distillation (Hinton et al. 2015, 1503.02531), whose loss is multiplied
             by its square.
         sparsity: see `Sparsity`.
+        routing: see `Routing`.
         select: {"rule": ..., its value} every adaptive site runs while training; None as stored.
         compute: fraction of the reference's FLOPs every token may use while training, None for all.
         dtype: of the floating-point tensors written, "keep" for the stored one.
         log_every: steps between log lines.
         save_every: steps between checkpoints to resume from; None is five a run, 0 none.
         report_to: experiment trackers, as transformers names them.
+        adapting: see `Adapting`.
+        machine: see `Machine`.
+        processes: that train together, each on `batch_size` sequences at a time.
     """
 
     data: tuple[DataSource, ...]
     tokens: int | None = None
     steps: int | None = None
     text_field: str = "text"
+    reading: Reading = field(default_factory=Reading)
+    validation: Validation = field(default_factory=Validation)
     seq_len: int = 512
     batch_size: int = 8
     accumulate: int = 1
     train: tuple[str, ...] = ("all",)
     lr: float = 1e-4
     router_lr: float | None = None
+    lr_of: tuple[str, ...] = ()
     weight_decay: float = 0.01
     warmup: float = 0.05
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    optimizer: str = "adamw"
     checkpointing: bool = False
     seed: int = 0
     lm: float = 1.0
     distill: float = 0.0
+    distill_hidden: float = 0.0
     teacher: str | None = None
     temperature: float = 1.0
     sparsity: Sparsity = field(default_factory=Sparsity)
+    routing: Routing = field(default_factory=Routing)
     select: Mapping[str, Any] | None = None
     compute: float | None = None
     dtype: str = "keep"
     log_every: int = 10
     save_every: int | None = None
     report_to: tuple[str, ...] = ()
+    adapting: Adapting = field(default_factory=Adapting)
+    machine: Machine = field(default_factory=Machine)
+    processes: int = 1
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -193,13 +237,16 @@ class FinetuneConfig:
             _whole("save_every", self.save_every, 0)
         _among("--schedule", self.schedule, SCHEDULES)
         _among("--precision", self.precision, PRECISIONS)
+        _among("--optimizer", self.optimizer, OPTIMIZERS)
         _among("--dtype", self.dtype, DTYPES)
         for name in ("lr", "router_lr", "temperature"):
             if getattr(self, name) is not None:
                 _number(_flag(name), getattr(self, name), 0.0, open_low=True)
-        for name in ("weight_decay", "max_grad_norm", "lm", "distill"):
+        for name in ("weight_decay", "max_grad_norm", "lm", "distill", "distill_hidden"):
             _number(_flag(name), getattr(self, name), 0.0)
         _number("--warmup", self.warmup, 0.0, 1.0)
+        for text in self.lr_of:
+            Rate.parse(text)
         self._check_losses()
         self._check_parts()
 
@@ -213,9 +260,10 @@ class FinetuneConfig:
                 _whole(name, getattr(self, name), 1)
 
     def _check_losses(self) -> None:
-        if not self.lm and not self.distill:
-            raise OptionError("with --lm 0 there must be --distill", where="--lm")
-        if self.teacher is not None and not self.distill:
+        taught = self.distill or self.distill_hidden
+        if not self.lm and not taught and not self.routing.regression:
+            raise OptionError("with --lm 0 there must be --distill or the like", where="--lm")
+        if self.teacher is not None and not taught:
             raise OptionError("a teacher does nothing without --distill", where="--teacher")
         if self.select is not None and self.compute is not None:
             raise OptionError("cannot be combined with --select", where="--compute")
@@ -243,28 +291,44 @@ class FinetuneConfig:
             OptionError: unknown name, or a value is wrong.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        for name in ("tokens", "steps"):
+        for name in ("tokens", "steps", "valid_tokens"):
             if name in given:
                 given[name] = parse_count(given[name], _flag(name))
         if isinstance(given.get("select"), str):
             given["select"] = parse_select(given["select"])
         own = {name: given.pop(name) for name in SPARSITY_OPTIONS if name in given}
-        known = {item.name for item in fields(cls)} - {"data", "sparsity"}
+        routing = {ROUTING_OPTIONS[n]: given.pop(n) for n in ROUTING_OPTIONS if n in given}
+        reading = {n: given.pop(n) for n in READING_OPTIONS if n in given}
+        valid = {n: given.pop(n) for n in VALIDATION_OPTIONS if n in given}
+        adapting, machine = taken(ADAPT_OPTIONS, given), taken(MACHINE_OPTIONS, given)
+        own_options = (
+            *(*SPARSITY_OPTIONS, *ROUTING_OPTIONS, *READING_OPTIONS, *VALIDATION_OPTIONS),
+            *(*ADAPT_OPTIONS, *MACHINE_OPTIONS),
+        )
+        nested = {"reading", "validation", "sparsity", "routing", "adapting", "machine"}
+        known = {item.name for item in fields(cls)} - {"data", "processes"} - nested
         unknown = sorted(set(given) - known)
         if unknown:
             raise OptionError(
                 "is no option of a fine-tune",
                 where=escape(unknown[0]),
-                expected=", ".join(sorted({*known, *SPARSITY_OPTIONS})),
+                expected=", ".join(sorted({*known, *own_options})),
             )
         sources = tuple(DataSource.parse(str(text)) for text in data)
         sparsity = Sparsity(**{SPARSITY_OPTIONS[name]: value for name, value in own.items()})
-        return cls(data=sources, sparsity=sparsity, **given)
+        given |= {"reading": Reading.of(reading), "validation": Validation.of(valid)}
+        given |= {"adapting": Adapting(**adapting), "machine": Machine(**machine)}
+        return cls(data=sources, sparsity=sparsity, routing=Routing(**routing), **given)
 
     @property
     def step_tokens(self) -> int:
         """Return the tokens of one optimiser step."""
-        return self.seq_len * self.batch_size * self.accumulate
+        return self.seq_len * self.step_sequences
+
+    @property
+    def step_sequences(self) -> int:
+        """Return the sequences of one optimiser step, over all processes."""
+        return self.batch_size * self.accumulate * self.processes
 
     @property
     def total_steps(self) -> int:
@@ -292,9 +356,12 @@ class FinetuneConfig:
             del found[name]
         found["data"] = [{"name": s.label, "weight": s.weight} for s in self.data]
         found["sparsity"] = {f.name: getattr(self.sparsity, f.name) for f in fields(self.sparsity)}
+        found["routing"] = self.routing.to_json()
+        nested = ("reading", "validation", "adapting", "machine")
+        found |= {name: getattr(self, name).to_json() for name in nested}
         found["teacher"] = None if self.teacher is None else DataSource(where=self.teacher).label
         found["select"] = None if self.select is None else dict(self.select)
-        found["train"] = list(self.train)
+        found["train"], found["lr_of"] = list(self.train), list(self.lr_of)
         return found
 
 
@@ -313,31 +380,3 @@ def parse_count(text: str | int, where: str = "--tokens") -> int:
             "is no count", where=where, expected="a number such as 20M", found=escape(str(text))
         )
     return round(value)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _among(where: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OptionError(
-            "is unknown", where=where, expected=" or ".join(known), found=escape(str(value))
-        )
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(
-            "is out of range", where=_flag(name), expected=f"{least} or more", found=value
-        )
-
-
-def _number(
-    where: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    fits = low < value <= high if open_low else low <= value <= high
-    if not fits or not math.isfinite(value):
-        above = f"above {low:g}" if open_low else f"{low:g} or more"
-        expected = above if high == math.inf else f"{low:g} to {high:g}"
-        raise OptionError("is out of range", where=where, expected=expected, found=value)

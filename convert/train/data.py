@@ -1,8 +1,9 @@
-"""Text packed into sequences of equal length, in an order that depends on the seed alone.
+"""Sequences of equal length in an order that depends on the seed alone.
 
 Documents follow each other with the tokenizer's end-of-sequence token between them and are cut
-every L tokens; attention crosses from one document to the next, as in pretraining. When a source
-runs out it is shuffled again and read once more.
+every L tokens; conversations stay whole, and only what the assistant says is learned. Attention
+crosses from one to the next in both, as in pretraining. When a source runs out it is shuffled again
+and read once more.
 
 Shapes: N sequences, L tokens each.
 """
@@ -10,20 +11,27 @@ Shapes: N sequences, L tokens each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.data.text import Documents, read_documents
-from adaconvert.data.tokens import Limits, encode, load_tokenizer
-from adaconvert.errors import DataError, OptionError
-from adaconvert.io.names import escape
 from adaconvert.progress import bar
-from adaconvert.train.config import DataSource, FinetuneConfig
+from adaconvert.train.cache import TokenCache, key_of
+from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.data_lanes import Lane, Tally, interleaved, lanes_of, opened_sources
+from adaconvert.train.data_packing import LEARNED, PADDING
+from adaconvert.train.sources import MESSAGES, Opened
 
 if TYPE_CHECKING:
     import numpy
+    from torch import Tensor
+
+    Array = numpy.ndarray[Any, Any]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,31 +40,62 @@ class Packed:
 
     Attributes:
         ids: int32 [N, L].
-        passes: how often each source was read, in the order given.
-        digest: sha256 over the ids.
+        kinds: uint8 [N, L] as in `data_packing`; None when every token is learned.
+        sources: what was taken from each, in the order given.
+        digest: sha256 over the above arrays.
+        cached: they were found, not made.
     """
 
-    ids: numpy.ndarray[Any, Any]
-    passes: tuple[float, ...]
+    ids: Array
+    kinds: Array | None
+    sources: tuple[Tally, ...]
     digest: str
+    cached: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one sequence and its labels; the first token is predicted by nothing."""
-        import torch
+    @property
+    def passes(self) -> tuple[float | None, ...]:
+        """Return how often each source was read."""
+        return tuple(tally.passes for tally in self.sources)
 
-        from adaconvert.train.losses import IGNORED
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sequence, its labels and, when any is padded, its mask."""
+        return tensors_of(self.ids[index], None if self.kinds is None else self.kinds[index])
 
-        ids = torch.from_numpy(self.ids[index].astype("int64"))
-        labels = ids.clone()
-        labels[0] = IGNORED
-        return {"input_ids": ids, "labels": labels}
+
+def tensors_of(ids: Array, kinds: Array | None) -> dict[str, Tensor]:
+    """Return what the model is fed; the first token is predicted by nothing.
+
+    Args:
+        ids: [L].
+        kinds: [L], None when all are learned.
+    """
+    import torch
+
+    from adaconvert.train.losses import IGNORED
+
+    found = torch.from_numpy(ids.astype("int64"))
+    labels = found.clone()
+    fed = {"input_ids": found, "labels": labels}
+    if kinds is not None:
+        labels[torch.from_numpy(kinds != LEARNED)] = IGNORED
+        fed["attention_mask"] = torch.from_numpy((kinds != PADDING).astype("int64"))
+    labels[0] = IGNORED
+    return fed
+
+
+def digest_of(ids: Array, kinds: Array | None) -> str:
+    """Return sha256 over the arrays."""
+    digest = hashlib.sha256(ids.data)
+    if kinds is not None:
+        digest.update(kinds.data)
+    return digest.hexdigest()
 
 
 def pack(config: FinetuneConfig, folder: Path, *, progress: bool = False) -> Packed:
-    """Return the sequences of a whole run.
+    """Return the sequences of a whole run, out of the cache when it has them.
 
     Args:
         config: sources, lengths, budget and seed.
@@ -64,116 +103,54 @@ def pack(config: FinetuneConfig, folder: Path, *, progress: bool = False) -> Pac
         progress: show a progress bar on a terminal.
 
     Raises:
-        DataError: a source is missing, damaged or shorter than one sequence, or the tokenizer does
-            not fit the model.
+        DataError: a source is missing, damaged, shorter than one sequence or holds nothing to
+            learn, or the tokenizer does not fit the model or has no chat template.
         OptionError: sequences are longer than the model's positions.
     """
+    sources = opened_sources(config)
+    lanes = lanes_of(config, sources, folder)
+    cache = TokenCache.default() if config.reading.cache else None
+    key = None if cache is None else key_of(config, sources, folder)
+    if cache is not None and key is not None:
+        found = cache.load(key)
+        if found is not None:
+            ids, kinds, facts = found
+            tallies = tuple(Tally(**tally) for tally in facts["sources"])
+            _log.info("%d sequences found in the cache", len(ids))
+            return Packed(
+                ids=ids, kinds=kinds, sources=tallies, digest=facts["digest"], cached=True
+            )
+    packed = _packed(config, sources, lanes, progress)
+    if cache is None or key is None:
+        return packed
+    facts = {"sources": [asdict(tally) for tally in packed.sources], "digest": packed.digest}
+    stored = cache.store(key, packed.ids, packed.kinds, facts)
+    return packed if stored is None else replace(packed, ids=stored[0], kinds=stored[1])
+
+
+def _packed(
+    config: FinetuneConfig, sources: Sequence[Opened], lanes: Sequence[Lane], progress: bool
+) -> Packed:
+    """Return the sequences, one source after the other: only one is in memory at a time."""
     import numpy
 
-    limits = Limits.of(folder)
-    if limits.positions and config.seq_len > limits.positions:
-        raise OptionError(
-            "is longer than the model can read",
-            where="--seq-len",
-            expected=f"at most {limits.positions}",
-            found=config.seq_len,
-        )
-    tokenizer = load_tokenizer(folder)
-    order = _interleaved(
-        [source.weight for source in config.data],
-        config.total_steps * config.batch_size * config.accumulate,
-    )
-    ids = numpy.empty((len(order), config.seq_len), dtype=numpy.int32)
-    passes = []
-    for index, source in enumerate(config.data):
+    weights = [source.weight for source in config.data]
+    count = config.total_steps * config.step_sequences
+    order = list(islice(interleaved(weights), count))
+    shape = (count, config.seq_len)
+    ids = numpy.empty(shape, dtype=numpy.int32)
+    any_chat = any(source.format == MESSAGES for source in sources)
+    kinds = numpy.full(shape, LEARNED, dtype=numpy.uint8) if any_chat else None
+    tallies = []
+    for index, lane in enumerate(lanes):
         places = [place for place, owner in enumerate(order) if owner == index]
-        reader = _Reader(source, config, tokenizer, limits, seed=config.seed + index)
-        with bar(len(places), f"tokens {source.label}", "seq", enabled=progress) as shown:
-            for place, sequence in zip(places, reader.sequences(), strict=False):
-                ids[place] = sequence
+        with bar(len(places), f"tokens {lane.tally.name}", "seq", enabled=progress) as shown:
+            for place in places:
+                piece = lane.take()
+                ids[place] = piece.ids
+                if kinds is not None and piece.kinds is not None:
+                    kinds[place] = piece.kinds
                 shown.update()
-        passes.append(round(reader.passes, 3))
-    return Packed(ids=ids, passes=tuple(passes), digest=hashlib.sha256(ids.tobytes()).hexdigest())
-
-
-def _interleaved(weights: Sequence[float], count: int) -> list[int]:
-    """Return the source of each sequence: always the one furthest behind its share."""
-    total = sum(weights)
-    taken = [0] * len(weights)
-    order = []
-    for place in range(count):
-        due = [
-            weight / total * (place + 1) - had for weight, had in zip(weights, taken, strict=True)
-        ]
-        chosen = due.index(max(due))
-        taken[chosen] += 1
-        order.append(chosen)
-    return order
-
-
-class _Reader:
-    """Reads one source over and over, each time in another order.
-
-    Attributes:
-        passes: how often the source has been read so far.
-    """
-
-    def __init__(
-        self, source: DataSource, config: FinetuneConfig, tokenizer: Any, limits: Limits, seed: int
-    ) -> None:
-        self.passes = 0.0
-        self._documents: Documents = read_documents(source.where, field=config.text_field)
-        self._label = escape(source.label)
-        self._length = config.seq_len
-        self._tokenizer = tokenizer
-        self._limits = limits
-        self._seed = seed
-        self._known: dict[int, numpy.ndarray[Any, Any]] = {}
-
-    def sequences(self) -> Iterator[numpy.ndarray[Any, Any]]:
-        """Yield int32 [L] for ever.
-
-        Raises:
-            DataError: the whole source is shorter than one sequence.
-        """
-        import numpy
-
-        held = numpy.empty(0, dtype=numpy.int32)
-        for document, passes in self._stream():
-            held = numpy.concatenate([held, document])
-            while len(held) >= self._length:
-                self.passes = passes
-                yield held[: self._length]
-                held = held[self._length :]
-            if passes >= 1 and not self.passes:
-                raise DataError(
-                    "is shorter than one sequence",
-                    where=self._label,
-                    expected=f"{self._length} tokens (--seq-len)",
-                    found=f"{len(held)} tokens",
-                    hint="Lower --seq-len or give more text.",
-                )
-
-    def _stream(self) -> Iterator[tuple[numpy.ndarray[Any, Any], float]]:
-        """Yield documents as ids, and how often the source has been read after each."""
-        import numpy
-
-        count = len(self._documents)
-        generator = numpy.random.Generator(numpy.random.Philox(self._seed))
-        done = 0
-        while True:
-            for index in generator.permutation(count):
-                done += 1
-                yield self._ids(int(index)), done / count
-
-    def _ids(self, index: int) -> numpy.ndarray[Any, Any]:
-        import numpy
-
-        if index not in self._known:
-            ids = encode(self._tokenizer, self._documents.texts[index])
-            self._limits.check(ids, self._tokenizer, self._documents.names[index])
-            end = getattr(self._tokenizer, "eos_token_id", None)
-            if isinstance(end, int) and (not ids or ids[-1] != end):
-                ids.append(end)
-            self._known[index] = numpy.array(ids, dtype=numpy.int32)
-        return self._known[index]
+        tallies.append(lane.counted())
+        lane.close()
+    return Packed(ids=ids, kinds=kinds, sources=tuple(tallies), digest=digest_of(ids, kinds))

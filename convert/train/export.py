@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from adaconvert import __version__
 from adaconvert.arch.adaptive import NEURON_ORDER, auto_map
 from adaconvert.arch.check import audit
 from adaconvert.arch.registry import describe
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, torch_dtype
 from adaconvert.errors import VerificationError
 from adaconvert.export.adaptive import code_files
-from adaconvert.export.card import MARKER
+from adaconvert.export.card_facts import facts_of
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging
 from adaconvert.io.digest import DigestPool
@@ -26,7 +25,6 @@ from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards
 from adaconvert.methods.sources import Described
 from adaconvert.progress import bar
-from adaconvert.train.result import fact_lines
 
 if TYPE_CHECKING:
     import torch
@@ -140,13 +138,13 @@ def write_files(
     item: Described,
     config: Mapping[str, Any],
     layouts: Sequence[ShardLayout],
-    card: str,
 ) -> None:
-    """Write everything beside the weights: the source's side files byte for byte, then our own."""
+    """Write everything beside the weights but card and manifest: the source's side files byte for
+    byte, then our own."""
     for name in aux_files.classify(item.source).copied:
         staging.copy_file(name, item.source.path(name))
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-    own = {"config.json": text.encode(), "README.md": card.encode()}
+    own = {"config.json": text.encode()}
     if item.spec.adaptive is not None:
         own |= code_files()
     for name, content in own.items():
@@ -156,37 +154,14 @@ def write_files(
         staging.write_file("model.safetensors.index.json", index)
 
 
-def card_of(item: Described, summary: Mapping[str, Any]) -> str:
-    """Return the model card: what was trained on what, and what came out."""
-    name = item.source.label.split("/")[-1]
-    data = ", ".join(f"`{source['name']}`" for source in summary["options"]["data"])
-    tags = ["adaconvert", *(["adaptive-compute"] if item.spec.adaptive is not None else [])]
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "/" in item.source.label:
-        front += ["base_model:", f"- {item.source.label}", "base_model_relation: finetune"]
-    front += ["tags:", *(f"- {tag}" for tag in tags), "---"]
-    body = [
-        MARKER,
-        f"# {name}, fine-tuned",
-        "",
-        f"`{item.source.label}` fine-tuned by adaconvert {__version__} on {summary['tokens']} "
-        f"tokens of {data}.",
-        "",
-        "```text",
-        *fact_lines(summary),
-        "```",
-    ]
-    return "\n".join([*front, "", *body]) + "\n"
-
-
 def manifest_of(
     item: Described,
     summary: Mapping[str, Any],
     records: Mapping[str, ShardRecord],
-    files: Mapping[str, str],
+    staged: Staging,
     digest: str,
 ) -> dict[str, Any]:
-    """Return the content of adaconvert.json, not yet sealed."""
+    """Return the content of adaconvert.json, without the card and not yet sealed."""
     with DigestPool([item.source]) as pool:
         weights = pool.source_digest(0)
     dropped = {**item.audit.dropped}
@@ -204,14 +179,19 @@ def manifest_of(
         plan_digest=digest,
         exactness={"kind": "approximate", "why": f"trained for {summary['tokens']} tokens"},
         shards=records,
-        files=files,
+        files=staged.files,
         dropped=[
             {"source": 0, "tensor": name, "reason": why} for name, why in sorted(dropped.items())
         ],
         notes=[*summary["notes"], *_source_notes(item)],
         versions={name: metadata.version(name) for name in _VERSIONS},
     )
-    return {**made, "training": {k: v for k, v in summary.items() if k != "options"}}
+    return {
+        **made,
+        "training": {k: v for k, v in summary.items() if k != "options"},
+        "history": manifest.history_of(item.source.root, label=item.source.label, weights=weights),
+        "card": facts_of([item.source], staged.path, inherit_costs=True),
+    }
 
 
 def _source_notes(item: Described) -> list[str]:

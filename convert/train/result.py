@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.data import Packed
+from adaconvert.train.data_report import data_lines, data_notes, data_summary
+from adaconvert.train.data_stream import Data
 from adaconvert.train.parts import Chosen
 
 Curve = tuple[Mapping[str, Any], ...]
 #: what of a log entry is the same whenever a run is repeated.
-_REPEATABLE = ("loss", "lm", "distill", "hoyer", "l1", "sparsity", "sparsity_by_layer")
+_REPEATABLE = (
+    *("loss", "lm", "distill", "distill_hidden", "hoyer", "l1", "sparsity", "sparsity_by_layer"),
+    *("balance", "z", "regression", "router_entropy", "load", "dead_experts"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +31,14 @@ class FinetuneResult:
             run is repeated.
         speed: tokens per second of this session, 0 when nothing was left to do.
         curve: every log entry.
+        memory: what it was to need, as JSON data.
     """
 
     destination: Path
     summary: Mapping[str, Any]
     speed: float
     curve: tuple[Mapping[str, Any], ...]
+    memory: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the result as JSON data."""
@@ -41,6 +47,7 @@ class FinetuneResult:
             "destination": self.destination.name,
             "tokens_per_second": self.speed,
             "curve": [dict(entry) for entry in self.curve],
+            **({} if self.memory is None else {"memory": dict(self.memory)}),
         }
 
     def lines(self) -> list[str]:
@@ -53,23 +60,41 @@ class FinetuneResult:
 def fact_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return what a fine-tune did, one fact a line."""
     options, first, last = summary["options"], summary["first"], summary["last"]
+    processes = options.get("processes", 1)
+    many = f" in {processes} processes" if processes > 1 else ""
     rows = [
         f"trained     {summary['trained']} of {summary['trained'] + summary['frozen']} parameters "
         f"({', '.join(f'{part} {count}' for part, count in summary['by_part'].items())})",
         f"steps       {summary['steps']} of {options['batch_size']} x {options['accumulate']} "
-        f"sequences of {options['seq_len']} tokens, {summary['tokens']} tokens",
+        f"sequences of {options['seq_len']} tokens{many}, {summary['tokens']} tokens",
     ]
-    for name in ("lm", "distill", "hoyer", "l1"):
+    rows += data_lines(summary)
+    losses = ("lm", "distill", "distill_hidden", "balance", "z", "regression", "hoyer", "l1")
+    for name in losses:
         if name in first:
-            rows.append(f"{name:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
+            shown = name.replace("distill_hidden", "hidden")
+            rows.append(f"{shown:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
     if "sparsity" in last:
         rows.append(
             f"zeros       {first['sparsity']:.1%} at first, {last['sparsity']:.1%} at the end"
         )
+    if "routing" in summary:
+        rows.append(_routing_line(summary["routing"]))
     changed = options["sparsity"]["activation"]
     if changed != "keep":
         rows.append(f"activation  replaced by {changed}")
     return rows
+
+
+def _routing_line(routing: Mapping[str, Any]) -> str:
+    layers = routing["layers"]
+    entropy = sum(layer["entropy"] for layer in layers) / len(layers)
+    dead = sum(len(layer["dead"]) for layer in layers)
+    return (
+        f"routers     entropy {entropy:.3f} of even, load max/mean "
+        f"{max(layer['load'] for layer in layers):.2f}, {dead} dead experts "
+        f"(last {routing['steps']} steps, {len(layers)} layers)"
+    )
 
 
 def speed_of(curve: Curve) -> float:
@@ -80,18 +105,21 @@ def speed_of(curve: Curve) -> float:
 
 def summary_of(
     config: FinetuneConfig,
-    data: Packed,
+    data: Data,
     chosen: Chosen,
     curve: Curve,
+    validation: Sequence[Mapping[str, Any]],
     notes: list[str],
 ) -> dict[str, Any]:
     """Return what is recorded of a run: no times, no paths."""
+    sources = data.sources
     ends = [{k: e[k] for k in _REPEATABLE if k in e} for e in (curve[0], curve[-1])]
     return {
         "options": config.to_json(),
         "steps": config.total_steps,
         "tokens": config.total_steps * config.step_tokens,
-        "passes": list(data.passes),
+        "passes": [tally.passes for tally in sources],
+        **data_summary(sources, validation),
         "trained": chosen.trained,
         "frozen": chosen.frozen,
         "by_part": dict(chosen.by_part),
@@ -101,15 +129,10 @@ def summary_of(
     }
 
 
-def notes_of(item: Described, config: FinetuneConfig, data: Packed) -> list[str]:
+def notes_of(item: Described, config: FinetuneConfig, data: Data) -> list[str]:
     """Return what the user should know of a run."""
-    notes = []
-    for source, passes in zip(config.data, data.passes, strict=True):
-        if passes > 1:
-            notes.append(f"{source.label} was read {passes:.1f} times")
+    notes = data_notes(data.sources)
     adaptive = item.spec.adaptive
     if adaptive is not None and adaptive.get("calibration") is not None:
         notes.append("the calibration table was dropped: it belongs to the weights before")
-    if item.spec.num_experts:
-        notes.append("no balance loss was used; watch the load of the experts")
     return notes

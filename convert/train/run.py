@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaconvert import __version__
-from adaconvert.errors import InterruptedRunError, OutputConflictError, VerificationError
+from adaconvert.errors import (
+    InterruptedRunError,
+    OptionError,
+    OutputConflictError,
+    TrainingError,
+    VerificationError,
+)
+from adaconvert.export.card import write_card
 from adaconvert.io import manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.destination import Destination
@@ -24,10 +31,17 @@ from adaconvert.methods.sources import Described, check_ties, open_source
 from adaconvert.modeling.loading import load_model
 from adaconvert.train import checks, export
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.data import Packed, pack
+from adaconvert.train.data_stream import Data, data_of
+from adaconvert.train.dry_run import FinetunePlan, plan_of
+from adaconvert.train.ranks import Group, joined
 from adaconvert.train.result import FinetuneResult, notes_of, speed_of, summary_of
 from adaconvert.train.session import TRAINED, Session
+from adaconvert.train.trackers import check_trackers, log_folder
+from adaconvert.train.validation import Validator, hold_out
 from adaconvert.train.work import Work
+
+if TYPE_CHECKING:
+    from adaconvert.train.memory_advice import Budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +57,9 @@ class RunSettings:
         revision: of a hub id.
         progress: show progress bars on a terminal.
         report: takes one line per log step.
+        memory: bytes, or text with a unit, training may take; None is what is free.
+        dry_run: say what would be done, and do nothing.
+        logs: folder for the files of experiment trackers; None is one beside the destination.
         fs: every call that changes the disk when the result is written.
     """
 
@@ -54,43 +71,149 @@ class RunSettings:
     revision: str | None = None
     progress: bool = False
     report: Callable[[str], None] = lambda line: None
+    memory: str | int | None = None
+    dry_run: bool = False
+    logs: Path | None = None
     fs: FileSystem | None = field(default=None, repr=False)
 
 
-def finetune(where: str, config: FinetuneConfig, settings: RunSettings) -> FinetuneResult:
-    """Return once the destination holds the fine-tuned checkpoint; see `api.finetune`."""
-    checks.require_accelerate()
+def finetune(
+    where: str, config: FinetuneConfig, settings: RunSettings
+) -> FinetuneResult | FinetunePlan:
+    """Return once the destination holds the fine-tuned checkpoint; see `api.finetune`.
+
+    Under torchrun every process calls it, and the first one alone writes and reports.
+    """
+    with joined(on_cpu=settings.device == "cpu") as group:
+        config = replace(config, processes=group.size)
+        if not group.is_main:
+            settings = replace(settings, report=lambda line: None, progress=False)
+        item = group.together(lambda: _checked(where, config, settings))
+        budget = group.on_main(lambda: _budget(item, config, settings, group))
+        if settings.dry_run:
+            return plan_of(config, settings.destination, budget)
+        for line in budget.lines():
+            settings.report(line)
+        return replace(_finetuned(item, config, settings, group), memory=budget.to_json())
+
+
+def _checked(where: str, config: FinetuneConfig, settings: RunSettings) -> Described:
+    """Return the checkpoint, after every check that costs little."""
+    for package in ("accelerate", *(["peft"] if config.adapting.rank else [])):
+        checks.require(package)
+    if config.adapting.four_bit:
+        checks.require("bitsandbytes")
+    check_trackers(config.report_to)
+    config.machine.check(config.processes)
     parse_size(settings.max_shard_size)
     item = open_source(where, revision=settings.revision)
     checks.check_source(item, config)
+    checks.check_layout(item, config)
     checks.check_device(settings.device)
     if not settings.resume:
         Destination.resolve(settings.destination).check_free(overwrite=settings.overwrite)
-    data = pack(config, item.source.root, progress=settings.progress)
+    return item
+
+
+def _budget(
+    item: Described, config: FinetuneConfig, settings: RunSettings, group: Group
+) -> Budget:
+    """Return what the fine-tune needs in memory, which is there."""
+    from adaconvert.train.memory_advice import budget_of, room_of
+
+    room = room_of(settings.device, memory=settings.memory, on_machine=group.on_machine)
+    return budget_of(item, config, room, changed=_changed(item, config))
+
+
+def _finetuned(
+    item: Described, config: FinetuneConfig, settings: RunSettings, group: Group
+) -> FinetuneResult:
+    """Return the result, once it lies at the destination."""
+    data, held = group.main_first(
+        lambda: (
+            data_of(config, item.source.root, progress=settings.progress),
+            hold_out(config, item.source.root),
+        )
+    )
     facts = _facts(item, config, data)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    first = group.on_main(lambda: digest)
+    group.together(lambda: _check_same_facts(digest, first))
     if settings.resume:
-        found = already_committed(settings.destination, plan_digest=digest, fs=settings.fs)
+        found = group.on_main(lambda: _earlier(item, settings, digest))
         if found is not None:
-            return _found(settings.destination, found, item)
-    with Staging.open(
-        settings.destination,
-        sources=[item.source.root],
-        overwrite=settings.overwrite,
-        plan_digest=digest,
-        needed_bytes=sum(ref.nbytes for ref in item.source.tensors.values()),
-        fs=settings.fs,
-    ) as staging:
-        check_ties(item)
-        with _work(settings, {**facts, "source files": _identities(item)}) as work:
-            result = _trained(item, config, settings, data, work)
-            _write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
-            _check_loads(staging.path, data)
-            _seal(item, staging, result, digest)
+            return found
+    with _opened(item, settings, group, facts, digest) as (staging, work):
+        validator = Validator(config, held, settings.report)
+        result = _trained(item, config, settings, data, validator, work, group)
+        return group.on_main(
+            lambda: _written(item, config, settings, data, work, staging, result, digest)
+        )
+
+
+def _check_same_facts(mine: str, first: str) -> None:
+    if mine != first:
+        raise OptionError(
+            "this process sees another checkpoint, other data or other options than the first",
+            hint="Run the same command everywhere, on a disk that every machine sees.",
+        )
+
+
+def _earlier(item: Described, settings: RunSettings, digest: str) -> FinetuneResult | None:
+    """Return the result an earlier run of the same kind completed, None when none did."""
+    found = already_committed(settings.destination, plan_digest=digest, fs=settings.fs)
+    return None if found is None else _found(settings.destination, found, item)
+
+
+@contextmanager
+def _opened(
+    item: Described,
+    settings: RunSettings,
+    group: Group,
+    facts: Mapping[str, Any],
+    digest: str,
+) -> Iterator[tuple[Staging | None, Work]]:
+    """Yield the staging folder, None but in the first process, and the work folder of all."""
+    staged: list[Staging] = []
+    with ExitStack() as stack:
+
+        def enter() -> Work:
+            staging = Staging.open(
+                settings.destination,
+                sources=[item.source.root],
+                overwrite=settings.overwrite,
+                plan_digest=digest,
+                needed_bytes=sum(ref.nbytes for ref in item.source.tensors.values()),
+                fs=settings.fs,
+            )
+            staged.append(stack.enter_context(staging))
+            check_ties(item)
+            whole = {**facts, "source files": _identities(item)}
+            return stack.enter_context(_work(settings, whole))
+
+        work = group.on_main(enter)
+        yield (staged[0] if staged else None), work
+
+
+def _written(
+    item: Described,
+    config: FinetuneConfig,
+    settings: RunSettings,
+    data: Data,
+    work: Work,
+    staging: Staging | None,
+    result: FinetuneResult,
+    digest: str,
+) -> FinetuneResult:
+    """Return the result after it was written, checked and given its name."""
+    if staging is not None:
+        _write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
+        _check_loads(staging.path, data)
+        _seal(item, staging, result, digest)
     return result
 
 
-def _facts(item: Described, config: FinetuneConfig, data: Packed) -> dict[str, Any]:
+def _facts(item: Described, config: FinetuneConfig, data: Data) -> dict[str, Any]:
     """Return what decides the result."""
     return {
         "options": config.to_json(),
@@ -133,6 +256,9 @@ def _work(settings: RunSettings, facts: Mapping[str, Any]) -> Iterator[Work]:
     except InterruptedRunError as error:
         error.hint = work.hint()
         raise
+    except TrainingError as error:
+        error.hint = " ".join(filter(None, [error.hint, work.kept()]))
+        raise
     except KeyboardInterrupt as error:
         raise InterruptedRunError("interrupted", hint=work.hint()) from error
     finally:
@@ -140,22 +266,32 @@ def _work(settings: RunSettings, facts: Mapping[str, Any]) -> Iterator[Work]:
 
 
 def _trained(
-    item: Described, config: FinetuneConfig, settings: RunSettings, data: Packed, work: Work
+    item: Described,
+    config: FinetuneConfig,
+    settings: RunSettings,
+    data: Data,
+    validator: Validator,
+    work: Work,
+    group: Group,
 ) -> FinetuneResult:
     """Return the result; its model lies in the work folder."""
     session = Session(
         item=item,
         config=config,
         data=data,
+        validator=validator,
         work=work,
         device=settings.device,
         report=settings.report,
         changed=_changed(item, config),
+        group=group,
+        logs=log_folder(Destination.resolve(settings.destination).path, settings.logs),
     )
-    chosen, curve = session.train()
+    chosen, curve, routing = session.train()
+    notes = [*notes_of(item, config, data), *routing.pop("notes")]
     return FinetuneResult(
         destination=settings.destination,
-        summary=summary_of(config, data, chosen, curve, notes_of(item, config, data)),
+        summary=summary_of(config, data, chosen, curve, validator.history, notes) | routing,
         speed=speed_of(curve),
         curve=curve,
     )
@@ -176,16 +312,16 @@ def _write(
     staging: Staging,
     result: FinetuneResult,
 ) -> None:
-    """Write everything but the manifest."""
+    """Write everything but card and manifest."""
     content = export.config_of(item, _changed(item, config), config.dtype)
     targets = export.targets_of(item, trained, content, config.dtype)
     cap = parse_size(settings.max_shard_size)
     layouts = export.write_weights(staging, trained, targets, cap, progress=settings.progress)
-    export.write_files(staging, item, content, layouts, export.card_of(item, result.summary))
+    export.write_files(staging, item, content, layouts)
     staging.records()
 
 
-def _check_loads(folder: Path, data: Packed) -> None:
+def _check_loads(folder: Path, data: Data) -> None:
     """Return only when the written checkpoint loads by itself and computes finite logits.
 
     Raises:
@@ -195,16 +331,16 @@ def _check_loads(folder: Path, data: Packed) -> None:
 
     with quiet(), torch.inference_mode():
         model: Any = load_model(folder)
-        ids = torch.from_numpy(data.ids[:1].astype("int64"))
-        logits = model(input_ids=ids).logits
+        logits = model(input_ids=data[0]["input_ids"][None]).logits
     if not bool(torch.isfinite(logits).all()):
         raise VerificationError("the logits of the trained model are not all finite")
 
 
 def _seal(item: Described, staging: Staging, result: FinetuneResult, digest: str) -> None:
-    """Write the manifest and give the result its name."""
+    """Write card and manifest and give the result its name."""
     item.source.assert_unchanged()
     records = staging.records()
-    record = export.manifest_of(item, result.summary, records, staging.files, digest)
+    record = export.manifest_of(item, result.summary, records, staging, digest)
+    record = write_card(staging, record)
     staging.write_file(manifest.MANIFEST_FILE, manifest.dump(record))
     staging.commit()

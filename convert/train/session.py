@@ -4,25 +4,54 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import OptionError
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.sources import Described, open_source
 from adaconvert.modeling.loading import load_model
+from adaconvert.train.adapt_config import Machine
+from adaconvert.train.arguments import arguments_of, explained
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.data import Packed
-from adaconvert.train.parts import Chosen, choose
+from adaconvert.train.data_stream import Data
+from adaconvert.train.parts import Chosen
+from adaconvert.train.ranks import Group
 from adaconvert.train.result import Curve
+from adaconvert.train.trackers import log_into
+from adaconvert.train.utilisation import utilisation
+from adaconvert.train.validation import Validator
 from adaconvert.train.work import Work
 
 if TYPE_CHECKING:
+    from adaconvert.train.prepare import Prepared as Ready
+    from adaconvert.train.routing_setup import Prepared
     from adaconvert.train.sparsify import Meter
     from adaconvert.train.trainer import FinetuneTrainer
 
 #: where in the work folder the trained model is.
 TRAINED = "trained"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Done:
+    """What training made.
+
+    Attributes:
+        chosen: what was trained.
+        curve: every log entry.
+        health: how routers fared.
+        state: what changed, by name, where the model itself cannot be written; else None.
+        model, ready: the model and what became of it, where it can.
+    """
+
+    chosen: Chosen
+    curve: Curve
+    health: dict[str, Any]
+    state: Mapping[str, Any] | None
+    model: Any
+    ready: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,50 +62,118 @@ class Session:
         item: the checkpoint.
         config: the fine-tune.
         data: every sequence, in order.
+        validator: measures the loss on held-out text.
         work: where checkpoints go, and which one to go on from.
         device: as in `run.RunSettings`.
         report: takes one line per log step.
         changed: config keys that differ from the checkpoint's.
+        group: the processes that train together.
+        logs: folder for the files of experiment trackers.
     """
 
     item: Described
     config: FinetuneConfig
-    data: Packed
+    data: Data
+    validator: Validator
     work: Work
     device: str
     report: Callable[[str], None]
     changed: Mapping[str, Any]
+    group: Group
+    logs: Path
 
-    def train(self) -> tuple[Chosen, Curve]:
-        """Return what was trained and every log entry; `TRAINED` holds the model afterwards.
+    def train(self) -> tuple[Chosen, Curve, dict[str, Any]]:
+        """Return what was trained, every log entry and how routers fared; `TRAINED` holds the model
+        afterwards, with adapters added to its weights.
 
         Raises:
-            OptionError: an option does not fit the model, or a loss is not finite.
+            OptionError: an option does not fit the model.
+            TrainingError: a loss, gradient or weight is not finite, or a router collapsed.
+            ResourceError: memory or disk do not suffice.
         """
         with quiet():
-            model: Any = load_model(self.item.source.root, **self.changed)
-            chosen = choose(model, self.config.train)
-            _set_precision(model, self.config.precision)
-            meter = self._prepare(model)
-            # per-expert tensors of native mixtures are not put together again when Trainer resumes
-            # (huggingface/transformers issue 48805), so checkpoints hold them as in memory
-            conversions = getattr(model, "_weight_conversions", None)
-            if self.item.spec.num_experts:
-                model._weight_conversions = []
-            trainer = self._trainer(model, chosen, meter)
-            resumed = self.work.resumed
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-            trainer.check_finite()
-            model._weight_conversions = conversions
-            model.to("cpu").save_pretrained(self.work.path / TRAINED, max_shard_size="2GB")
-            curve = tuple(entry for entry in trainer.state.log_history if "loss" in entry)
-            del trainer, model
+            done = self._fit()
+            if done.state is None:
+                self.group.on_main(lambda: self._save(done.model, done.ready))
+            else:
+                gc.collect()
+                state = done.state
+                self.group.on_main(lambda: self._save(*self._whole(state)))
             gc.collect()
-        return chosen, curve
+        return done.chosen, done.curve, done.health
+
+    def _fit(self) -> _Done:
+        """Return what training made; of a model in parts, or rounded to 4 bits, what changed."""
+        from adaconvert.train import routing_setup
+        from adaconvert.train.prepare import prepare
+        from adaconvert.train.shards import gathered
+
+        model = self._loaded()
+        ready = prepare(model, self.config, device=self._place())
+        meter = self._prepare(model)
+        routing = routing_setup.prepare(model, self.item, self.config, ready.chosen)
+        trainer = self._trainer(model, routing.chosen, meter, routing)
+        resumed = self.work.resumed
+        with explained(self.config, self.work.hint):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        apart = self._is_apart
+        return _Done(
+            chosen=routing.chosen,
+            health=routing.summary(trainer.finish(), self.config.total_steps),
+            curve=tuple(entry for entry in trainer.state.log_history if "loss" in entry),
+            state=gathered(model, keep=self.group.is_main) if apart else None,
+            model=None if apart else model,
+            ready=None if apart else ready,
+        )
+
+    @property
+    def _is_apart(self) -> bool:
+        """Return whether the model that is trained is not the one that is written."""
+        machine = self.config.machine
+        return machine.sharded or machine.experts_over > 1 or self.config.adapting.four_bit
+
+    def _place(self) -> Any:
+        """Return the device of this process."""
+        import torch
+
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if self.device == "cpu" or found is None:
+            return torch.device("cpu")
+        return torch.device(found.type, torch.accelerator.current_device_index())
+
+    def _loaded(self) -> Any:
+        """Return the model in its stored dtype; split over the processes where asked for."""
+        machine, spread = self.config.machine, {}
+        if machine.sharded or machine.experts_over > 1:
+            from transformers.distributed import DistributedConfig
+
+            shares = {"ep_size": machine.experts_over} if machine.experts_over > 1 else {}
+            layout: Any = DistributedConfig(fsdp_size=self.group.size, **shares)
+            spread["distributed_config"] = layout
+        return load_model(self.item.source.root, **self.changed, **spread)
+
+    def _whole(self, state: Mapping[str, Any]) -> tuple[Any, Ready]:
+        """Return the whole model with what was trained, ready to be saved."""
+        from adaconvert.train.prepare import prepare
+        from adaconvert.train.shards import restore
+
+        model: Any = load_model(self.item.source.root, **self.changed)
+        adapting = replace(self.config.adapting, four_bit=False)
+        ready = prepare(model, replace(self.config, adapting=adapting, machine=Machine()))
+        restore(model, state)
+        return model, ready
+
+    def _save(self, model: Any, ready: Any) -> None:
+        from adaconvert.train.adapt import merge
+
+        model.to("cpu")
+        if ready.tuner is not None:
+            merge(model, ready.tuner, keep_wide=self.config.dtype == "float32")
+        model.save_pretrained(self.work.path / TRAINED, max_shard_size="2GB")
 
     def _prepare(self, model: Any) -> Meter | None:
         """Set selection, recomputation and penalty; return what watches activations."""
-        from adaconvert.train.sparsify import Meter, attach
+        from adaconvert.train.sparsify import Meter, attach, replaced
 
         config = self.config
         try:
@@ -91,31 +188,40 @@ class Session:
         if not config.sparsity.watches:
             return None
         meter = Meter(config.sparsity)
-        attach(model, self.item.spec, meter)
+        attach(model, self.item.spec, meter, replaced(self.item.spec, config.sparsity))
         return meter
 
-    def _trainer(self, model: Any, chosen: Chosen, meter: Meter | None) -> FinetuneTrainer:
+    def _trainer(
+        self, model: Any, chosen: Chosen, meter: Meter | None, routing: Prepared
+    ) -> FinetuneTrainer:
         from transformers import TrainerCallback, default_data_collator
 
-        from adaconvert.train.trainer import FinetuneTrainer
+        from adaconvert.train.checkpoints import ResumableTrainer
 
-        work = self.work
+        saves = self.config.save_steps
 
         class Callback(TrainerCallback):  # type: ignore[misc]
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
                 trainer.start_clock()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                control.should_log |= state.global_step == state.max_steps
+                # sums that a checkpoint would lose are said before it is written
+                saved = bool(saves) and state.global_step % saves == 0
+                control.should_log |= saved or state.global_step == state.max_steps
 
-            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                work.completed(state.global_step)
-
-        args = self._arguments()
-        trainer = FinetuneTrainer(
+        args = arguments_of(
+            *(self.config, self.work.path),
+            device=self.device,
+            is_adaptive=self.item.spec.adaptive is not None,
+        )
+        trainer = ResumableTrainer(
+            work=self.work,
+            group=self.group,
             config=self.config,
             routers=chosen.routers,
             meter=meter,
+            watch=routing.routers,
+            flops=self._flops(chosen, args),
             teacher=self._teacher(args.device),
             report=self.report,
             model=model,
@@ -124,44 +230,19 @@ class Session:
             data_collator=default_data_collator,
             callbacks=[Callback()],
         )
+        self.validator.register(trainer)
+        log_into(trainer, self.logs)
         return trainer
 
-    def _arguments(self) -> Any:
-        from transformers import TrainingArguments
-
-        config = self.config
-        falling = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-        args = TrainingArguments(
-            output_dir=str(self.work.path),
-            max_steps=config.total_steps,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.accumulate,
-            learning_rate=config.lr,
-            lr_scheduler_type=falling,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            bf16=config.precision == "bf16",
-            seed=config.seed,
-            use_cpu=self.device == "cpu" or not _accelerated(),
-            logging_steps=config.log_every,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if config.save_steps else "no",
-            save_steps=config.save_steps or 1,
-            save_total_limit=2,
-            report_to=list(config.report_to) or "none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-        if args.n_gpu > 1:
-            # several devices are torchrun's business; alone Trainer would copy the model to each
-            args._n_gpu = 1
-        return args
+    def _flops(self, chosen: Chosen, args: Any) -> tuple[float, float] | None:
+        if args.use_cpu:
+            return None
+        trained = chosen.trained / max(chosen.trained + chosen.frozen, 1)
+        return utilisation(self.item, self.config.seq_len, trained, self.config.precision)
 
     def _teacher(self, device: Any) -> Any:
         """Return the dense teacher on the device of the student, None without distillation."""
-        if not self.config.distill:
+        if not (self.config.distill or self.config.distill_hidden):
             return None
         given = self.config.teacher
         source = self.item if given is None else open_source(given)
@@ -172,21 +253,21 @@ class Session:
                 expected=f"vocab_size {self.item.spec.vocab}",
                 found=source.spec.vocab,
             )
+        ours, theirs = ((s.layers, s.hidden) for s in (self.item.spec, source.spec))
+        if self.config.distill_hidden and ours != theirs:
+            raise OptionError(
+                "has other hidden states",
+                where="--teacher",
+                expected=f"{ours[0]} layers of width {ours[1]} for --distill-hidden",
+                found=f"{theirs[0]} of width {theirs[1]}",
+            )
         teacher: Any = load_model(source.source.root, device=str(device))
         if source.spec.adaptive is not None:
             teacher.set_select("all")
         teacher.requires_grad_(False)
-        return teacher.float() if self.config.precision == "fp32" else teacher
-
-
-def _set_precision(model: Any, precision: str) -> None:
-    """Make float32 what is trained, and with "fp32" everything; nothing is rounded."""
-    import torch
-
-    halves = (torch.float16, torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dtype in halves and (parameter.requires_grad or precision == "fp32"):
-            parameter.data = parameter.data.float()
+        if self.config.precision == "bf16":
+            return teacher
+        return teacher.float() if self.config.precision == "fp32" else teacher.double()
 
 
 def _recompute(model: Any) -> None:
@@ -196,10 +277,3 @@ def _recompute(model: Any) -> None:
     else:
         # the only name transformers 5.17 has
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _accelerated() -> bool:
-    """Return whether torch sees an accelerator."""
-    import torch
-
-    return bool(torch.accelerator.is_available())

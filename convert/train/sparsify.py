@@ -24,6 +24,18 @@ from adaconvert.errors import OptionError
 from adaconvert.train.config import Sparsity
 from adaconvert.train.losses import PENALTIES, gradient_of
 
+Activation = Callable[[Tensor], Tensor]
+
+
+def replaced(spec: ModelSpec, settings: Sparsity) -> Activation | None:
+    """Return the activation of `spec` that fades out, None when none does."""
+    from transformers.activations import ACT2FN
+
+    if settings.activation == "keep" or settings.blend == 0:
+        return None
+    found: Activation = ACT2FN[spec.traits.activation]
+    return found
+
 
 def with_activation(config: Mapping[str, Any], spec: ModelSpec, activation: str) -> dict[str, Any]:
     """Return what changes in a config.json when every feed-forward network gets `activation`.
@@ -56,11 +68,13 @@ class _Now:
         coefficient: of the penalty; 0 only measures.
         share: of the optimiser step's tokens that are in the micro-batch.
         mask: [T] real tokens, None when all are.
+        newness: share of the new activation, the rest is the old one's.
     """
 
     coefficient: float
     share: float | Tensor
     mask: Tensor | None
+    newness: float = 1.0
 
 
 class Meter:
@@ -73,9 +87,22 @@ class Meter:
         self._penalties: dict[int, Tensor] = {}
         self._zeros: dict[int, Tensor] = {}
 
-    def begin(self, *, coefficient: float, share: float | Tensor, mask: Tensor | None) -> None:
+    def begin(
+        self,
+        *,
+        coefficient: float,
+        share: float | Tensor,
+        mask: Tensor | None,
+        newness: float = 1.0,
+    ) -> None:
         """Say what the next forward and backward pass are worth."""
-        self._now = _Now(coefficient, share, None if mask is None else mask.reshape(-1))
+        flat = None if mask is None else mask.reshape(-1)
+        self._now = _Now(coefficient, share, flat, newness)
+
+    def blend(self, x: Tensor, activated: Tensor, old: Activation) -> Tensor:
+        """Return what is between `old` and the new activation of `x`."""
+        share = self._now.newness
+        return activated if share >= 1 else torch.lerp(old(x), activated, share)
 
     def watch(self, activated: Tensor, network: int) -> Tensor:
         """Return the activation's output, [..., f]; going back through it adds the penalty."""
@@ -134,8 +161,14 @@ class _Watched(torch.autograd.Function):
         return (arriving.float() + own).to(arriving.dtype), None, None, None
 
 
-def attach(model: Any, spec: ModelSpec, meter: Meter) -> None:
+def attach(model: Any, spec: ModelSpec, meter: Meter, old: Activation | None = None) -> None:
     """Every feed-forward network of `model` has its activation watched afterwards.
+
+    Args:
+        model: with the new activation.
+        spec: what the model is.
+        meter: watches.
+        old: the activation that the new one takes the place of little by little; None for none.
 
     Raises:
         OptionError: a network has no activation of its own to watch.
@@ -144,10 +177,10 @@ def attach(model: Any, spec: ModelSpec, meter: Meter) -> None:
     for layer in range(spec.layers):
         path = ffn_site(spec, layer).path
         module = model.get_submodule(path)
-        _activation(module, path).register_forward_hook(_hook(meter, layer))
+        _activation(module, path).register_forward_hook(_hook(meter, layer, old))
         if path in sites:
             # what runs when experts are selected; the router keeps the plain one
-            own = _watching(module.adaptive_activation, meter, layer)
+            own = _watching(module, meter, layer, old)
             object.__setattr__(module, "adaptive_activation", own)
     meter.networks = spec.layers
 
@@ -163,17 +196,24 @@ def _activation(module: nn.Module, path: str) -> nn.Module:
     )
 
 
-def _hook(meter: Meter, network: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _hook(
+    meter: Meter, network: int, old: Activation | None
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if old is not None and module.training:
+            output = meter.blend(inputs[0], output, old)
         return meter.watch(output, network)
 
     return hook
 
 
-def _watching(
-    activation: Callable[[Tensor], Tensor], meter: Meter, network: int
-) -> Callable[[Tensor], Tensor]:
+def _watching(module: Any, meter: Meter, network: int, old: Activation | None) -> Activation:
+    activation = module.adaptive_activation
+
     def run(x: Tensor) -> Tensor:
-        return meter.watch(activation(x), network)
+        activated = activation(x)
+        if old is not None and module.training:
+            activated = meter.blend(x, activated, old)
+        return meter.watch(activated, network)
 
     return run

@@ -6,21 +6,27 @@ weighted by its share of the step's tokens, so accumulation equals one large bat
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from adaconvert.errors import OptionError
-from adaconvert.train import losses
+from adaconvert.train import health, losses
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.rates import Rate, Rates, bare_name
+from adaconvert.train.routing import Routers
 from adaconvert.train.sparsify import Meter
 
 Report = Callable[[str], None]
+#: in a checkpoint: what was counted of those so far.
+ROUTING_FILE = "routing.json"
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]
@@ -30,6 +36,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         config: the fine-tune.
         routers: names of parameters that learn at the routers' rate.
         meter: watches activations, None when nobody does.
+        watch: watches routers, None when nobody does.
+        flops: per trained token and what the device does a second; None where unknown.
         teacher: dense model on the same device, None without distillation.
         report: takes one line per log step.
         given: what Trainer takes.
@@ -45,6 +53,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         meter: Meter | None,
         teacher: Any,
         report: Report,
+        watch: Routers | None = None,
+        flops: tuple[float, float] | None = None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
@@ -52,8 +62,21 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self._config = config
-        self._routers = routers
         self._meter = meter
+        self._watch = watch
+        self._flops = flops
+        model: Any = self.model
+        sites = model.adaptive_sites() if hasattr(model, "adaptive_sites") else ()
+        self._rates = Rates(
+            usual=config.lr,
+            router=config.router_lr,
+            parts=tuple(Rate.parse(text) for text in config.lr_of),
+            routers=routers,
+            sites=tuple(sites),
+        )
+        if watch is not None:
+            watch.reduce = self._summed
+            self.add_callback(_after_each_step(watch))
         self._teacher = teacher
         self._report = report
         self._sums: dict[str, Tensor] = {}
@@ -72,20 +95,17 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _groups(self, model: Any) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[bool, bool], list[Any]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                key = (name in self._routers, name in decayed)
-                groups.setdefault(key, []).append(parameter)
-        rate = self._config.lr if self._config.router_lr is None else self._config.router_lr
+        decayed = {bare_name(name) for name in self.get_decay_parameter_names(model)}
+        groups: dict[tuple[float, bool], list[Any]] = {}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._rates.check(trained)
+        for name, parameter in trained.items():
+            key = (self._rates.of(name), bare_name(name) in decayed)
+            groups.setdefault(key, []).append(parameter)
+        decay = self._config.weight_decay
         return [
-            {
-                "params": parameters,
-                "lr": rate if is_router else self._config.lr,
-                "weight_decay": self._config.weight_decay if decays else 0.0,
-            }
-            for (is_router, decays), parameters in groups.items()
+            {"params": parameters, "lr": rate, "weight_decay": decay if decays else 0.0}
+            for (rate, decays), parameters in groups.items()
         ]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -104,14 +124,19 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         """Return what this micro-batch adds to the step's loss; penalties join going back."""
         labels = inputs["labels"]
         fed = {key: value for key, value in inputs.items() if key != "labels"}
-        targets = (labels[:, 1:] != losses.IGNORED).sum()
-        share = 1.0 if num_items_in_batch is None else targets / num_items_in_batch
-        coefficient = self._config.sparsity.at(self.state.global_step, self.state.max_steps)
-        if self._meter is not None:
-            mask = fed.get("attention_mask")
-            self._meter.begin(coefficient=coefficient, share=share, mask=mask)
+        targets = (labels[:, 1:] != losses.IGNORED).sum(dim=1)
+        whole = targets.sum() if num_items_in_batch is None else num_items_in_batch
+        exact = torch.float64 if self._config.precision == "fp64" else torch.float32
+        shares = targets.to(exact) / torch.as_tensor(whole, device=labels.device).clamp_min(1)
+        scale = self._averaged_over(num_items_in_batch)
+        self._begin(labels, fed, shares, scale)
+        if self._config.distill_hidden:
+            fed["output_hidden_states"] = True
         outputs = model(**fed, use_cache=False)
-        total = self._total(self._parts(outputs.logits, labels, fed), share)
+        if self._watch is not None:
+            self._watch.pause()
+        parts = self._parts(outputs, labels, fed)
+        total = self._total(parts, shares.sum(), scale)
         if torch.is_grad_enabled() and not total.requires_grad:
             raise OptionError(
                 "nothing that is trained changes the loss",
@@ -121,25 +146,72 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
             )
         return (total, outputs) if return_outputs else total
 
+    def _begin(self, labels: Tensor, fed: Mapping[str, Any], shares: Tensor, scale: float) -> None:
+        """Tell those who watch what the micro-batch is worth.
+
+        Args:
+            labels: [B, S].
+            fed: what the model gets.
+            shares: [B] of the step's predicted tokens.
+            scale: of gradients.
+        """
+        step, steps = self.state.global_step, self.state.max_steps
+        mask = fed.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
+        if self._meter is not None:
+            sparsity = self._config.sparsity
+            self._meter.begin(
+                coefficient=sparsity.at(step, steps),
+                share=shares.sum() * scale,
+                mask=mask,
+                newness=sparsity.newness(step, steps),
+            )
+        if self._watch is not None:
+            real = torch.ones_like(labels) if mask is None else mask
+            ending = step >= steps - health.last_steps(steps)
+            self._watch.begin(weights=shares, mask=real.float(), scale=scale, ending=ending)
+
+    def _averaged_over(self, items: Any) -> float:
+        """Return by what gradients are divided when processes average them; the count of a step's
+        tokens is over all processes, so their losses are to be added instead."""
+        if items is None or not self.args.average_tokens_across_devices:
+            return 1.0
+        return float(self.accelerator.num_processes // self.get_tp_size())
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """Return the sum over processes."""
+        found: Tensor = self.accelerator.reduce(value, reduction="sum")
+        # processes that hold parts of one model see the same tokens
+        return found / int(self.get_tp_size())
+
     def _parts(
-        self, logits: Tensor, labels: Tensor, fed: Mapping[str, Any]
+        self, outputs: Any, labels: Tensor, fed: Mapping[str, Any]
     ) -> dict[str, tuple[float, Tensor]]:
         """Return name -> (factor, mean over the micro-batch)."""
-        config = self._config
+        config, logits = self._config, outputs.logits
         parts = {"lm": (config.lm, losses.language_model(logits, labels))}
-        if self._teacher is not None:
-            bf16 = config.precision == "bf16"
-            with torch.no_grad(), torch.autocast(logits.device.type, torch.bfloat16, enabled=bf16):
-                theirs = self._teacher(**fed, use_cache=False).logits
-            found = losses.distillation(logits, theirs, labels, config.temperature)
+        if self._teacher is None:
+            return parts
+        bf16 = config.precision == "bf16"
+        with torch.no_grad(), torch.autocast(logits.device.type, torch.bfloat16, enabled=bf16):
+            theirs = self._teacher(**fed, use_cache=False)
+        if config.distill:
+            found = losses.distillation(logits, theirs.logits, labels, config.temperature)
             parts["distill"] = (config.distill, found)
+        if config.distill_hidden:
+            # the first are the embeddings, before any layer
+            ours, goals = outputs.hidden_states[1:], theirs.hidden_states[1:]
+            found = losses.hidden_distance(ours, goals, labels)
+            parts["distill_hidden"] = (config.distill_hidden, found)
         return parts
 
-    def _total(self, parts: Mapping[str, tuple[float, Tensor]], share: float | Tensor) -> Tensor:
+    def _total(
+        self, parts: Mapping[str, tuple[float, Tensor]], share: Tensor, scale: float
+    ) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for name, (factor, value) in parts.items():
             weighted = value * share
-            total = total + factor * weighted
+            total = total + (factor * scale) * weighted
             self._count(name, weighted.detach())
         self._unchecked.append(("loss", self.state.global_step + 1, total.detach()))
         return total
@@ -150,19 +222,29 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
     # -- what must not go on
 
     def check_finite(self) -> None:
-        """Return only when every loss and gradient seen so far is finite.
+        """Return only when every loss and gradient seen so far is one to train on.
 
         Raises:
-            OptionError: one is not; names the step.
+            TrainingError: one is not; names the step.
         """
         seen, self._unchecked = self._unchecked, []
         for what, step, value in seen:
-            if not bool(torch.isfinite(value)):
-                raise OptionError(
-                    f"the {what} is {float(value)}; training stops",
-                    where=f"step {step}",
-                    hint="Lower --lr or --sparsity, lengthen --warmup, or look at the data there.",
-                )
+            health.check_number(what, step, value)
+
+    def finish(self) -> list[health.LayerHealth]:
+        """Return how routers fared over the last steps, of a model that is fit to be written.
+
+        Raises:
+            TrainingError: a loss, gradient or weight is not finite, or a router collapsed.
+        """
+        self.check_finite()
+        health.check_weights(self.model.named_parameters(), self.state.global_step)
+        if self._watch is None:
+            return []
+        threshold = self._config.routing.collapse
+        steps = health.last_steps(self.state.max_steps)
+        health.check_routers(self._watch.judged(), threshold, steps)
+        return self._watch.at_the_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a micro-batch, after its backward pass."""
@@ -171,15 +253,29 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(*args, **kwargs)
         return loss
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, Tensor):
             self._unchecked.append(("gradient norm", self.state.global_step + 1, norm.detach()))
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # what is kept is to be good
         self.check_finite()
+        health.check_weights(self.model.named_parameters(), self.state.global_step)
+        # processes talk to each other here, so nothing that can fail in one of them comes before
+        routing = None if self._watch is None else json.dumps(self._watch.state())
         super()._save_checkpoint(model, trial)
+        if routing is not None and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / ROUTING_FILE).write_text(routing, encoding="utf-8")
+
+    def _restore_routing(self, folder: Path) -> None:
+        """Go on counting where a checkpoint left off."""
+        kept = folder / ROUTING_FILE
+        # what it holds is summed over processes, so only one goes on from it
+        if self._watch is not None and kept.is_file() and self.is_world_process_zero():
+            self._watch.restore(json.loads(kept.read_text(encoding="utf-8")), self.args.device)
 
     # -- what is said
 
@@ -188,26 +284,49 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         if "loss" not in logs:
             return
         self.check_finite()
-        steps = self.state.global_step - self._logged[0]
+        steps = max(self.state.global_step - self._logged[0], 1)
         now = time.perf_counter()
-        logs |= self._drained(max(steps, 1))
-        logs["tokens_per_second"] = steps * self._config.step_tokens / (now - self._logged[1])
+        logs |= self._drained(steps)
+        warnings = self._routed(logs, steps)
+        speed = steps * self._config.step_tokens / max(now - self._logged[1], 1e-9)
+        logs["tokens_per_second"] = speed
+        if self._flops is not None:
+            able = self._flops[1] * self.accelerator.num_processes
+            logs["mfu"] = speed * self._flops[0] / able
         self._logged = (self.state.global_step, now)
         super().log(logs, start_time)
-        self._report(line(logs, self.state.global_step, self.state.max_steps))
+        for text in (line(logs, self.state.global_step, self.state.max_steps), *warnings):
+            self._report(text)
+
+    def _routed(self, logs: dict[str, Any], steps: int) -> list[str]:
+        """Add losses and state of the routers to a log entry; return warnings."""
+        if self._watch is None:
+            return []
+        values, layers = self._watch.drain(steps)
+        logs |= values | health.logged(layers)
+        threshold = self._config.routing.collapse if self._watch.are_to_be_even else 0.0
+        return health.warnings(layers, threshold)
+
+    def pause(self, seconds: float) -> None:
+        """Count speed as if the last `seconds` had not been."""
+        self._logged = (self._logged[0], self._logged[1] + seconds)
 
     def start_clock(self) -> None:
         """Count speed from the present step and time on."""
         self._logged = (self.state.global_step, time.perf_counter())
 
     def _drained(self, steps: int) -> dict[str, Any]:
-        found: dict[str, Any] = {name: float(s) / steps for name, s in self._sums.items()}
+        summed = {name: self._summed(value) for name, value in self._sums.items()}
+        found: dict[str, Any] = {name: float(value) / steps for name, value in summed.items()}
         self._sums = {}
         if self._meter is None:
             return found
         penalty, zeros = self._meter.drain(steps)
         if not zeros:
             return found
+        # each process weighs its own tokens as if they were those of all
+        seen = torch.tensor([penalty, *zeros], device=self.args.device)
+        penalty, *zeros = self.accelerator.reduce(seen, reduction="mean").tolist()
         settings = self._config.sparsity
         coefficient = settings.at(self.state.global_step - 1, self.state.max_steps)
         return found | {
@@ -222,12 +341,20 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
 _SHOWN = {
     "lm": "lm {:.4f}",
     "distill": "distill {:.4f}",
+    "distill_hidden": "hidden {:.4f}",
+    "balance": "balance {:.3f}",
+    "z": "z {:.3g}",
+    "regression": "regression {:.4f}",
     "hoyer": "hoyer {:.4g}",
     "l1": "l1 {:.4g}",
     "sparsity": "zeros {:.1%}",
+    "router_entropy": "entropy {:.3f}",
+    "load": "load {:.2f}",
+    "dead_experts": "dead {}",
     "grad_norm": "gradient {:.3g}",
     "learning_rate": "lr {:.3g}",
     "tokens_per_second": "{:.0f} tokens/s",
+    "mfu": "{:.1%} MFU",
 }
 
 
@@ -235,3 +362,11 @@ def line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     """Return one line about the steps since the last one."""
     shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
     return f"step {step}/{steps}: {', '.join(shown)}"
+
+
+def _after_each_step(watch: Routers) -> Any:
+    class Callback(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            watch.step_done()
+
+    return Callback()

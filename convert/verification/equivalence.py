@@ -14,12 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from adaconvert.errors import ResourceError, VerificationError
+from adaconvert.io.available import available_memory
 from adaconvert.io.source import Source
 from adaconvert.layerwise.build import KeyReport
 from adaconvert.units import human_bytes
 from adaconvert.verification.comparison import Comparison
 from adaconvert.verification.logits import LogitDifference, compare_logits
-from adaconvert.verification.memory import SHARE, available_memory, layerwise_need, whole_need
+from adaconvert.verification.memory import SHARE, layerwise_need, whole_need
 from adaconvert.verification.quality import Quality
 from adaconvert.verification.routing import LayerRouting
 from adaconvert.verification.tokens import Probe

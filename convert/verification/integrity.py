@@ -17,6 +17,7 @@ from adaconvert.arch.base import TensorSpec
 from adaconvert.arch.check import dtypes_of
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError, ResourceError
+from adaconvert.io.card_file import CARD
 from adaconvert.io.digest import TensorDigest, digest_tensor
 from adaconvert.io.layout import ShardRecord, shard_digest, shard_digest_of_file
 from adaconvert.io.manifest import MANIFEST_FILE, records
@@ -102,7 +103,7 @@ def check(
     """
     written = records(manifest)
     problems = [*_files(folder, manifest, written)]
-    notes = [*_source_notes(manifest, sources)]
+    notes = [*_source_notes(manifest, sources), *_card_notes(folder, manifest)]
     loadable = False
     try:
         target = Source.open(folder)
@@ -153,11 +154,22 @@ def _files(
             continue
         if not os.path.lexists(folder / file):
             yield Problem(file=file, what="is missing")
+        elif file == CARD:
+            # the card is its owner's to edit; see `_card_notes`
+            continue
         elif file in side and (what := _side_file_fault(folder / file, str(side[file]))):
             yield Problem(file=file, what=what)
     for entry in sorted(os.listdir(folder)):
         if entry not in written and entry not in side and entry != MANIFEST_FILE:
             yield Problem(file=entry, what=f"is not listed in {MANIFEST_FILE}")
+
+
+def _card_notes(folder: Path, manifest: Mapping[str, object]) -> Iterator[str]:
+    listed = manifest.get("files")
+    if isinstance(listed, dict) and CARD in listed and os.path.lexists(folder / CARD):
+        what = _side_file_fault(folder / CARD, str(listed[CARD]))
+        if what is not None:
+            yield f"{CARD} was edited since adaconvert wrote it"
 
 
 def _side_file_fault(path: Path, expected: str) -> str | None:

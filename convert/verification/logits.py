@@ -26,7 +26,10 @@ class LogitDifference:
         disputed: number of tokens for which they do not although the dense model's choice is clear,
             that is its best two logits are further apart than twice the tolerance.
         kl: mean over tokens of KL(dense || target) in nats.
-        tokens: number of tokens.
+        tokens: number of tokens that were compared.
+        left_out: number of logits that are no numbers in either model, because weights of the
+            source are none; they are not compared.
+        silent: not one of the dense model's logits is a number, so there was nothing to compare.
     """
 
     max_abs_diff: float
@@ -35,10 +38,12 @@ class LogitDifference:
     disputed: int
     kl: float
     tokens: int
+    left_out: int = 0
+    silent: bool = False
 
     @property
     def finite(self) -> bool:
-        """Tell whether every logit of both models is a number."""
+        """Tell whether every logit that the dense model gives is a number, in both models."""
         return self.max_abs_diff != float("inf")
 
     @property
@@ -54,6 +59,9 @@ def compare_logits(
 ) -> LogitDifference:
     """Return how far `target` is from `dense`, both [B, S, V].
 
+    Logits that are no numbers in both models are left out; one that is none in only one of them
+    makes the difference infinite.
+
     Args:
         dense: logits of the source.
         target: logits of the converted model.
@@ -62,8 +70,14 @@ def compare_logits(
     import torch
 
     left, right = dense.reshape(-1, dense.shape[-1]), target.reshape(-1, target.shape[-1])
-    if not (left.isfinite().all() and right.isfinite().all()):
-        return _not_finite(len(left))
+    known = left.isfinite()
+    left_out = known.numel() - int(known.sum())
+    if left_out == known.numel() or not torch.equal(known, right.isfinite()):
+        return _not_finite(len(left), silent=left_out == known.numel())
+    if left_out:
+        # equal in both models and nobody's choice
+        low, some = -left[known].abs().max(), known.any(-1)
+        left, right = (x.where(known, low)[some] for x in (left, right))
     scale = left.abs().max().item()
     diff = kl = 0.0
     agreed = disputed = 0
@@ -83,6 +97,7 @@ def compare_logits(
         disputed=disputed,
         kl=max(kl / tokens, 0.0),
         tokens=tokens,
+        left_out=left_out,
     )
 
 
@@ -91,7 +106,7 @@ def _kl(dense: torch.Tensor, target: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum())
 
 
-def _not_finite(tokens: int) -> LogitDifference:
+def _not_finite(tokens: int, *, silent: bool) -> LogitDifference:
     inf = float("inf")
     return LogitDifference(
         max_abs_diff=inf,
@@ -100,6 +115,7 @@ def _not_finite(tokens: int) -> LogitDifference:
         disputed=tokens,
         kl=inf,
         tokens=tokens,
+        silent=silent,
     )
 
 

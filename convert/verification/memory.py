@@ -1,11 +1,9 @@
-"""How much memory a comparison needs and how much there is; bytes throughout."""
+"""How much memory a comparison needs; bytes throughout."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from adaconvert.io.source import Source
 from adaconvert.layerwise.names import block_of
@@ -16,44 +14,6 @@ SHARE = 0.6
 _BASE = 64 << 20
 _FP32 = 4
 _GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer"}
-
-
-def available_memory() -> int:
-    """Return the memory this process may still take: the system's or its control group's."""
-    limits = [_system_memory()]
-    group = Path("/sys/fs/cgroup")
-    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
-    if limit is not None and used is not None:
-        # page cache counts as used although it is given back on demand
-        limits.append(max(limit - used + _cache_of(group), 0))
-    return min(limits)
-
-
-def _system_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text("ascii"))
-    except (OSError, ValueError):
-        return None
-
-
-def _cache_of(group: Path) -> int:
-    try:
-        rows = dict(
-            line.split() for line in (group / "memory.stat").read_text("ascii").splitlines()
-        )
-        return int(rows.get("inactive_file", 0)) + int(rows.get("active_file", 0))
-    except (OSError, ValueError):
-        return 0
 
 
 def _places(source: Source) -> dict[int | None, int]:

@@ -23,8 +23,8 @@ class Setting:
 
     Attributes:
         neurons: share of the neurons of split networks that run.
-        ffn: FLOPs of the split networks, routers and full gates included, over those of the dense
-            ones.
+        ffn: FLOPs of the split networks, routers and full gates included, over those of what they
+            were in the dense model.
         loss: nats per token more than the dense model; None for models of no text to come.
         logits: difference from the dense model's.
     """
@@ -89,7 +89,9 @@ def measure(
     if all(runs_all(spec["select"], spec["experts"]["count"]) for spec in specs):
         return None
     configured = _setting(model, inputs, dense, tolerance)
-    width = specs[0]["experts"]["width"]
+    # of the feed-forward networks, where there are also networks in place of projections
+    named = [spec for spec in specs if "output" not in spec] or specs
+    width = named[0]["experts"]["width"]
     gated = all("gate" in s["weights"] or "gate_up" in s["weights"] for s in specs)
     single = None
     if width > 1 and gated and configured.neurons < 1:
@@ -113,11 +115,12 @@ def _setting(
         for path, site in sites.items()
     )
     neurons = sum(site.neurons for site in sites.values()) / max(total, 1)
-    reference = adaptive.config.adaptive["reference"]["ffn_flops_per_token"]
+    source = adaptive.config.adaptive["reference"]
+    reference = source["ffn_flops_per_token"] + source.get("linear_flops_per_token", 0)
     flops = account.flops_per_token()
     return Setting(
         neurons=neurons,
-        ffn=(flops["ffn"] + flops["router"]) / max(reference, 1),
+        ffn=(flops["ffn"] + flops["linear"] + flops["router"]) / max(reference, 1),
         loss=_loss_increase(model, inputs, dense, found),
         logits=compare_logits(dense, found, tolerance=tolerance),
     )

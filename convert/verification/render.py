@@ -50,9 +50,14 @@ def equivalence_lines(found: Equivalence, verdict: Verdict) -> list[str]:
         f"relative {found.relative:.3g}",
         f"next token   same for {100 * logits.argmax_agreement:.4g} % of {logits.tokens} tokens "
         f"({logits.disputed} clear choices changed), KL {logits.kl:.3g} nats",
+        *([f"left out     {_left_out(logits.left_out)}"] if logits.left_out else []),
         f"compared     {found.mode} models in float32 on {found.probe}",
         *quality_lines(found.quality),
     ]
+
+
+def _left_out(count: int) -> str:
+    return f"{count} logits that are no numbers in the source and in the result"
 
 
 def quality_lines(quality: Quality | None) -> list[str]:
@@ -63,17 +68,6 @@ def quality_lines(quality: Quality | None) -> list[str]:
     if quality.single is not None:
         lines.append(f"neuron by neuron, by the gate: {_setting_text(quality.single)}")
     return [*lines, "(logits above are with every expert on)"]
-
-
-def quality_record(quality: Quality) -> list[str]:
-    """Return the same for a card: two digits, which every run of the conversion agrees on."""
-    setting = quality.configured
-    loss = "" if setting.loss is None else f"loss {setting.loss:+.2g} nats per token, "
-    return [
-        f"as configured, experts of {quality.width} neurons: {100 * setting.neurons:.2g} % of the "
-        f"neurons, {100 * setting.ffn:.2g} % of the FLOPs of the split networks; {loss}same most "
-        f"likely token for {100 * setting.logits.argmax_agreement:.2g} % of tokens"
-    ]
 
 
 def _setting_text(setting: Setting) -> str:
@@ -137,6 +131,7 @@ def equivalence_json(found: Equivalence) -> dict[str, object]:
         "probe": found.probe,
         "tokens": logits.tokens,
         "finite": logits.finite,
+        "logits_left_out": logits.left_out,
         "max_abs_diff": rounded(logits.max_abs_diff),
         "max_abs_logit": rounded(logits.max_abs_logit),
         "relative": rounded(found.relative),

@@ -111,6 +111,7 @@ class VerificationReport:
                 "bound": verdict.bound,
                 "probe": found.probe,
                 "tokens": found.logits.tokens,
+                **({"logits_left_out": found.logits.left_out} if found.logits.left_out else {}),
                 "relative_difference_below": render.power_above(found.relative),
                 "argmax_agreement": render.rounded(found.logits.argmax_agreement, 2),
                 "kl_nats_below": render.power_above(found.logits.kl),
@@ -118,22 +119,6 @@ class VerificationReport:
             if found.quality is not None:
                 measured["configured"] = render.setting_json(found.quality.configured, 2)
         return {"ok": self.ok, "notes": list(self.notes), **measured}
-
-    def record_lines(self) -> list[str]:
-        """Return `record` as text, for a model card."""
-        found, verdict = self.equivalence, self.verdict
-        if found is None or verdict is None:
-            return ["not compared with its source"]
-        lines = [
-            f"promise: {verdict.kind}"
-            + (f" (at most {verdict.bound:g} of the largest logit)" if verdict.bound else ""),
-            f"largest difference of a logit in float32: below {render.power_above(found.relative)} "
-            f"of the largest logit, over {found.logits.tokens} tokens ({found.probe})",
-            f"same most likely next token: {100 * found.logits.argmax_agreement:.0f} % of tokens",
-        ]
-        if found.quality is not None:
-            lines += render.quality_record(found.quality)
-        return lines + [f"note: {note}" for note in self.notes]
 
 
 def verify_checkpoint(

@@ -82,7 +82,11 @@ def _only_split(target: Source) -> bool:
 
 
 def judge(exactness: Exactness | None, bound: float | None, found: Equivalence) -> Verdict:
-    """Return whether a measurement keeps a promise; a logit that is no number breaks every one."""
+    """Return whether a measurement keeps a promise.
+
+    A logit that is no number where the source's is one breaks every promise, and so does a source
+    that gives none at all.
+    """
     kind = "unknown" if exactness is None else exactness.kind
     return Verdict(kind=kind, bound=bound, fault=_fault(bound, found))
 
@@ -94,8 +98,14 @@ def _fault(bound: float | None, found: Equivalence) -> str | None:
             "transformers reports missing, unexpected or mismatched tensors: "
             f"{', '.join(escape(name) for name in names[:5])}"
         )
+    if found.logits.silent:
+        return (
+            "not one logit of the source is a number, so there is nothing to compare with: repair "
+            "it, or convert it unverified with --no-verify"
+        )
     if not found.logits.finite:
-        return _with_blame("the logits of source or target are not all finite", found)
+        what = "other logits are no numbers in the target than in the source"
+        return _with_blame(what, found)
     if bound is None or found.close:
         return None
     what = (

@@ -22,7 +22,7 @@ def test_every_option_reaches_the_api(api: Any, run: Run) -> None:
         *("--seed", "5", "--set-compute", "1,0.5", "--select", "rule=top-k,k=8"),
         *("--select", "rule=all", "--reference", "dense", "--tasks", "a, b", "--tasks", "c.yaml"),
         *("--task-limit", "7", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"),
-        *("--no-speed", "--out", "r.json", "--revision", "abc", "-q"),
+        *("--no-speed", "--out", "r.json", "--record", "--revision", "abc", "-q"),
     )
     assert (code, err) == (0, "")
     (call,) = api.calls
@@ -47,6 +47,7 @@ def test_every_option_reaches_the_api(api: Any, run: Run) -> None:
         "task_limit": 7,
         "revision": "abc",
         "out": "r.json",
+        "record": True,
         "progress": False,
     }
 

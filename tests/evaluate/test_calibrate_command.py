@@ -111,6 +111,7 @@ def test_options_and_defaults_are_those_of_the_settings() -> None:
         (["--budget", "0.5"], "Missing option '--data'"),
         (["--data", "a", "--rule", "best"], "'best' is not one of"),
         (["--data", "a", "--values", "1,x"], "'1,x' is no list of numbers"),
+        (["--data", "a", "--rule", "top-p", "--values", ""], "'' is no list of numbers"),
         (["--data", "a", "--unit", "word"], "'word' is not one of"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from adaconvert import api
+from adaconvert.arch.calibration import config_digest
 from adaconvert.errors import (
     AdaconvertError,
     DataError,
@@ -26,7 +27,7 @@ from adaconvert.errors import (
 )
 from adaconvert.evaluate import calibration
 from adaconvert.evaluate.calibration_data import Reading, read_data
-from adaconvert.evaluate.calibration_output import config_digest, stale
+from adaconvert.evaluate.calibration_output import stale
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
 from adaconvert.evaluate.testing_sequence import SHARES
@@ -211,6 +212,38 @@ def test_calibrating_again_gives_the_same_bytes(
         options = {**OPTIONS, "budget": 0.8, "rules": ("dynamic-k",), "max_tokens": 2000}
         api.calibrate(trained, text, destination=folder, **options)
     assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two")
+
+
+def test_without_a_choice_the_default_is_the_conversions_again(text: Path, tmp_path: Path) -> None:
+    dense = tiny_models.make("llama", tmp_path / "dense")
+    select = {"rule": "top-k", "k": 5}
+    source = make_adaptive(dense, tmp_path / "source", router="gate", select=select)
+    options = {**OPTIONS, "rules": ("top-k",), "values": (4,)}
+
+    def defaults(folder: Path) -> list[dict[str, Any]]:
+        return [slots["ffn"]["select"] for slots in table(folder)["sites"].values()]
+
+    out = tmp_path / "out"
+    first = api.calibrate(source, text, destination=out, **options)
+    assert defaults(out) == [select, select]
+    assert first.notes == ()
+    for _ in range(2):
+        api.calibrate(out, text, budget=0.9, **options)
+        assert defaults(out) == [{"rule": "top-k", "k": 4}] * 2
+    again = api.calibrate(out, text, **options)
+    assert again.chosen is None
+    assert defaults(out) == [select, select]
+    assert again.notes == ("no setting was asked for: the default is the conversion's again",)
+    assert api.calibrate(out, text, **options).notes == ()
+    # a table of an older adaconvert, which did not keep what was before
+    api.calibrate(out, text, budget=0.9, **options)
+    config = json.loads((out / "config.json").read_text())
+    del config["adaptive"]["calibration"]["configured"]
+    (out / "config.json").write_text(json.dumps(config))
+    (out / manifest.MANIFEST_FILE).unlink()
+    old = api.calibrate(out, text, destination=tmp_path / "old", **options)
+    assert defaults(tmp_path / "old") == [{"rule": "all"}] * 2
+    assert old.notes[0].endswith("is not recorded: every expert runs")
 
 
 def test_disagreement_per_layer_values_and_other_rules(copy: Path, text: Path) -> None:
@@ -453,7 +486,7 @@ def test_weights_that_compute_nan_are_refused(copy: Path, text: Path, tmp_path: 
             if name.endswith("down_proj.weight"):
                 tensors[name][0, 0] = float("nan")
         save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"loss is nan on document \d+ with all experts"):
+    with pytest.raises(SourceError, match=r"nan with all experts; found first in text\.jsonl:\d"):
         api.calibrate(copy, text, destination=tmp_path / "out", budget=0.5, **OPTIONS)
     assert not (tmp_path / "out").exists()
 
@@ -465,8 +498,28 @@ def test_only_adaptive_causal_models(trained: Path, text: Path, tmp_path: Path) 
         api.calibrate(tmp_path / "nowhere", text, budget=0.5)
     dense = tiny_models.make("bert", tmp_path / "bert", architecture="BertForMaskedLM")
     bert = make_adaptive(dense, tmp_path / "adaptive", experts=4)
-    with pytest.raises(OptionError, match="only causal language models and text classifiers"):
+    expected = (
+        r"AdaptiveBertForMaskedLM: only causal language models and text classifiers can be "
+        r"calibrated; expected \.\.\.ForCausalLM, \.\.\.LMHeadModel or "
+        r"\.\.\.ForSequenceClassification\. Measure settings of `model\.set_select"
+    )
+    with pytest.raises(OptionError, match=expected):
         api.calibrate(bert, text, destination=tmp_path / "out", budget=0.5, **OPTIONS)
+    images = tmp_path / "images"
+    api.convert(
+        tiny_models.make("vit", tmp_path / "vit"),
+        destination=images,
+        method="moefy",
+        num_experts=8,
+        router="similarity",
+        verify=False,
+    )
+    for call in (api.calibrate, api.evaluate):
+        more = {"budget": 0.5} if call is api.calibrate else {}
+        given = (images, text) if call is api.calibrate else (images,)
+        data = {} if call is api.calibrate else {"data": text}
+        with pytest.raises(OptionError, match=r"ForSequenceClassification.*"):
+            call(*given, **more, **data)  # type: ignore[operator]
 
 
 def test_destinations_that_may_not_be_written(

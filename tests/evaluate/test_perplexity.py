@@ -12,7 +12,7 @@ import torch
 from adaconvert.data.text import documents_of
 from adaconvert.data.tokens import TokenBlocks, token_blocks
 from adaconvert.errors import DataError, SourceError
-from adaconvert.evaluate.perplexity import Variant, batches, score_texts
+from adaconvert.evaluate.perplexity import TextScore, Variant, _compare, batches, score_texts
 from adaconvert.evaluate.settings import STORED
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
@@ -158,3 +158,22 @@ def test_reference_with_another_vocabulary(model: Any, blocks: TokenBlocks, tmp_
         DataError, match=r"--reference: .*; expected logits of 320 tokens, found 33"
     ):
         score_texts([variant(wider, is_reference=True), variant(model)], blocks, NAMES)
+
+
+def test_small_divergences_are_not_made_larger_by_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(400, 2000, generator=generator)
+    other = logits + 1e-4 * torch.randn(400, 2000, generator=generator)
+    own, base = (x.double().log_softmax(-1) for x in (logits, other))
+    want = float((base.exp() * (base - own)).sum())
+    score = TextScore.empty(1)
+    _compare(score, 0, logits.log_softmax(-1), other.log_softmax(-1))
+    # 3e-9 nats a token; float32 rounding alone, cut off at zero, looked like ten times that
+    assert score.divergence[0] == pytest.approx(want, rel=0.01)
+    _compare(score, 0, logits.log_softmax(-1), logits.log_softmax(-1))
+    assert score.divergence[0] == pytest.approx(want, rel=0.01)
+    # chances of nothing, and far apart
+    own, base = torch.tensor([[0.0, -200.0, -90.0]]), torch.tensor([[-90.0, -float("inf"), 0.0]])
+    _compare(score, 0, own.log_softmax(-1), base.log_softmax(-1))
+    # log(1 / e^-90), in float32
+    assert score.divergence[0] == pytest.approx(90, rel=1e-6)

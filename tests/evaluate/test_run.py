@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def test_adaptive_checkpoint_against_its_source(root: Path) -> None:
     assert less.compute is not None
     assert two.compute is not None
     assert full.compute.fraction == 1.0
+    assert report.reference.compute is not None
+    # counted pass by pass and estimated from shapes: means of the same whole numbers
+    assert full.compute.flops == pytest.approx(report.reference.compute.flops, rel=1e-12)
+    assert full.compute.weight_bytes == report.reference.compute.weight_bytes
     assert 0.6 < float(less.compute.fraction or 0) <= 0.7
     assert float(two.compute.fraction or 0) < float(less.compute.fraction or 0)
     assert [usage.active for usage in two.usage] == [2.0, 2.0]
@@ -236,6 +241,20 @@ def test_reference_that_cuts_text_differently(root: Path, tmp_path: Path) -> Non
         data=root / "data.jsonl",
         reference=other,
     )
+
+
+def test_reference_whose_tokenizer_pads_otherwise(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(root / "dense", other)
+    path = other / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["pad_token"] != settings["eos_token"]
+    path.write_text(json.dumps({**settings, "pad_token": settings["eos_token"]}))
+    report = evaluate(
+        root / "dense", data=root / "data.jsonl", reference=other, length=32, speed=False
+    )
+    assert report.results[0].increase is not None
+    assert report.results[0].increase.value == 0
 
 
 def test_other_number_of_classes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adaconvert.errors import OptionError
-from adaconvert.evaluate.compute import Tally, estimated, mean_context, relative_to
+from adaconvert.evaluate.compute import Tally, estimated, relative_to
 from adaconvert.evaluate.options import EvaluateOptions
 from adaconvert.evaluate.settings import STORED, Setting, check_settings, parse_select, settings_of
 from adaconvert.evaluate.statistics import Mean, finite, perplexity
@@ -206,20 +206,15 @@ def test_costs_of_stock_models_are_those_of_their_shapes(family: str, tmp_path: 
     source = Source.open(tiny_models.make(family, tmp_path / "model", dtype="bfloat16"))
     spec = describe(source.config, source.tensors)
     for dtype, code in ((None, "BF16"), ("torch.float32", "F32")):
-        expected = costs(spec, dict.fromkeys(source.tensors, code), 17)
-        found = estimated(source, 17, dtype)
+        expected = costs(spec, dict.fromkeys(source.tensors, code), 9)
+        # the mean context of a text of 17 tokens is 9
+        found = estimated(source, {17: 1}, dtype)
         assert found is not None
         assert (found.flops, found.ffn_flops) == (expected.flops, expected.ffn_flops)
         assert found.weight_bytes == expected.weight_bytes
         assert not found.counted
-        doubled = estimated(source, 17)
+        doubled = estimated(source, {17: 1})
         assert relative_to(found, doubled).fraction == 1.0  # type: ignore[union-attr]
-
-
-def test_mean_context_is_the_mean_position() -> None:
-    positions = [i + 1 for length in (4, 4, 7) for i in range(length)]
-    assert mean_context({4: 2, 7: 1}) == round(sum(positions) / len(positions))
-    assert mean_context({}) == 1
 
 
 @pytest.mark.parametrize(

@@ -194,5 +194,10 @@ def test_a_loss_that_is_not_finite_is_named(tiny: Path, blocks: TokenBlocks) -> 
     model = load_model(tiny)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(SourceError, match=r"loss is nan on document \d with all experts"):
+    with pytest.raises(
+        SourceError, match=r"loss is nan with all experts; found first in document \d"
+    ):
         Measurer(model, blocks).reference(np.arange(len(blocks)))
+    names = [f"text.jsonl:{n + 1}" for n in range(4)]
+    with pytest.raises(SourceError, match=r"found first in text\.jsonl:[1-4]\. Nothing was"):
+        Measurer(model, blocks, names=names).reference(np.arange(len(blocks)))

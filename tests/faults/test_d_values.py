@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import adaconvert
-from adaconvert.errors import AdaconvertError, SourceError
+from adaconvert.errors import AdaconvertError, SourceError, VerificationError
 from adaconvert.testing.reference_moe import read_folder
 from adaconvert.testing.tiny_models import make
 
@@ -59,6 +59,38 @@ def test_d1_allowed_values_are_recorded(source: Path, tmp_path: Path) -> None:
     notes = result.manifest["notes"]
     assert isinstance(notes, list)
     assert any("model.norm.weight" in str(note) and "non-finite" in str(note) for note in notes)
+
+
+@pytest.mark.parametrize("method", ["upcycle", "moefy"])
+def test_d1_what_is_finite_is_verified(source: Path, tmp_path: Path, method: str) -> None:
+    # row 300 of the head is of a token the tokenizer does not have
+    patch(source, "lm_head.weight", 300 * 32, float("nan"))
+    result = adaconvert.convert(
+        source,
+        destination=tmp_path / "out",
+        method=method,
+        **({"num_experts": 4} if method == "moefy" else {}),
+        allow_nonfinite=True,
+    )
+    checked = result.manifest["verification"]
+    assert isinstance(checked, dict)
+    assert checked["ok"]
+    assert checked["logits_left_out"] == checked["tokens"]
+    assert any("logits that are no numbers in the source" in x for x in result.verification_lines)
+
+
+@pytest.mark.parametrize("method", ["upcycle", "moefy"])
+def test_d1_nothing_to_compare_says_how_to_go_on(source: Path, tmp_path: Path, method: str) -> None:
+    patch(source, "model.layers.1.mlp.down_proj.weight", 17, float("nan"))
+    with pytest.raises(VerificationError, match=r"not one logit of the source.*with --no-verify"):
+        adaconvert.convert(
+            source,
+            destination=tmp_path / "out",
+            method=method,
+            **({"num_experts": 4} if method == "moefy" else {}),
+            allow_nonfinite=True,
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_d2_zero_tensors_and_dead_neurons_work(source: Path, tmp_path: Path) -> None:

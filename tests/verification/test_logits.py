@@ -55,6 +55,26 @@ def test_a_logit_that_is_no_number_makes_the_difference_infinite(value: float, w
     assert found.disputed == 2
 
 
+def test_logits_that_are_no_numbers_in_both_are_left_out() -> None:
+    dense, target = DENSE.clone(), DENSE.clone()
+    target[0, 0, 0] -= 1.0
+    for logits in (dense, target):
+        logits[0, 0, 1] = math.nan
+    found = compare_logits(dense, target, tolerance=1e-5)
+    assert (found.max_abs_diff, found.tokens, found.left_out) == (1.0, 2, 1)
+    assert found.argmax_agreement == 1.0
+    assert found.finite
+    for logits in (dense, target):
+        logits[0, 0] = math.inf
+    found = compare_logits(dense, target, tolerance=1e-5)
+    assert (found.max_abs_diff, found.tokens, found.left_out) == (0.0, 1, 3)
+    for logits in (dense, target):
+        logits[0, 1] = math.nan
+    found = compare_logits(dense, target, tolerance=1e-5)
+    assert not found.finite
+    assert found.silent
+
+
 def test_hidden_states_are_compared_per_token() -> None:
     # one token of real models is thousands of times larger than the others and must not hide them
     dense = torch.zeros(1, 2, 4)

@@ -74,7 +74,7 @@ def test_the_report_names_no_path_and_is_the_same_every_time(dense: Path, tmp_pa
     first, second = verified(dense, target), verified(dense, target)
     assert first.to_json() == second.to_json()
     assert first.record() == second.record()
-    for text in (json.dumps(first.to_json()), *first.lines(), *first.record_lines()):
+    for text in (json.dumps(first.to_json()), *first.lines()):
         assert str(tmp_path) not in text
         assert all(ord(character) < 127 for character in text)
 
@@ -150,7 +150,8 @@ def test_logits_that_are_no_numbers_fail_every_promise(
     report = verified(dense, upcycle_by_hand(dense, tmp_path / "t", edit=edit, kind=kind))
     assert not report.ok
     assert report.integrity.ok
-    assert "logits of source or target are not all finite; layer 1" in report.problem()
+    what = "other logits are no numbers in the target than in the source; layer 1"
+    assert what in report.problem()
     json.dumps(report.to_json(), allow_nan=False)
     assert report.record()["relative_difference_below"] is None
 
@@ -251,7 +252,6 @@ def test_a_target_that_cannot_be_opened_is_reported_without_a_comparison(
     assert report.equivalence is None
     assert "config.json" in report.problem()
     assert report.record() == {"ok": False, "notes": []}
-    assert report.record_lines() == ["not compared with its source"]
 
 
 def test_a_target_transformers_refuses_is_reported(dense: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """D2DMoE: a dense model's FFNs split into experts, each token running as many as contribute.
 
 Stages: 2 split, 3 fit a router that predicts how much each expert contributes, 4 run the experts
-whose prediction is at least tau times the best. Each can be had alone.
+whose prediction is at least tau times the best, 5 replace attention projections by networks that
+are split, routed and selected from likewise. Each can be had alone.
 
 Source: Szatkowski, Wojcik, Piorczynski, Scardapane 2024, arXiv 2310.04361, and its official code
 bartwojcik/D2DMoE. They differ in the meaning of tau: an expert runs iff its score >= tau * max in
@@ -24,13 +25,15 @@ from adaconvert.arch.sites import ffn_site
 from adaconvert.data.text import Documents, read_documents
 from adaconvert.errors import OptionError
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
-from adaconvert.methods.d2dmoe.fit import Fits, fit
+from adaconvert.methods.d2dmoe.fit import Fits, fit, kept_layers
+from adaconvert.methods.d2dmoe.projection_fit import fit_networks, network_lines
+from adaconvert.methods.d2dmoe.projections import Edit, edited, edits, networks_in
 from adaconvert.methods.d2dmoe.reroute import (
+    Site,
     changed_sites,
     kept_files,
     rerouted_plan,
     runs_all,
-    split_sites,
     words,
 )
 from adaconvert.methods.moefy import dense_config_file
@@ -55,6 +58,7 @@ def prepare(config: D2dmoeConfig, described: Sequence[Described]) -> Prepared:
         DataError: the text cannot be read.
     """
     item = described[0]
+    changes = edits(config, item)
     documents = _documents(config)
     plan = _plan(config, item, None if documents is None else documents.digest)
     is_split = item.spec.adaptive is not None
@@ -68,15 +72,33 @@ def prepare(config: D2dmoeConfig, described: Sequence[Described]) -> Prepared:
     done: list[Fits] = []
 
     def run(progress: bool) -> Fitted:
-        if is_split and not config.fits:
-            return {}
-        done.append(fit(item, config, sizes_by_layer(config, item), documents, progress=progress))
-        return done[-1]
+        found = Fits()
+        sizes = sizes_by_layer(config, item)
+        if sizes and (config.fits or not is_split):
+            text = documents if config.fits else None
+            found = fit(item, config, sizes, text, progress=progress)
+        if documents is not None and any(change.fitted() for change in changes):
+            arrays, found.networks = fit_networks(
+                item, config, changes, documents, progress=progress
+            )
+            found.arrays |= arrays
+        done.append(found)
+        return found
 
     def notes(written: Mapping[str, str]) -> list[str]:
-        return [line for fits in done for line in quality_lines(fits)]
+        return [
+            line
+            for fits in done
+            for line in (*quality_lines(fits), *network_lines(fits.networks, changes))
+        ]
 
-    return Prepared(planned=planned, fit=run, config_of=_finished(plan, item, done), notes_of=notes)
+    return Prepared(
+        planned=planned,
+        fit=run,
+        config_of=_finished(plan, item, done),
+        notes_of=notes,
+        kept=lambda: kept_layers(config),
+    )
 
 
 def replan(options: Mapping[str, object], described: Sequence[Described]) -> Plan:
@@ -96,23 +118,48 @@ def _documents(config: D2dmoeConfig) -> Documents | None:
 
 
 def _plan(config: D2dmoeConfig, item: Described, data_digest: str | None) -> Plan:
+    changes = edits(config, item)
     if item.spec.adaptive is not None:
-        after = changed_sites(config, item)
-        options = _options(config, after[0][1], data_digest)
-        return rerouted_plan(config, item, after, options, _digest(options))
+        after = _changed_sites(config, item)
+        options = _options(config, after[0][1] if after else None, data_digest, changes)
+        plan = rerouted_plan(config, item, after, options, _digest(options))
+        return edited(plan, item, changes, _digest(options))
     _check_dense(config)
-    partition = _partition(config, item)
-    options = _options(config, partition, data_digest)
-    digest = _digest(options)
-    layers = sorted(parse_layers(config.layers, item.spec.layers))
+    partition = _partition(config, item) if "2" in config.stage_set else None
+    options = _options(config, partition, data_digest, changes)
+    plan = _split_plan(config, item, partition, options)
+    return edited(plan, item, changes, _digest(options))
+
+
+def _split_plan(
+    config: D2dmoeConfig,
+    item: Described,
+    partition: Partition | None,
+    options: dict[str, object],
+) -> Plan:
+    """Return the plan that splits the feed-forward networks of a dense model, or none of them."""
+    layers: list[SplitLayer] = []
+    exactness = Exactness(kind="exact", why="no feed-forward network changes")
+    if partition is not None:
+        digest = _digest(options)
+        asked = sorted(parse_layers(config.layers, item.spec.layers))
+        layers = [SplitLayer(layer=i, partition=partition, digest=digest) for i in asked]
+        exactness = _exactness(partition)
     return adaptive_plan(
-        "d2dmoe",
-        options,
-        item,
-        [SplitLayer(layer=layer, partition=partition, digest=digest) for layer in layers],
-        exactness=_exactness(partition),
-        notes=_notes(config, item),
+        "d2dmoe", options, item, layers, exactness=exactness, notes=_notes(config, item)
     )
+
+
+def _changed_sites(config: D2dmoeConfig, item: Described) -> list[Site]:
+    """Return the split networks with their new routers and rules; none where stage 5 alone runs, or
+    where the checkpoint has networks in place of projections only."""
+    if not config.stage_set & {"2", "3", "4"}:
+        return []
+    assert item.spec.adaptive is not None
+    ffn = any(True for _ in adaptive.sites_of(item.spec, item.spec.adaptive))
+    if not ffn and networks_in(item.spec) and "2" not in config.stage_set:
+        return []
+    return changed_sites(config, item)
 
 
 def _partition(config: D2dmoeConfig, item: Described) -> Partition:
@@ -132,21 +179,23 @@ def _partition(config: D2dmoeConfig, item: Described) -> Partition:
 
 def sizes_by_layer(config: D2dmoeConfig, item: Described) -> dict[int, Sizes]:
     """Return how each converted block is split: as asked, or as a split source is already."""
+    if item.spec.adaptive is None and "2" not in config.stage_set:
+        return {}
     if item.spec.adaptive is None:
         sizes = config.sizes(item.spec)
         return dict.fromkeys(sorted(parse_layers(config.layers, item.spec.layers)), sizes)
     return {
         site.layer: Sizes(experts=p.experts, width=p.width, shared=p.shared)
-        for site, p in split_sites(config, item)
+        for site, p in _changed_sites(config, item)
     }
 
 
 def _check_dense(config: D2dmoeConfig) -> None:
-    if "2" not in config.stage_set:
+    if "2" not in config.stage_set and config.stage_set != {"5"}:
         raise OptionError(
             "the source is not split",
             where="--stages",
-            expected="stage 2 among them",
+            expected="stage 2 among them, or 5 alone",
             found=config.stages,
         )
 
@@ -164,11 +213,11 @@ def _exactness(partition: Partition) -> Exactness:
 
 def _notes(config: D2dmoeConfig, item: Described) -> list[str]:
     notes = []
-    if item.spec.traits.activation not in SPARSE:
+    if "2" in config.stage_set and item.spec.traits.activation not in SPARSE:
         notes.append(
-            f"{item.spec.traits.activation} has no exact zeros, and stage 1 of D2DMoE, which "
-            "trains the model to be sparse, has not run: expect the loss to rise soon as experts "
-            "are left out; `adaconvert inspect --activations` says how soon"
+            f"{item.spec.traits.activation} has no exact zeros: unless stage 1 of D2DMoE has made "
+            "the model sparse, expect the loss to rise soon as experts are left out; "
+            "`adaconvert inspect --activations` says how soon"
         )
     if config.fits and config.tau is None:
         notes.append("every expert runs until --tau, `calibrate` or set_select turns it down")
@@ -178,13 +227,21 @@ def _notes(config: D2dmoeConfig, item: Described) -> list[str]:
 
 
 def _options(
-    config: D2dmoeConfig, partition: Partition, data_digest: str | None
+    config: D2dmoeConfig,
+    partition: Partition | None,
+    data_digest: str | None,
+    changes: Sequence[Edit],
 ) -> dict[str, object]:
     """Return the resolved options for the manifest: no paths, every default spelled out."""
+    options = {**asdict(config), "data": data_digest, "work": None}
+    if not changes:
+        options = {key: v for key, v in options.items() if not key.startswith("projection")}
+    if config.replaces:
+        options["projections"] = ",".join(config.roles)
+    if partition is None:
+        return options
     return {
-        **asdict(config),
-        "data": data_digest,
-        "work": None,
+        **options,
         "num_experts": partition.experts,
         "expert_width": partition.width,
         "shared_neurons": partition.shared or None,
@@ -203,7 +260,7 @@ def _digest(options: Mapping[str, object]) -> str:
 def _finished(
     plan: Plan, item: Described, done: Sequence[Fits]
 ) -> Callable[[Fitted], dict[str, object]]:
-    """Return what adds to config.json how good each router is."""
+    """Return what adds to config.json how good each router and each network is."""
 
     def config_of(fitted: Fitted) -> dict[str, object]:
         config: dict[str, Any] = copy.deepcopy(plan.config)
@@ -211,6 +268,12 @@ def _finished(
             for layer, quality in fits.quality.items():
                 site = config["adaptive"]["sites"][ffn_site(item.spec, layer).path]
                 site["ffn"]["router"]["quality"] = quality.to_json()
+            for path, network in fits.networks.items():
+                mlp = config["adaptive"]["sites"][path]["linear"]["mlp"]
+                if network.distilled is not None:
+                    mlp["quality"] = network.distilled.to_json()
+                if network.router is not None:
+                    mlp["router"]["quality"] = network.router.to_json()
         return config
 
     return config_of

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.data.text import Documents
-from adaconvert.errors import OptionError, SourceError
+from adaconvert.errors import DataError, OptionError, SourceError
 from adaconvert.io.names import escape
 from adaconvert.layerwise.ffn_data import FfnLayer, ffn_layers, run_digest
 from adaconvert.layerwise.ffn_weights import ExpertNorms
 from adaconvert.layerwise.work import WorkFolder
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
+from adaconvert.methods.d2dmoe.distil import NetworkQuality
 from adaconvert.methods.d2dmoe.quality import RouterQuality
 from adaconvert.methods.d2dmoe.router import RouterSettings, fit_router
 from adaconvert.methods.moefy.config import Sizes
@@ -31,12 +32,16 @@ from adaconvert.progress import bar
 if TYPE_CHECKING:
     import numpy
 
+    from adaconvert.data.tokens import TokenBlocks
+
     Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 _log = logging.getLogger(__name__)
 
 #: tokens of one block of text.
 LENGTH = 512
+#: tokens below which nothing can be fitted: one batch of the default size.
+LEAST = 256
 _STATES = ("inputs", "hidden")
 
 
@@ -47,10 +52,12 @@ class Fits(Mapping[str, "Array"]):
     Attributes:
         arrays: orders int64 [f] and router tensors float32, by the keys of `moefy.plan`.
         quality: by block; empty when no router was fitted.
+        networks: by path, how good each network in place of a projection is.
     """
 
     arrays: dict[str, Array] = field(default_factory=dict)
     quality: dict[int, RouterQuality] = field(default_factory=dict)
+    networks: dict[str, NetworkQuality] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Array:
         return self.arrays[key]
@@ -81,7 +88,7 @@ def fit(
 
     Raises:
         SourceError: weights or hidden states are not finite.
-        DataError: the text does not fit the model.
+        DataError: the text does not fit the model, or is too short.
         OptionError: the model cannot be run on text, or the work folder is another run's.
         ResourceError: the hidden states do not fit into memory and there is no work folder.
     """
@@ -113,16 +120,9 @@ class _Run:
         sizes: Mapping[int, Sizes],
         documents: Documents,
     ) -> None:
-        from adaconvert.data.tokens import token_blocks
-
         self._source, self._device = item.source, device_of(config.device)
-        self._tokens = token_blocks(
-            documents,
-            item.source.root,
-            length=min(LENGTH, item.spec.max_positions or LENGTH),
-            max_tokens=config.data_tokens,
-            seed=config.seed,
-        )
+        self._tokens = tokens_of(item, config, documents)
+        check_enough(self._tokens.tokens)
         self._layers = sorted(sizes)
         self._found: dict[int, dict[str, Array]] = {}
         self._work: WorkFolder | None = None
@@ -159,6 +159,49 @@ class _Run:
                 fits.arrays[key] = array
         if self._work is not None:
             self._work.discard_states()
+
+
+def tokens_of(item: Described, config: D2dmoeConfig, documents: Documents) -> TokenBlocks:
+    """Return the text cut into blocks of tokens, as many as the options allow.
+
+    Raises:
+        DataError: the text does not fit the model.
+    """
+    from adaconvert.data.tokens import token_blocks
+
+    return token_blocks(
+        documents,
+        item.source.root,
+        length=min(LENGTH, item.spec.max_positions or LENGTH),
+        max_tokens=config.data_tokens,
+        seed=config.seed,
+    )
+
+
+def check_enough(tokens: int) -> None:
+    """Return only when that many tokens are enough to fit routers on at all.
+
+    Raises:
+        DataError: they are not.
+    """
+    if tokens < LEAST:
+        raise DataError(
+            "too little text to fit routers on",
+            where="--data",
+            expected=f"{LEAST} tokens or more, and tens of thousands for good routers",
+            found=tokens,
+            hint="Give more text, or raise --data-tokens.",
+        )
+
+
+def kept_layers(config: D2dmoeConfig) -> str | None:
+    """Return what an interrupted run has kept in its work folder, None for nothing."""
+    found = [] if config.work is None else list(Path(config.work).rglob("layer.*.npz"))
+    if config.work is None or not found:
+        return None
+    layers = "1 fitted layer is" if len(found) == 1 else f"{len(found)} fitted layers are"
+    name = escape(Path(config.work).name)
+    return f"{layers} kept in --work {name}: run the same command to go on from there."
 
 
 def _fit_layer(

@@ -93,7 +93,7 @@ def _check_stages(config: D2dmoeConfig) -> None:
         raise OptionError(
             "the source is split already; stage 2 splits dense models",
             where="--stages",
-            expected="3, 4 or 3,4",
+            expected="3, 4, 5 or several of them",
             found=config.stages,
             hint="`adaconvert unmoefy` makes a dense model of it.",
         )

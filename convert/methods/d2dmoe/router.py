@@ -126,14 +126,14 @@ def _trained(
     w1.requires_grad_()
     w2.requires_grad_()
     optimiser = torch.optim.AdamW([w1, w2], lr=settings.learning_rate)
-    batches = _Batches(len(training), settings.batch_tokens, generator)
+    batches = Batches(len(training), settings.batch_tokens, generator)
     for step in range(settings.steps):
         rows = next(batches).to(training.device)
         target = targets(rows) / size_out
         error = (scores(training[rows] / size_in, w1, w2) - target).square()
         if settings.loss == "relative":
             error = error / target.square().mean(dim=1, keepdim=True).clamp_min(FLOOR)
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * _decay(step, settings.steps)
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * decay(step, settings.steps)
         optimiser.zero_grad()
         error.mean().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -189,7 +189,7 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor
     return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
 
 
-class _Batches:
+class Batches:
     """Rows of each step, drawn without replacement epoch after epoch."""
 
     def __init__(self, tokens: int, size: int, generator: torch.Generator) -> None:
@@ -206,6 +206,6 @@ class _Batches:
         return self._left.pop()
 
 
-def _decay(step: int, steps: int) -> float:
+def decay(step: int, steps: int) -> float:
     """Return the learning rate's factor: 1 at first, then a cosine to nearly 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))

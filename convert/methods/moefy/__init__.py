@@ -20,7 +20,7 @@ from adaconvert.arch.adaptive import BARE_ROUTERS, Partition
 from adaconvert.arch.runtimes import verdicts
 from adaconvert.arch.sites import ffn_site
 from adaconvert.data.text import Documents, read_documents
-from adaconvert.errors import OptionError
+from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
 from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
@@ -71,7 +71,7 @@ def prepare(config: MoefyConfig, described: Sequence[Described]) -> Prepared:
         return _with_thresholds(plan.config, {p: fitted.thresholds[n] for p, n in paths.items()})
 
     return Prepared(
-        planned=planned, fit=run, config_of=finished if config.keep is not None else None
+        planned=planned, fit=run, config_of=finished if config.finds_thresholds else None
     )
 
 
@@ -202,7 +202,18 @@ def _with_thresholds(
 
 def dense_config_file(source: Source) -> dict[str, bytes]:
     """Return the source's config.json as it is, to be given back by `unmoefy`; nothing when it
-    holds what no output may carry."""
+    holds what no output may carry.
+
+    Raises:
+        SourceError: the source has another file of that name, which would be lost.
+    """
+    if DENSE_CONFIG in source.side_files:
+        raise SourceError(
+            "is the name under which the dense config.json is kept, and the source has a file of "
+            "its own there",
+            where=DENSE_CONFIG,
+            hint="Rename that file, or move it out of the source.",
+        )
     if source.raw_config != source.config:
         return {}
     return {DENSE_CONFIG: read_whole(source.path(CONFIG_FILE), CONFIG_FILE, MAX_CONFIG_BYTES)}

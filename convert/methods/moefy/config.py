@@ -50,7 +50,8 @@ class MoefyConfig:
             "threshold" (score >= a number), "top-p" (2403.07652).
         top_k, tau, threshold, top_p: the rule's number; None so that every expert runs.
         keep: share of experts a token keeps on average; thresholds that do it are found for each
-            layer on `data`. Only with the rule "threshold".
+            layer on `data`. 1 keeps every expert of every token, whatever the text. Only with the
+            rule "threshold".
         data: text for splits and thresholds that need it: file, folder or hub id.
         data_field, data_split: see `data.text.read_documents`.
         data_tokens: tokens of it that are used. Default 16384, as in CMoE (8 sequences of 2048).
@@ -116,7 +117,7 @@ class MoefyConfig:
         why = None
         if self.split in DATA_SPLITS:
             why = f"--split {self.split} looks at activations on text"
-        elif self.keep is not None:
+        elif self.finds_thresholds:
             why = "--keep finds its thresholds on text"
         if why is not None and self.data is None:
             raise OptionError(
@@ -124,7 +125,7 @@ class MoefyConfig:
                 where="--data",
                 hint="Give some pages of text like those the model is for.",
             )
-        if why is None and self.data is not None:
+        if why is None and self.data is not None and self.keep is None:
             raise _means_nothing(
                 "data", "with --split coactivation or shared+routed, or --keep", self.split
             )
@@ -148,7 +149,7 @@ class MoefyConfig:
     def select(self, experts: int) -> dict[str, object]:
         """Return the selection rule of a layer with this many experts, as config.json has it.
 
-        Where thresholds are still to be found (`keep`) it is null.
+        Where thresholds are still to be found (`keep` below 1) it is null.
 
         Raises:
             OptionError: more experts are to run than there are.
@@ -166,8 +167,14 @@ class MoefyConfig:
             return {"rule": "dynamic-k", "tau": self.tau or 0.0}
         if self.rule == "top-p":
             return {"rule": "top-p", "p": 1.0 if self.top_p is None else self.top_p}
-        found = None if self.keep is not None else self.threshold or 0.0
+        found = None if self.finds_thresholds else self.threshold or 0.0
         return {"rule": "threshold", "threshold": found}
+
+    @property
+    def finds_thresholds(self) -> bool:
+        """Return whether thresholds are to be found: no score is below zero, so to keep all of the
+        experts takes none."""
+        return self.keep is not None and self.keep < 1
 
     def runs_all(self, experts: int) -> bool:
         """Return whether every expert runs for every token."""

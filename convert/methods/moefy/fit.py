@@ -242,7 +242,7 @@ def _fit_on(fits: Fits, layer: FfnLayer) -> None:
             fits.representatives[index] = found.representatives
     elif permutes(config, fits.sizes):
         fits.orders[index] = _order(fits, index)
-    if config.keep is not None:
+    if config.keep is not None and config.finds_thresholds:
         fits.thresholds[index] = activity.threshold(
             layer, config.router, fits.order(index), fits.sizes, fits._router(index), config.keep
         )

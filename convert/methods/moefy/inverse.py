@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from adaconvert.arch import adaptive, registry
 from adaconvert.arch.adaptive import NEURON_ORDER
+from adaconvert.arch.projections import networks_of, stock_spec
 from adaconvert.arch.sites import FfnSite, Part
 from adaconvert.errors import AdaconvertError, OptionError
 from adaconvert.io import manifest
@@ -115,11 +116,12 @@ def _check_only_split(item: Described) -> None:
     model = adaptive_part.get("model")
     held = [name for name, value in (model if isinstance(model, dict) else {}).items() if value]
     sites = adaptive_part.get("sites")
+    _check_projections(item)
     for slots in (sites if isinstance(sites, dict) else {}).values():
         held += [slot for slot in slots if slot != "ffn"]
         ffn = slots.get("ffn", {})
         held += ["null experts"] if ffn.get("null") else []
-        own = ffn.get("activation")
+        own = ffn.get("activation", item.spec.traits.activation)
         held += [f"activation {own}"] if own != item.spec.traits.activation else []
     if held:
         names = ", ".join(escape(name, 40) for name in dict.fromkeys(held))
@@ -127,6 +129,24 @@ def _check_only_split(item: Described) -> None:
             f"holds more than split networks: {names}",
             where=item.source.label,
             hint="Only a split can be undone; start from the dense checkpoint instead.",
+        )
+
+
+def _check_projections(item: Described) -> None:
+    """Hold the checkpoint to projections that are still there.
+
+    Raises:
+        OptionError: naming those that networks have taken the place of.
+    """
+    assert item.spec.adaptive is not None
+    found = [site.path for site, _ in networks_of(stock_spec(item.spec), item.spec.adaptive)]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise OptionError(
+            f"networks have taken the place of projections, whose weights are gone: "
+            f"{', '.join(found[:3])}{more}",
+            where=item.source.label,
+            hint="Start from the dense checkpoint instead.",
         )
 
 

@@ -247,7 +247,12 @@ def test_data_that_cannot_be_used_leave_nothing_behind(tmp_path: Path) -> None:
     for name in ("other", "empty", "missing"):
         with pytest.raises(DataError, match=name):
             api.d2dmoe(source, tmp_path / "d", data=str(tmp_path / f"{name}.jsonl"), **QUICK)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.jsonl", "m", "other.jsonl"]
+    (tmp_path / "few.jsonl").write_text('{"text": "a few words"}\n')
+    message = r"--data: too little text to fit routers on; expected 256 tokens or more.*found \d+\."
+    with pytest.raises(DataError, match=message):
+        api.d2dmoe(source, tmp_path / "d", data=str(tmp_path / "few.jsonl"), **QUICK)
+    left = ["empty.jsonl", "few.jsonl", "m", "other.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_states_that_are_not_finite_leave_nothing_behind(data: Path, tmp_path: Path) -> None:
@@ -283,8 +288,12 @@ def test_a_killed_run_goes_on_from_its_work_folder(
         return fit
 
     monkeypatch.setattr(fit_module, "fit_layer_router", stop_at(2))
-    with pytest.raises(InterruptedRunError):
+    kept = r"interrupted\. 2 fitted layers are kept in --work w: run the same command to go on"
+    with pytest.raises(InterruptedRunError, match=kept):
         api.d2dmoe(source, tmp_path / "d", work=str(work), **options)
+    with pytest.raises(InterruptedRunError, match="so nothing was kept"):
+        api.d2dmoe(source, tmp_path / "d", **options)
+    fitted[2:] = []
     assert not (tmp_path / "d").exists()
     monkeypatch.setattr(fit_module, "fit_layer_router", stop_at(9))
     api.d2dmoe(source, tmp_path / "d", work=str(work), **options)

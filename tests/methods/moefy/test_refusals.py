@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,19 @@ def split(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         dense, destination=folder, method="moefy", split="random", router="gate", verify=False
     )
     return folder
+
+
+def test_a_file_in_place_of_the_kept_config_is_not_lost(dense: Path, tmp_path: Path) -> None:
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (source / "dense_config.json").write_text('{"mine": true}')
+    for options in ({"method": "moefy"}, {"method": "d2dmoe", "stages": "2"}):
+        with pytest.raises(SourceError, match=r"dense_config\.json: is the name under which.*Rena"):
+            adaconvert.convert(source, destination=tmp_path / "moe", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+    adaconvert.convert(
+        source, destination=tmp_path / "native", method="moefy", native=True, num_experts=4
+    )
 
 
 @pytest.mark.parametrize(

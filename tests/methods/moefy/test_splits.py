@@ -84,6 +84,29 @@ def test_thresholds_are_found_for_each_layer(
     assert configured["neurons"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_to_keep_every_expert_is_exact(
+    given: bool, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    made = adaconvert.convert(
+        dense,
+        destination=tmp_path / "moe",
+        method="moefy",
+        num_experts=16,
+        rule="threshold",
+        keep=1.0,
+        **({"data": str(text)} if given else {}),
+    )
+    assert made.manifest["exactness"] == {
+        "kind": "exact",
+        "why": "the neurons are only put in another order, and every expert runs",
+    }
+    for slots in adaptive_of(tmp_path / "moe")["sites"].values():
+        assert slots["ffn"]["select"] == {"rule": "threshold", "threshold": 0.0}
+    configured = made.manifest["verification"]["configured"]  # type: ignore[index]
+    assert configured["neurons"] == 1
+
+
 def test_single_neurons_behind_the_gate_stay_where_they_are(dense: Path, tmp_path: Path) -> None:
     adaconvert.convert(
         dense, destination=tmp_path / "moe", method="moefy", expert_width=1, router="gate", top_k=32

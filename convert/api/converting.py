@@ -1,41 +1,17 @@
-"""The documented Python API: `convert`, `d2dmoe`, `unmoefy`, `inspect`, `inspect_activations`,
-`plan`, `verify`, `evaluate`, `finetune`, `calibrate`.
-
-Each returns an object with `to_json()` (plain data) and `lines()` (text for people); each raises an
-`AdaconvertError` whose message says what, where, expected, found and what to do.
-"""
+"""Conversions, and what is known of checkpoints without running them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.api.paths import PathLike
 from adaconvert.inspection import Inspection, inspect_source
 from adaconvert.reports import ConversionResult, PlanReport
 
 if TYPE_CHECKING:
     from adaconvert.activations import ActivationReport
-    from adaconvert.evaluate.calibration_result import CalibrationResult
-    from adaconvert.evaluate.report import Evaluation
-    from adaconvert.methods.d2dmoe.result import D2dmoeResult
-    from adaconvert.train.result import FinetuneResult
     from adaconvert.verification.report import VerificationReport
-
-__all__ = [
-    "calibrate",
-    "convert",
-    "d2dmoe",
-    "evaluate",
-    "finetune",
-    "inspect",
-    "inspect_activations",
-    "plan",
-    "unmoefy",
-    "verify",
-]
-
-PathLike = str | Path
 
 
 def convert(
@@ -131,7 +107,11 @@ def plan(
     Args and errors as for `convert`.
     """
     from adaconvert.conversion import prepare_run
+    from adaconvert.stage_one import Stages
 
+    if method == "d2dmoe":
+        # stage 1 leaves the shapes as they are
+        options = {**Stages.of(options).rest}
     prepared = prepare_run(
         [str(s) for s in sources], method, options, revision, keep_config, ignore_unindexed
     )
@@ -179,80 +159,6 @@ def verify(
     )
 
 
-def evaluate(checkpoint: PathLike, **options: Any) -> Evaluation:
-    """Return how good a checkpoint is and what it costs; it is not changed.
-
-    Args:
-        checkpoint: folder, hub-cache snapshot or hub id; adaptive, Mixture-of-Experts or dense.
-        options: fields of `adaconvert.evaluate.options.EvaluateOptions`.
-
-    Raises:
-        OptionError: options that do not fit together or the model (exit code 2).
-        DataError: the data are missing, damaged or do not fit the model (2).
-        SourceError: a checkpoint is damaged, or computes NaN (3).
-        OutputConflictError: `out` exists (4).
-        ResourceError: memory, the hub or a package does not suffice (6).
-    """
-    from adaconvert.evaluate.options import EvaluateOptions
-    from adaconvert.evaluate.run import evaluate_checkpoint
-
-    return evaluate_checkpoint(str(checkpoint), EvaluateOptions(**options))
-
-
-def calibrate(
-    checkpoint: PathLike,
-    *data: PathLike,
-    destination: PathLike | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> CalibrationResult:
-    """Return what each setting of an adaptive checkpoint costs and loses, once that is stored.
-
-    The table and the chosen setting go into config.json and the card; weights do not change.
-
-    Args:
-        checkpoint: folder of an adaptive checkpoint; updated as a whole or not at all.
-        data: text files, folders or hub data sets.
-        destination: write a calibrated copy there and leave `checkpoint` as it is.
-        overwrite: replace a destination adaconvert wrote.
-        options: fields of `CalibrationSettings` and `Reading` in `adaconvert.evaluate`: `budget`,
-            or `max_loss_increase` and `confidence`, and others.
-
-    Raises:
-        OptionError: options that do not fit together or the model, or the budget is out of reach
-            (exit code 2).
-        DataError: the data are missing, damaged or too few; says how many are needed (2).
-        SourceError: the checkpoint is damaged, or computes NaN (3).
-        OutputConflictError: it holds files adaconvert did not write, or the destination is taken
-            (4).
-        ResourceError: disk, memory, permissions or the hub do not suffice (6).
-    """
-    from adaconvert.evaluate.calibration import calibrate as run
-    from adaconvert.evaluate.calibration_settings import CalibrationSettings
-
-    settings = CalibrationSettings.of([str(where) for where in data], options)
-    return run(checkpoint, settings, destination=destination, overwrite=overwrite)
-
-
-def d2dmoe(source: PathLike, destination: PathLike, **settings: Any) -> D2dmoeResult:
-    """Return once `destination` holds the checkpoint, its experts chosen by fitted routers.
-
-    Args:
-        source: a dense checkpoint, or one that is split already.
-        destination: as for `convert`.
-        settings: fields of `methods.d2dmoe.config.D2dmoeConfig`, and keyword arguments of `convert`
-            about how it runs.
-
-    Raises:
-        DataError: the text is missing, damaged or does not fit the model (2); otherwise as
-            `convert`.
-    """
-    from adaconvert.methods.d2dmoe.result import D2dmoeResult
-
-    done = convert(source, destination=destination, method="d2dmoe", **settings)
-    return D2dmoeResult.of(done)
-
-
 def inspect_activations(
     source: PathLike, data: PathLike, *, progress: bool = False, **options: Any
 ) -> ActivationReport:
@@ -273,60 +179,3 @@ def inspect_activations(
 
     given = ActivationOptions(**options)
     return measure_activations(str(source), str(data), given, progress=progress)
-
-
-def finetune(
-    source: PathLike,
-    destination: PathLike,
-    *,
-    data: Sequence[PathLike],
-    overwrite: bool = False,
-    resume: bool = False,
-    device: str = "auto",
-    max_shard_size: str | int = "5GB",
-    revision: str | None = None,
-    progress: bool = False,
-    report: Callable[[str], None] | None = None,
-    **options: Any,
-) -> FinetuneResult:
-    """Return once `destination` holds the fine-tuned checkpoint, whole and loading by itself.
-
-    Args:
-        source: checkpoint of a causal language model: dense, native mixture or adaptive.
-        destination: folder that must not exist, or be empty, unless `overwrite`.
-        data: texts, each as "FILE" or "FILE,WEIGHT".
-        overwrite: replace a folder adaconvert wrote.
-        resume: go on from the last complete checkpoint of an interrupted run.
-        device: "auto", "cpu" or an accelerator such as "cuda".
-        max_shard_size: as for `convert`.
-        revision: branch, tag or commit of a hub id.
-        progress: show progress bars on a terminal.
-        report: takes one line per log step.
-        options: fields of `train.config.FinetuneConfig`, and `activation`, `sparsity`,
-            `sparsity_loss`, `sparsity_norm`, `sparsity_ramp` for stage 1 of D2DMoE.
-
-    Raises:
-        OptionError: options do not fit together or the model, or a loss stops being finite (2).
-        DataError: the text is missing, damaged or too short (2).
-        SourceError: the checkpoint is damaged, or no causal language model (3).
-        OutputConflictError: the destination is taken, or `resume` finds another run (4).
-        VerificationError: the result does not load; nothing is left behind (5).
-        ResourceError: disk, memory, permissions or a package do not suffice (6).
-        InterruptedRunError: a signal stopped it; the last checkpoint is kept for `resume` (130).
-    """
-    from adaconvert.train.config import FinetuneConfig
-    from adaconvert.train.run import RunSettings
-    from adaconvert.train.run import finetune as run
-
-    config = FinetuneConfig.of([str(where) for where in data], options)
-    settings = RunSettings(
-        destination=Path(destination),
-        overwrite=overwrite,
-        resume=resume,
-        device=device,
-        max_shard_size=max_shard_size,
-        revision=revision,
-        progress=progress,
-        report=report or (lambda line: None),
-    )
-    return run(str(source), config, settings)

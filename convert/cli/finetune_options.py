@@ -1,0 +1,181 @@
+"""Options of `adaconvert finetune` for adapters, memory and processes, and who reports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from adaconvert.cli import options
+from adaconvert.cli.options import option
+from adaconvert.errors import AdaconvertError
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[bool]:
+    """Yield whether this is the first of torchrun's processes, which says why any of them failed;
+    the others end with the same exit code and say nothing."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        yield is_first
+    except AdaconvertError as error:
+        if is_first:
+            raise
+        raise click.exceptions.Exit(error.exit_code) from None
+
+
+def adapter_options() -> options.Decorator[Any]:
+    """Return what is trained in place of matrices; fields of `train.adapt_config.Adapting`."""
+    return options.apply(
+        option(
+            "adapters",
+            "--lora",
+            type=int,
+            default=0,
+            metavar="R",
+            help="Train low-rank adapters of rank R on frozen matrices, and whatever else --train "
+            "names; the result holds their sums.",
+        ),
+        option(
+            "adapters",
+            "--lora-alpha",
+            type=float,
+            metavar="A",
+            help="The product of an adapter is multiplied by A / R. Default: R.",
+        ),
+        option(
+            "adapters",
+            "--lora-targets",
+            multiple=True,
+            default=("all",),
+            metavar="PART",
+            help="experts, attention, all (every matrix inside the blocks but routers), or a "
+            "regular expression for names of matrices; may be repeated.",
+        ),
+        option(
+            "adapters",
+            "--load-in-4bit",
+            "load_in_4bit",
+            is_flag=True,
+            help="Hold the frozen matrices in 4 bits while training (bitsandbytes); the adapters "
+            "are added to the matrices of CKPT itself.",
+        ),
+    )
+
+
+def run_options() -> options.Decorator[Any]:
+    """Return how it runs and where the result goes."""
+    return options.apply(
+        option(
+            "run",
+            "--device",
+            default="auto",
+            metavar="NAME",
+            help="cpu, or an accelerator such as cuda; 'auto' takes one if there is one.",
+        ),
+        option(
+            "run",
+            "--precision",
+            type=click.Choice(["fp32", "bf16", "fp64"]),
+            default="fp32",
+            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32; 'fp64' "
+            "is for comparisons.",
+        ),
+        option(
+            "run",
+            "--optimizer",
+            type=click.Choice(["adamw", "sgd"]),
+            default="adamw",
+            help="'sgd': without momentum, so nothing is kept per weight.",
+        ),
+        option(
+            "run",
+            "--checkpointing",
+            is_flag=True,
+            help="Recompute activations going back: less memory, a third more time.",
+        ),
+        option(
+            "run",
+            "--memory",
+            metavar="SIZE",
+            help="Memory training may take, such as 20GB. Default: what is free. More is refused "
+            "before anything is read, with settings that fit.",
+        ),
+        option("run", "--compile", is_flag=True, help="Run through torch.compile."),
+        option(
+            "run",
+            "--fsdp",
+            is_flag=True,
+            help="Split weights, gradients and optimiser state over the processes of torchrun.",
+        ),
+        option(
+            "run",
+            "--expert-parallel",
+            type=int,
+            default=1,
+            metavar="N",
+            help="N processes share the experts of each layer of a stock mixture between them; "
+            "the rest is split as by --fsdp.",
+        ),
+        option(
+            "run", "--log-every", type=int, default=10, metavar="N", help="Steps between lines."
+        ),
+        option(
+            "run",
+            "--save-every",
+            type=int,
+            metavar="N",
+            help="Steps between checkpoints to resume from; 0 for none. Default: five a run.",
+        ),
+        option(
+            "run",
+            "--report-to",
+            multiple=True,
+            metavar="NAME",
+            help="Experiment tracker, such as tensorboard; may be repeated.",
+        ),
+        option(
+            "run",
+            "--log-dir",
+            type=click.Path(file_okay=False),
+            metavar="FOLDER",
+            help="Where its files go. Default: DST.logs, beside DST.",
+        ),
+        option(
+            "run",
+            "--dry-run",
+            is_flag=True,
+            help="Say what would be trained and what memory it needs; write nothing.",
+        ),
+        option(
+            "output",
+            "--overwrite",
+            is_flag=True,
+            help="Replace a DST that adaconvert wrote; it stays until the new one is complete.",
+        ),
+        option(
+            "output",
+            "--resume",
+            is_flag=True,
+            help="Go on from the last checkpoint of an interrupted run with the same arguments.",
+        ),
+        option(
+            "output",
+            "--dtype",
+            type=click.Choice(["keep", "bfloat16", "float16", "float32"]),
+            default="keep",
+            help="Stored dtype.",
+        ),
+        option(
+            "output",
+            "--max-shard-size",
+            default="5GB",
+            metavar="SIZE",
+            help="Largest file, such as 5GB or 500MiB.",
+        ),
+        options.revision_option(),
+        options.json_option(),
+    )

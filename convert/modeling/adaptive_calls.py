@@ -1,0 +1,130 @@
+"""How a forward pass gets its call, in the whole model and in the backbone inside it.
+
+A model and its backbone share one `Runtime`: whoever of the two is called first makes the call, so
+`model.model(...)` obeys the model's knobs, knows its padding and is counted like `model(...)`.
+A feed-forward network that is called by itself, outside any forward pass, runs what the
+configuration says.
+
+Shapes: B sequences, S positions of a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adaptive_context import Call, current, entered
+from .adaptive_costs import attention_flops, is_causal, patches
+from .adaptive_knobs import Knobs
+from .adaptive_masks import seen_lengths, token_mask_of
+
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
+_KNOBS: ContextVar[tuple[int, Knobs] | None] = ContextVar("adaptive_knobs", default=None)
+_WATCH: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("adaptive_watch", default=None)
+
+
+class Runtime:
+    """What the passes of one model have in common.
+
+    Attributes:
+        knobs: selections that override the configuration's, set for the model.
+        sites: paths of the feed-forward networks; without any, passes make no call.
+    """
+
+    def __init__(self) -> None:
+        self.knobs: Knobs = {}
+        self.sites: tuple[str, ...] = ()
+
+    @contextmanager
+    def overridden(self, knobs: Knobs) -> Iterator[None]:
+        """Run the body with other knobs, in this thread alone."""
+        token = _KNOBS.set((id(self), knobs))
+        try:
+            yield
+        finally:
+            _KNOBS.reset(token)
+
+    @contextmanager
+    def watching(self, **what: Any) -> Iterator[None]:
+        """Run the body with an `account`, or with `collected` lists, in this thread alone."""
+        watch = _WATCH.get() or {}
+        mine = {**watch.get(id(self), {}), **what}
+        token = _WATCH.set({**watch, id(self): mine})
+        try:
+            yield
+        finally:
+            _WATCH.reset(token)
+
+    def call(self, config: Any, inputs: Mapping[str, Any], *, training: bool) -> Call:
+        """Return the call of one forward pass over bound arguments."""
+        given = next((inputs[n] for n in _INPUTS if inputs.get(n) is not None), None)
+        batch = positions = 0
+        if isinstance(given, Tensor) and given.dim() in (2, 3):
+            batch, positions = given.shape[:2]
+        mask = inputs.get("attention_mask")
+        cached = _cached(inputs.get("past_key_values"))
+        override = _KNOBS.get()
+        watch = (_WATCH.get() or {}).get(id(self), {})
+        phase = "decode" if positions == 1 and cached else "prefill"
+        real = token_mask_of(mask, positions, cached=cached, batch=batch) if positions else None
+        call = Call(
+            owner=self,
+            token_mask=real,
+            phase="train" if training else phase,
+            knobs=override[1] if override and override[0] == id(self) else self.knobs,
+            account=watch.get("account"),
+            collected=watch.get("collected", {}),
+        )
+        if call.account is not None and isinstance(given, Tensor):
+            _count_tokens(call, config, given, mask, cached)
+        return call
+
+
+def _cached(cache: Any) -> int:
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else 0
+
+
+def _count_tokens(call: Call, config: Any, given: Tensor, mask: Any, cached: int) -> None:
+    assert call.account is not None
+    positions = given.shape[1] if given.dim() < 4 else patches(config, given)
+    real = torch.ones(given.shape[0], positions, dtype=torch.bool)
+    if call.token_mask is not None:
+        real = call.token_mask.cpu()
+    lengths = seen_lengths(real, mask, cached, causal=is_causal(config))
+    call.account.tokens += int(real.sum())
+    call.account.attention_flops += attention_flops(config, lengths[real])
+
+
+def forward_of(stock: Any) -> Any:
+    """Return the stock forward inside its call, with the stock signature."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime: Runtime = self.adaptive_runtime
+        if not runtime.sites or current().owner is runtime:
+            return stock(self, *args, **kwargs)
+        inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
+        with entered(runtime.call(self.config, inputs, training=self.training)):
+            return stock(self, *args, **kwargs)
+
+    return forward
+
+
+class AdaptiveBackbone:
+    """Mixed into the stock backbone of an adaptive model: called by itself, it is the model's."""
+
+    adaptive_runtime: Runtime
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock: Any = cls.__bases__[1]
+        cls.forward = forward_of(stock.forward)  # type: ignore[attr-defined]

@@ -1,0 +1,95 @@
+"""What the parts of a model cost that no selection changes: projections, head, attention scores.
+
+One rule, the reference's (`planning.estimate.reference`): 2 FLOPs per entry of every matrix a token
+passes through, the head included; norms, biases, embedding look-ups and what runs once per text
+(a pooler, a classifier on it) are left out; attention at the length each token really sees, each
+layer by its window. Sizes are those of the matrices, however their weights are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_ENCODERS = frozenset({"bert", "roberta", "electra", "distilbert", "vit", "deit", "dinov2"})
+#: endings of class names of encoders whose classifier runs once per text or image.
+_ONCE = ("ForSequenceClassification", "ForImageClassification", "ForNextSentencePrediction")
+
+
+def matrix_size(module: Any) -> tuple[int, int] | None:
+    """Return entries and weight bytes of a matrix, None for a module that is none.
+
+    An adapter counts as the matrix it adapts; 4-bit weights count two entries per byte.
+    """
+    module = getattr(module, "base_layer", module)
+    weight = getattr(module, "weight", None)
+    if callable(weight):
+        # dynamically quantised (torch.ao): the packed weight is unpacked on demand
+        weight = weight()
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or isinstance(module, nn.Embedding):
+        return None
+    entries = weight.numel()
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        entries = int(module.in_features) * int(module.out_features)
+    elif not isinstance(module, Conv1D | nn.Conv2d):
+        return None
+    return entries, weight.numel() * weight.element_size()
+
+
+def static_costs(model: Any, inside: Collection[int]) -> tuple[int, int]:
+    """Return FLOPs and weight bytes per token of every matrix outside the sites.
+
+    Args:
+        model: an adaptive model.
+        inside: ids of the modules that sites and their adapters are made of.
+    """
+    once = _once_per_text(model)
+    flops = size = 0
+    for name, module in model.named_modules():
+        skipped = id(module) in inside or hasattr(module, "base_layer")
+        found = None if skipped or name.startswith(once) else matrix_size(module)
+        if found is not None:
+            flops += 2 * found[0]
+            size += found[1]
+    return flops, size
+
+
+def _once_per_text(model: Any) -> tuple[str, ...]:
+    """Return the beginnings of names of modules that see one token of each text."""
+    prefix = model.base_model_prefix
+    bare = bool(prefix) and not hasattr(model, prefix)
+    pooler = "pooler" if bare else f"{prefix}.pooler"
+    heads = () if is_causal(model.config) else ("classifier", "cls.seq_relationship")
+    named = type(model).__name__
+    return (pooler, *(heads if named.endswith(_ONCE) else heads[1:]))
+
+
+def is_causal(config: Any) -> bool:
+    """Return whether tokens see only what is before them."""
+    return config.model_type.removeprefix("adaptive_") not in _ENCODERS
+
+
+def patches(config: Any, pixels: Tensor) -> int:
+    """Return how many tokens an image becomes, the class token included."""
+    side = int(config.patch_size)
+    return (pixels.shape[-2] // side) * (pixels.shape[-1] // side) + 1
+
+
+def attention_flops(config: Any, lengths: Tensor) -> int:
+    """Return the FLOPs of scores and weighted sums of tokens that see `lengths` positions."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    layers = config.num_hidden_layers
+    kinds = (
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if window else "full_attention"] * layers
+    )
+    full = int(lengths.sum())
+    near = int(lengths.clamp_max(window).sum()) if window else full
+    seen = sum(near if "sliding" in kind else full for kind in kinds[:layers])
+    return int(4 * heads * head * seen)

@@ -1,0 +1,1 @@
+"""Running a recipe: the plan first, then every stage through the public API, resumable."""

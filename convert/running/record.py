@@ -1,0 +1,112 @@
+"""The destination: the last checkpoint of a run under its own name, with the recipe beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import cast
+
+from adaconvert.errors import AdaconvertError
+from adaconvert.io import manifest
+from adaconvert.io.card_file import RECIPE
+from adaconvert.io.commit import Staging
+from adaconvert.io.destination import Destination
+from adaconvert.running.state import State
+
+
+def place(folder: Path, destination: Path, recipe: str, *, overwrite: bool) -> None:
+    """Return once `destination` holds the checkpoint of a stage and the recipe it came by.
+
+    Weights are given a second name where the disk can do so, and copied otherwise; the stage's
+    folder stays for the next run.
+
+    Args:
+        folder: of the stage.
+        destination: folder to write.
+        recipe: content of the recipe file.
+        overwrite: replace an earlier output of adaconvert.
+
+    Raises:
+        OutputConflictError: the destination is taken.
+        VerificationError: the stage's folder has no manifest, or was edited.
+        ResourceError: the disk is full or broken.
+    """
+    record = manifest.read(folder)
+    shards = manifest.records(record)
+    listed = cast("dict[str, str]", record["files"])
+    with Staging.open(
+        destination,
+        sources=[folder],
+        overwrite=overwrite,
+        plan_digest=str(record["plan_digest"]),
+        needed_bytes=0,
+    ) as staging:
+        for shard in shards.values():
+            staging.adopt(shard, folder / shard.file, link=True)
+        for name in sorted(listed):
+            if name != RECIPE:
+                staging.copy_file(name, folder / name)
+        staging.write_file(RECIPE, recipe.encode("ascii"))
+        new = {**record, "files": dict(staging.files)}
+        staging.write_file(manifest.MANIFEST_FILE, manifest.dump(new))
+        staging.commit()
+
+
+def is_placed(folder: Path, destination: Path, recipe: str, state: State) -> bool:
+    """Return whether the destination is what `place` left, with the card made since."""
+    found = _read(destination)
+    if found is None or digest_of(destination) != state.placed:
+        return False
+    files = cast("dict[str, str]", found["files"])
+    same = files.get(RECIPE) == hashlib.sha256(recipe.encode("ascii")).hexdigest()
+    return (
+        same
+        and found["shards"] == (_read(folder) or {}).get("shards")
+        and _has_all(destination, found)
+    )
+
+
+def is_ours(destination: Path, state: State) -> bool:
+    """Return whether this run, or an earlier one in the same work folder, wrote the destination."""
+    found = _read(destination)
+    if found is None:
+        return False
+    if state.placed and digest_of(destination) == state.placed:
+        return True
+    # a run that was killed before it could record what it placed
+    stages = (entry.get("folder") for entry in state.stages.values())
+    made = [_read(state.folder / str(name)) for name in stages if name]
+    return RECIPE in cast("dict[str, str]", found["files"]) and any(
+        other is not None and other["shards"] == found["shards"] for other in made
+    )
+
+
+def check(destination: Path, state: State, *, overwrite: bool) -> None:
+    """Return only when the result may be put there.
+
+    Raises:
+        OutputConflictError: the destination is taken.
+    """
+    target = Destination.resolve(destination)
+    target.check_free(overwrite=overwrite or is_ours(destination, state))
+
+
+def digest_of(folder: Path) -> str:
+    """Return the sha256 of a folder's manifest, '' when there is none."""
+    try:
+        return hashlib.sha256((folder / manifest.MANIFEST_FILE).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def _has_all(folder: Path, record: dict[str, object]) -> bool:
+    shards = manifest.records(record).values()
+    return all(os.path.lexists(folder / shard.file) for shard in shards)
+
+
+def _read(folder: Path) -> dict[str, object] | None:
+    try:
+        return manifest.read(folder)
+    except AdaconvertError:
+        return None

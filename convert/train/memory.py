@@ -1,0 +1,222 @@
+"""What a fine-tune needs in memory, before anything is loaded; bytes throughout.
+
+Weights, gradients and optimiser state are counted on a model without numbers (torch's meta device)
+that went through the same preparation as the one that is trained, so they are exact. What a forward
+pass keeps for the backward one is counted by running that model, and is an estimate.
+
+Shapes: B sequences, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adaconvert.layerwise.names import block_of
+from adaconvert.train.adapt import without_stacked
+from adaconvert.train.adapt_quantised import packed_bytes
+from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.memory_outline import kept_by_block
+from adaconvert.train.parts import Chosen, part_of, plain_name, sites_of
+from adaconvert.train.prepare import prepare
+from adaconvert.units import human_bytes
+
+#: copies of the logits that exist at the worst moment: as computed, in float32, their logarithm
+#: and its gradient.
+_LOGIT_COPIES = 4
+_COLUMNS = ("router", "experts", "adapters", "exits", "rest")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Bytes one process needs where it trains.
+
+    Attributes:
+        weights, gradients, optimizer: by part of the model.
+        copies: trained weights rounded for bfloat16 products, gradients on their way to other
+            processes, and one block gathered from them.
+        activations: what the forward pass keeps, and the logits.
+        teacher: of the distillation.
+        chosen: what is trained.
+    """
+
+    weights: Mapping[str, int]
+    gradients: Mapping[str, int]
+    optimizer: Mapping[str, int]
+    copies: int = 0
+    activations: int = 0
+    teacher: int = 0
+    chosen: Chosen | None = field(default=None, repr=False)
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        parts = (self.weights, self.gradients, self.optimizer)
+        return (
+            sum(sum(part.values()) for part in parts)
+            + self.copies
+            + self.activations
+            + self.teacher
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        return {
+            "weights": dict(self.weights),
+            "gradients": dict(self.gradients),
+            "optimizer": dict(self.optimizer),
+            "copies": self.copies,
+            "activations": self.activations,
+            "teacher": self.teacher,
+            "total": self.total,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the figures as a table, one row a line."""
+        columns = [name for name in _COLUMNS if self.weights.get(name)]
+        rows: list[list[str]] = [["memory", *columns, "total"]]
+        for name in ("weights", "gradients", "optimizer"):
+            part: Mapping[str, int] = getattr(self, name)
+            cells = [human_bytes(part[c]) if part.get(c) else "-" for c in columns]
+            rows.append([name, *cells, human_bytes(sum(part.values()))])
+        for name in ("copies", "activations", "teacher"):
+            if getattr(self, name):
+                rows.append([name, *[""] * len(columns), human_bytes(getattr(self, name))])
+        rows.append(["needed", *[""] * len(columns), human_bytes(self.total)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return [_aligned(row, widths) for row in rows]
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    first = row[0].ljust(max(widths[0], 11))
+    return "  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+
+
+def need_of(model: Any, config: FinetuneConfig, *, teacher: int = 0) -> Need:
+    """Return what one process needs to train.
+
+    Args:
+        model: as loaded, on the meta device; spent afterwards.
+        config: the fine-tune.
+        teacher: bytes of another model that is held.
+
+    Raises:
+        OptionError: an option does not fit the model.
+    """
+    matrices = {name: p.numel() for name, p in model.named_parameters()}
+    prepared = prepare(model, config)
+    packed = {name: matrices[name] for name in prepared.packed}
+    need = _static(model, config, packed, prepared.chosen)
+    kept = _kept(model, config, packed)
+    return replace(
+        need,
+        teacher=teacher,
+        copies=_copies(model, config),
+        activations=kept + _logits(model, config),
+    )
+
+
+def _static(
+    model: Any, config: FinetuneConfig, packed: Mapping[str, int], chosen: Chosen
+) -> Need:
+    sites = sites_of(model)
+    parts: dict[str, dict[str, int]] = {"weights": {}, "gradients": {}, "optimizer": {}}
+
+    def add(kind: str, part: str, count: int) -> None:
+        parts[kind][part] = parts[kind].get(part, 0) + count
+
+    shares = config.processes if config.machine.sharded else 1
+    for name, parameter in model.named_parameters():
+        part = part_of(plain_name(name), sites)
+        size = parameter.numel() * parameter.element_size()
+        spread = shares if config.machine.experts_over == 1 else config.processes
+        stored = packed_bytes(packed[plain_name(name)]) if plain_name(name) in packed else size
+        add("weights", part, -(-stored // spread))
+        if parameter.requires_grad:
+            add("gradients", part, -(-size // spread))
+            add("optimizer", part, _state_bytes(-(-size // spread), config))
+    for name, buffer in model.named_buffers():
+        add("weights", part_of(name, sites), buffer.numel() * buffer.element_size())
+    return Need(**parts, chosen=chosen)
+
+
+def _state_bytes(size: int, config: FinetuneConfig) -> int:
+    """Return the optimiser's bytes for a parameter: two moments and a float32 step, or nothing."""
+    return 2 * size + 4 if config.optimizer == "adamw" else 0
+
+
+def _copies(model: Any, config: FinetuneConfig) -> int:
+    total = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if config.precision == "bf16" and parameter.requires_grad and parameter.dim() > 1:
+            total += size // 2
+        if config.processes > 1 and parameter.requires_grad and not _spreads(config):
+            total += size
+    return total + (max(_by_block(model).values(), default=0) if _spreads(config) else 0)
+
+
+def _spreads(config: FinetuneConfig) -> bool:
+    return config.machine.sharded or config.machine.experts_over > 1
+
+
+def _by_block(model: Any) -> dict[int | None, int]:
+    found: dict[int | None, int] = {}
+    for name, parameter in model.named_parameters():
+        block = block_of(name)
+        found[block] = found.get(block, 0) + parameter.numel() * parameter.element_size()
+    return found
+
+
+def _itemsize(config: FinetuneConfig) -> int:
+    return {"fp32": 4, "bf16": 2, "fp64": 8}[config.precision]
+
+
+def _logits(model: Any, config: FinetuneConfig) -> int:
+    tokens = config.batch_size * config.seq_len
+    copies = _LOGIT_COPIES * (2 if config.distill else 1)
+    return tokens * int(model.config.vocab_size) * max(_itemsize(config), 4) * copies
+
+
+def _kept(model: Any, config: FinetuneConfig, packed: Mapping[str, int]) -> int:
+    """Return what the blocks keep for the backward pass."""
+    # experts with adapters are kept as the sum of both, packed ones as what they are unpacked to;
+    # other matrices are not kept
+    stacked = dict(without_stacked(model)) if config.adapting.rank else {}
+    stacked |= {name: count for name, count in packed.items() if not name.endswith(".weight")}
+    unpacked: dict[int | None, int] = {}
+    for name, count in stacked.items():
+        place = block_of(name)
+        unpacked[place] = unpacked.get(place, 0) + count * _itemsize(config)
+    state = config.batch_size * config.seq_len * _hidden(model) * max(_itemsize(config), 4)
+    kept = kept_by_block(
+        model, (config.batch_size, config.seq_len), scale=_itemsize(config) / 2
+    ) or _formula(model, config)
+    inside = {place: size for place, size in kept.items() if place is not None}
+    for place, size in unpacked.items():
+        inside[place or 0] = inside.get(place or 0, 0) + size
+    outside = kept.get(None, 0)
+    if not config.checkpointing:
+        return outside + sum(inside.values())
+    # one state per block, and the inside of one block at a time
+    return outside + len(inside) * state + max(inside.values(), default=0)
+
+
+def _hidden(model: Any) -> int:
+    config = model.config
+    return int(getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0))
+
+
+def _formula(model: Any, config: FinetuneConfig) -> dict[int | None, int]:
+    """Return about what each block keeps: what goes into and comes out of every matrix."""
+    tokens = config.batch_size * config.seq_len
+    chosen = getattr(model.config, "num_experts_per_tok", None) or 1
+    found: dict[int | None, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or block_of(name) is None:
+            continue
+        uses = chosen if parameter.dim() == 3 else 1
+        size = tokens * uses * sum(parameter.shape[-2:]) * _itemsize(config) * 3 // 2
+        found[block_of(name)] = found.get(block_of(name), 0) + size
+    return found

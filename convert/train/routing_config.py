@@ -1,0 +1,66 @@
+"""What a fine-tune does about the routers of a mixture of experts or an adaptive model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from adaconvert.train.bounds import among, number
+
+BALANCE_KINDS: Final = ("loss", "bias")
+#: option -> field of `Routing`.
+ROUTING_OPTIONS: Final = {
+    "balance": "balance",
+    "balance_kind": "kind",
+    "balance_rate": "rate",
+    "z_loss": "z_loss",
+    "router_regression": "regression",
+    "collapse": "collapse",
+}
+#: coefficient where a mixture's config.json states none (Fedus et al. 2021, 2101.03961).
+BALANCE: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Losses of routers, and what is done when they send every token to the same experts.
+
+    Attributes:
+        balance: factor of the balance loss, E sum_e f_e P_e of every sequence (f_e: share of its
+            choices, P_e: mean probability; Fedus et al. 2021, 2101.03961, equation 4, here 1 when
+            even), averaged over tokens and layers. None: where routers of a stock mixture are
+            trained and `kind` is "loss", config.json's `router_aux_loss_coef` times the experts of
+            a token, which is what that key means to transformers, or `BALANCE`; else 0.
+        kind: "loss", or "bias": no gradient, but a bias that is added to the scores when experts
+            are chosen and moves by `rate` towards an even load after every step.
+        rate: of the bias (DeepSeek-V3, 2412.19437, and Wang et al. 2024, 2408.15664: 1e-3).
+        z_loss: factor of the mean of logsumexp(logits)^2 over tokens and layers (Zoph et al. 2022,
+            2202.08906, equation 5, who use 1e-3).
+        regression: factor of the error of contribution routers of adaptive checkpoints, relative
+            to the experts' output norms they predict; the experts themselves get no gradient of it.
+        collapse: a trained mixture is refused when the k busiest experts of a layer get this share
+            of the choices over the last steps, k being the experts of a token; 0 never refuses.
+            0.95 is ours.
+    """
+
+    balance: float | None = None
+    kind: str = "loss"
+    rate: float = 1e-3
+    z_loss: float = 0.0
+    regression: float = 0.0
+    collapse: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.balance is not None:
+            number("--balance", self.balance, 0.0)
+        among("--balance-kind", self.kind, BALANCE_KINDS)
+        number("--balance-rate", self.rate, 0.0, open_low=True)
+        number("--z-loss", self.z_loss, 0.0)
+        number("--router-regression", self.regression, 0.0)
+        number("--collapse", self.collapse, 0.0, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides the result; what refuses one does not."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        del found["collapse"]
+        return found

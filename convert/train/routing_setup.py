@@ -1,0 +1,231 @@
+"""Which routers a fine-tune trains, balances and watches, decided once the model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adaconvert.errors import OptionError, SourceError
+from adaconvert.methods.sources import Described
+from adaconvert.modeling.adaptive_select import runs_all
+from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.health import LayerHealth, last_steps
+from adaconvert.train.health import notes as health_notes
+from adaconvert.train.parts import Chosen
+from adaconvert.train.routing import Routers
+from adaconvert.train.routing_config import BALANCE, Routing
+from adaconvert.train.routing_sites import (
+    AdaptiveRouter,
+    AnyRouter,
+    StockRouter,
+    find_routers,
+    unwrapped,
+)
+
+#: what of config.json is the strength of transformers' own balance loss.
+_COEFFICIENT = "router_aux_loss_coef"
+_CORRECTION = "e_score_correction_bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What comes out of the decision.
+
+    Attributes:
+        chosen: what is trained; routers no loss reaches are not.
+        routers: None where there are none to watch.
+        notes: what the user should know.
+    """
+
+    chosen: Chosen
+    routers: Routers | None
+    notes: tuple[str, ...]
+
+    def summary(self, layers: Sequence[LayerHealth], steps: int) -> dict[str, Any]:
+        """Return what a run records of its routers: "notes", and "routing" where any routed.
+
+        Args:
+            layers: over the last steps.
+            steps: of the whole run.
+        """
+        if self.routers is None or not layers:
+            return {"notes": list(self.notes)}
+        settings = self.routers.settings
+        routing = {
+            "balance": settings.balance,
+            "kind": settings.kind,
+            "steps": last_steps(steps),
+            "layers": [layer.to_json() for layer in layers],
+        }
+        unbalanced = not settings.balance and settings.kind == "loss"
+        isolated = ["no balance loss was used; watch the load of the experts"]
+        told = isolated if unbalanced and self.routers.are_stock else []
+        return {"routing": routing, "notes": [*self.notes, *told, *health_notes(routing)]}
+
+
+def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen) -> Prepared:
+    """Return what is trained of the routers of `model`; they are watched afterwards.
+
+    Args:
+        model: loaded, with `chosen` asking for gradients.
+        item: the checkpoint.
+        config: the fine-tune.
+        chosen: what `--train` says.
+
+    Raises:
+        OptionError: an option does not fit the routers.
+        SourceError: config.json has a coefficient that is no number.
+    """
+    found = find_routers(model)
+    settings = config.routing
+    if not found:
+        _refuse_without_routers(item, settings)
+        note = f"no router of {item.spec.model_type} was found, so none was watched or balanced"
+        return Prepared(chosen=chosen, routers=None, notes=(note,) if item.spec.num_experts else ())
+    _check_kinds(found, item, config)
+    _check_selection(model, found, settings)
+    trained = _are_trained(found)
+    settings = replace(settings, balance=_balance(item, settings, found, trained))
+    if getattr(model.config, "output_router_logits", False):
+        # the model's own balance loss would be computed for nothing
+        model.config.output_router_logits = False
+    if settings.regression and not trained:
+        raise OptionError(
+            "routers are not trained", where="--router-regression", hint="Add --train router."
+        )
+    settled = _settled(model, found, settings, chosen)
+    left = trained and not _are_trained(found)
+    if left and "router" in config.train:
+        raise OptionError(
+            "nothing that is trained changes the loss of routers",
+            where="--train router",
+            hint="Experts of adaptive checkpoints weigh one, so their routers get no gradient from "
+            "the language-model loss: add --router-regression or --balance, or fit them by "
+            "`adaconvert d2dmoe`.",
+        )
+    note = "routers stay as they were: no loss of this run reaches them"
+    routers = Routers(found, settings, trained=trained and not left)
+    return Prepared(chosen=settled, routers=routers, notes=(note,) if left else ())
+
+
+def _refuse_without_routers(item: Described, settings: Routing) -> None:
+    asked = {
+        "--balance": settings.balance,
+        "--balance-kind bias": settings.kind == "bias",
+        "--z-loss": settings.z_loss,
+        "--router-regression": settings.regression,
+    }
+    for flag, value in asked.items():
+        if value:
+            raise OptionError(f"{item.source.label} has no routers with tensors", where=flag)
+
+
+def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneConfig) -> None:
+    settings = config.routing
+    family = item.spec.model_type
+    if settings.z_loss and not all(isinstance(r, StockRouter) and not r.sigmoid for r in found):
+        raise OptionError(
+            f"the routers of {family} have no softmax logits",
+            where="--z-loss",
+            hint="It keeps the logits of softmax routers of stock mixtures small.",
+        )
+    if settings.kind == "bias" and any(router.bias is None for router in found):
+        raise OptionError(
+            f"a checkpoint of {family} cannot store a bias for its routers",
+            where="--balance-kind bias",
+            expected="glm4_moe, dots1, ernie4_5_moe, or analytic routers of adaptive checkpoints",
+            hint="Use --balance-kind loss.",
+        )
+    if settings.kind == "bias" and config.machine.sharded:
+        raise OptionError("cannot be combined with --fsdp", where="--balance-kind bias")
+    adaptive = [router for router in found if isinstance(router, AdaptiveRouter)]
+    if settings.regression and not any(router.predicts_norms for router in adaptive):
+        raise OptionError(
+            f"{item.source.label} has no contribution routers",
+            where="--router-regression",
+            hint="`adaconvert d2dmoe` makes them.",
+        )
+
+
+def _check_selection(model: Any, found: Sequence[AnyRouter], settings: Routing) -> None:
+    """Return only when what is to be balanced chooses anything."""
+    if not settings.balance and settings.kind == "loss":
+        return
+    for router in found:
+        if isinstance(router, StockRouter):
+            continue
+        knobs = model._adaptive_knobs
+        select = knobs.get(router.path) or knobs.get("*") or router.site.adaptive_spec["select"]
+        if runs_all(select, router.experts):
+            raise OptionError(
+                f"every expert of {router.path} runs, which is even already",
+                where="--balance",
+                hint="Say which experts run meanwhile: --select rule=top-k,k=K, or --compute X.",
+            )
+
+
+def _balance(
+    item: Described, settings: Routing, found: Sequence[AnyRouter], trained: bool
+) -> float:
+    """Return the factor of the balance loss, as `Routing.balance` says."""
+    if settings.balance is not None:
+        return settings.balance
+    stock = all(isinstance(router, StockRouter) for router in found)
+    if not (stock and trained and settings.kind == "loss"):
+        return 0.0
+    stated = item.source.config.get(_COEFFICIENT)
+    if stated is None:
+        return BALANCE
+    if (
+        isinstance(stated, bool)
+        or not isinstance(stated, int | float)
+        or not 0 <= stated < math.inf
+    ):
+        raise SourceError(
+            "is no coefficient",
+            where=f"{item.source.label}/config.json: {_COEFFICIENT}",
+            expected="a number, 0 or more",
+            found=stated,
+        )
+    return float(stated) * max(item.spec.top_k, 1)
+
+
+def _are_trained(found: Sequence[AnyRouter]) -> bool:
+    modules = [r.module if isinstance(r, StockRouter) else r.site.router for r in found]
+    return any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def _settled(model: Any, found: Sequence[AnyRouter], settings: Routing, chosen: Chosen) -> Chosen:
+    """Return `chosen` without the router tensors no gradient reaches, which are frozen."""
+    out: dict[int, Any] = {}
+    for router in found:
+        if isinstance(router, StockRouter):
+            own = unwrapped(router.module).named_parameters()
+            # one that moves is kept in checkpoints as what is trained is
+            still = [p for name, p in own if name.endswith(_CORRECTION) and settings.kind == "loss"]
+            out |= {id(p): p for p in still}
+        elif not _is_reached(router, settings):
+            out |= {id(p): p for p in router.site.router.parameters()}
+    lost = {n: p for n, p in model.named_parameters() if id(p) in out and p.requires_grad}
+    if not lost:
+        return chosen
+    size = 0
+    for parameter in lost.values():
+        parameter.requires_grad_(False)
+        size += parameter.numel()
+    parts = dict(chosen.by_part)
+    parts["router"] = parts.get("router", 0) - size
+    return replace(
+        chosen,
+        trained=chosen.trained - size,
+        frozen=chosen.frozen + size,
+        by_part={part: count for part, count in parts.items() if count > 0},
+        routers=chosen.routers - set(lost),
+    )
+
+
+def _is_reached(router: AdaptiveRouter, settings: Routing) -> bool:
+    """Return whether a loss reaches an adaptive router; experts that weigh one send nothing."""
+    return bool(settings.balance) or bool(settings.regression and router.predicts_norms)
