@@ -79,7 +79,7 @@ def finetune(
         report=report or (lambda line: None),
         memory=memory,
         dry_run=dry_run,
-        logs=None if log_dir is None else Path(log_dir),
+        log_dir=None if log_dir is None else Path(log_dir),
     )
     return run(str(source), config, settings)
 

@@ -81,8 +81,8 @@ def run_options() -> options.Decorator[Any]:
             "--precision",
             type=click.Choice(["fp32", "bf16", "fp64"]),
             default="fp32",
-            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32; 'fp64' "
-            "is for comparisons.",
+            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32; "
+            "'fp64': for comparisons.",
         ),
         option(
             "run",

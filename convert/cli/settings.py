@@ -80,6 +80,8 @@ def start_logging(settings: Settings) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    # it tells where it found no faster code for the CPU as soon as transformers imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # read by transformers and huggingface_hub when they are imported, which is later than this
     if settings.verbosity == 0:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

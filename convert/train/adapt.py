@@ -80,8 +80,9 @@ def _unmatched(item: str, known: Mapping[str, str], names: Iterable[str]) -> Opt
         other = next((name for name in names if re.search(item, name)), None)
     parts = sorted(set(known.values()) - {"rest"})
     return OptionError(
-        "matches no matrix that can be adapted" if other is None else
-        f"matches '{other}', which is no matrix of a block or belongs to a router",
+        "matches no matrix that can be adapted"
+        if other is None
+        else f"matches '{other}', which is no matrix of a block or belongs to a router",
         where=f"--lora-targets {escape(item)}",
         expected=", ".join([*parts, "all or a regular expression"]),
         hint=f"A matrix is called '{next(iter(known), 'none')}', for example.",

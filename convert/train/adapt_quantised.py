@@ -84,9 +84,10 @@ def _base(module: Any) -> Any:
 
 
 def _packed_linear(module: nn.Linear, device: Any, dtype: torch.dtype) -> Any:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes import nn as packed
 
-    made = Linear4bit(
+    library: Any = packed
+    made = library.Linear4bit(
         *(module.in_features, module.out_features),
         bias=False,
         compute_dtype=dtype,
@@ -94,7 +95,7 @@ def _packed_linear(module: nn.Linear, device: Any, dtype: torch.dtype) -> Any:
         quant_type="nf4",
         device="meta",
     )
-    made.weight = Params4bit(
+    made.weight = library.Params4bit(
         module.weight.data.to(dtype).contiguous(),
         requires_grad=False,
         blocksize=BLOCK,

@@ -11,9 +11,7 @@ from adaconvert.errors import ResourceError
 from adaconvert.train.config import FinetuneConfig
 
 
-def arguments_of(
-    config: FinetuneConfig, folder: Path, *, device: str, is_adaptive: bool
-) -> Any:
+def arguments_of(config: FinetuneConfig, folder: Path, *, device: str, is_adaptive: bool) -> Any:
     """Return the `TrainingArguments` of a fine-tune.
 
     Args:

@@ -117,28 +117,27 @@ def need_of(model: Any, config: FinetuneConfig, *, teacher: int = 0) -> Need:
     )
 
 
-def _static(
-    model: Any, config: FinetuneConfig, packed: Mapping[str, int], chosen: Chosen
-) -> Need:
+def _static(model: Any, config: FinetuneConfig, packed: Mapping[str, int], chosen: Chosen) -> Need:
     sites = sites_of(model)
-    parts: dict[str, dict[str, int]] = {"weights": {}, "gradients": {}, "optimizer": {}}
+    weights: dict[str, int] = {}
+    gradients: dict[str, int] = {}
+    states: dict[str, int] = {}
 
-    def add(kind: str, part: str, count: int) -> None:
-        parts[kind][part] = parts[kind].get(part, 0) + count
+    def add(kind: dict[str, int], part: str, count: int) -> None:
+        kind[part] = kind.get(part, 0) + count
 
-    shares = config.processes if config.machine.sharded else 1
+    spread = config.processes if _spreads(config) else 1
     for name, parameter in model.named_parameters():
         part = part_of(plain_name(name), sites)
         size = parameter.numel() * parameter.element_size()
-        spread = shares if config.machine.experts_over == 1 else config.processes
         stored = packed_bytes(packed[plain_name(name)]) if plain_name(name) in packed else size
-        add("weights", part, -(-stored // spread))
+        add(weights, part, -(-stored // spread))
         if parameter.requires_grad:
-            add("gradients", part, -(-size // spread))
-            add("optimizer", part, _state_bytes(-(-size // spread), config))
+            add(gradients, part, -(-size // spread))
+            add(states, part, _state_bytes(-(-size // spread), config))
     for name, buffer in model.named_buffers():
-        add("weights", part_of(name, sites), buffer.numel() * buffer.element_size())
-    return Need(**parts, chosen=chosen)
+        add(weights, part_of(name, sites), buffer.numel() * buffer.element_size())
+    return Need(weights=weights, gradients=gradients, optimizer=states, chosen=chosen)
 
 
 def _state_bytes(size: int, config: FinetuneConfig) -> int:
@@ -205,7 +204,8 @@ def _kept(model: Any, config: FinetuneConfig, packed: Mapping[str, int]) -> int:
 
 def _hidden(model: Any) -> int:
     config = model.config
-    return int(getattr(config, "hidden_size", None) or getattr(config, "n_embd", 0))
+    names = [name for name in ("hidden_size", "n_embd") if hasattr(config, name)]
+    return int(getattr(config, names[0])) if names else 0
 
 
 def _formula(model: Any, config: FinetuneConfig) -> dict[int | None, int]:

@@ -35,8 +35,8 @@ class _Fused(torch.autograd.Function):
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    fused: Any = _Fused.apply(query, key, value)
-    return fused.transpose(1, 2).contiguous(), None
+    function: Any = _Fused
+    return function.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def _outline(model: Any) -> None:

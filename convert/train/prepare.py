@@ -80,6 +80,7 @@ def _widen(parameter: nn.Parameter, dtype: torch.dtype) -> None:
     if is_sharded(parameter):
         # the only way parameters in parts can change their dtype
         wide = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, wide)
+        swap: Any = torch.utils.swap_tensors
+        swap(parameter, wide)
     else:
         parameter.data = parameter.data.to(dtype)

@@ -28,6 +28,8 @@ from adaconvert.errors import AdaconvertError, InterruptedRunError
 T = TypeVar("T")
 #: one process may write a large result for as long as this while the others wait.
 _PATIENCE = timedelta(days=2)
+#: how the libraries below say that the process at the other end is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused")
 
 
 class OtherProcessError(AdaconvertError):
@@ -35,7 +37,8 @@ class OtherProcessError(AdaconvertError):
 
     def __init__(self, failure: Failure) -> None:
         self.exit_code = failure.exit_code
-        super().__init__(f"process {failure.rank} failed: {failure.text}")
+        which = "another process" if failure.rank < 0 else f"process {failure.rank}"
+        super().__init__(f"{which} failed: {failure.text}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class Failure:
     """What one process tells the others of its error.
 
     Attributes:
-        rank: which process.
+        rank: which process, -1 when nobody knows.
         exit_code: of its error.
         text: its message.
     """
@@ -146,8 +149,9 @@ class Group:
         """Talk over the process group that torch has set up."""
         from torch import distributed
 
-        self._control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        self._store = distributed.PrefixStore(f"adaconvert/{serial}", store)
+        library: Any = distributed
+        self._control = library.new_group(backend="gloo", timeout=_PATIENCE)
+        self._store = library.PrefixStore(f"adaconvert/{serial}", store)
 
     def _gathered(self, mine: T) -> list[T]:
         from torch import distributed
@@ -192,12 +196,20 @@ def joined(*, on_cpu: bool) -> Iterator[Group]:
         yield group
     except BaseException as error:
         # a lost connection, or the launcher's signal, is news of another process's error
-        failure = None if _is_final(error) else group.word()
+        failure = None if _is_final(error) else group.word() or _lost(error)
         if failure is not None:
             raise OtherProcessError(failure) from error
         if not isinstance(error, InterruptedRunError | OtherProcessError):
             group.publish(error)
         raise
+
+
+def _lost(error: BaseException) -> Failure | None:
+    """Return what happened when a connection ended and nobody left word."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
+        text = "it ended without a word; its machine may have run out of memory"
+        return Failure(rank=-1, exit_code=6, text=text)
+    return None
 
 
 def _is_final(error: BaseException) -> bool:
@@ -210,8 +222,8 @@ _started: list[Any] = []
 def _start(group: Group, *, on_cpu: bool) -> None:
     """Set up torch's process group at the first call; later fine-tunes of the process share it."""
     import torch
-    from torch import distributed
 
+    distributed: Any = torch.distributed
     if not _started:
         device = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
         backend = "gloo"

@@ -59,7 +59,7 @@ class RunSettings:
         report: takes one line per log step.
         memory: bytes, or text with a unit, training may take; None is what is free.
         dry_run: say what would be done, and do nothing.
-        logs: folder for the files of experiment trackers; None is one beside the destination.
+        log_dir: folder for the files of experiment trackers; None is one beside the destination.
         fs: every call that changes the disk when the result is written.
     """
 
@@ -73,7 +73,7 @@ class RunSettings:
     report: Callable[[str], None] = lambda line: None
     memory: str | int | None = None
     dry_run: bool = False
-    logs: Path | None = None
+    log_dir: Path | None = None
     fs: FileSystem | None = field(default=None, repr=False)
 
 
@@ -115,9 +115,7 @@ def _checked(where: str, config: FinetuneConfig, settings: RunSettings) -> Descr
     return item
 
 
-def _budget(
-    item: Described, config: FinetuneConfig, settings: RunSettings, group: Group
-) -> Budget:
+def _budget(item: Described, config: FinetuneConfig, settings: RunSettings, group: Group) -> Budget:
     """Return what the fine-tune needs in memory, which is there."""
     from adaconvert.train.memory_advice import budget_of, room_of
 
@@ -192,7 +190,13 @@ def _opened(
             return stack.enter_context(_work(settings, whole))
 
         work = group.on_main(enter)
-        yield (staged[0] if staged else None), work
+        try:
+            yield (staged[0] if staged else None), work
+        except KeyboardInterrupt as error:
+            if group.is_main:
+                # the work folder knows what to do then
+                raise
+            raise InterruptedRunError("interrupted") from error
 
 
 def _written(
@@ -285,7 +289,7 @@ def _trained(
         report=settings.report,
         changed=_changed(item, config),
         group=group,
-        logs=log_folder(Destination.resolve(settings.destination).path, settings.logs),
+        logs=log_folder(Destination.resolve(settings.destination).path, settings.log_dir),
     )
     chosen, curve, routing = session.train()
     notes = [*notes_of(item, config, data), *routing.pop("notes")]

@@ -63,7 +63,7 @@ class Work:
             path.mkdir(parents=True, exist_ok=True)
             run = path / RUN_FILE
             if run.is_file():
-                _check_same(json.loads(run.read_text(encoding="utf-8")), facts)
+                _check_same(_read(run), facts)
             else:
                 _write_whole(run, json.dumps(facts, indent=2, sort_keys=True))
             found = cls._last_complete(path) if resume else None
@@ -176,6 +176,17 @@ def _hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(run.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise OutputConflictError(
+            f"cannot be read ({error})",
+            where=f"{run.parent.name}/{run.name}",
+            hint="Leave --resume out to start again.",
+        ) from error
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

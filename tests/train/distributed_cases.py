@@ -1,18 +1,22 @@
 """What two processes run in test_distributed.py: fine-tunes one after the other, or one command.
 
-    torchrun ... distributed_cases.py CASES.json RESULTS.json
-    torchrun ... distributed_cases.py --fail-in-rank 1 -- finetune ARGUMENTS
+torchrun ... distributed_cases.py CASES.json RESULTS.json
+torchrun ... distributed_cases.py --fail-in-rank 1 -- finetune ARGUMENTS
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 RANK = int(os.environ["RANK"])
+#: in place of a rank: the second process is killed.
+KILLED = -1
 
 
 def stop_at(step: int) -> Any:
@@ -40,10 +44,8 @@ def tune(case: dict[str, Any]) -> dict[str, Any] | None:
     place = {"destination": Path(case["destination"]), "device": "cpu"}
     if "stop" in case:
         original = stop_at(case["stop"])
-        try:
+        with suppress(InterruptedRunError):
             finetune(case["source"], config, RunSettings(**place))
-        except InterruptedRunError:
-            pass
         FinetuneTrainer.training_step = original  # type: ignore[method-assign]
     found: Any = finetune(case["source"], config, RunSettings(**place, resume="stop" in case))
     return {"curve": [dict(entry) for entry in found.curve], "summary": found.summary}
@@ -55,9 +57,11 @@ def fail_in(rank: int) -> None:
     from adaconvert.train.trainer import FinetuneTrainer
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if rank == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
         raise TrainingError("the loss is nan", where="step 1")
 
-    if rank == RANK:
+    if rank == RANK or (rank == KILLED and RANK == 1):
         FinetuneTrainer.compute_loss = failing  # type: ignore[method-assign]
 
 

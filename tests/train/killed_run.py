@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -72,7 +73,7 @@ def main(source: str, text: str, folder: str, options: str, *moments: str) -> No
     import torch
 
     torch.set_num_threads(1)
-    import adaconvert.train.checkpoints  # noqa: F401
+    import adaconvert.train.checkpoints
     import adaconvert.train.run  # noqa: F401
 
     for moment in moments:

@@ -158,9 +158,7 @@ def test_result_is_a_normal_checkpoint_in_which_only_targets_moved(
 def test_other_parts_are_trained_beside_adapters(
     folders: dict[str, Path], tune: Tune, tmp_path: Path
 ) -> None:
-    result = tune(
-        folders["mixtral"], steps=2, lora=2, lora_targets=("experts",), train=("router",)
-    )
+    result = tune(folders["mixtral"], steps=2, lora=2, lora_targets=("experts",), train=("router",))
     assert list(result.summary["by_part"]) == ["adapters", "router"]
     with pytest.raises(OptionError, match=r"which gets an adapter in its place"):
         tune(folders["mixtral"], "b", lora=2, lora_targets=("attention",), train=("q_proj",))
@@ -279,7 +277,10 @@ def test_what_cannot_be_packed_is_refused(folders: dict[str, Path], tune: Tune) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_4bit": True}, r"--load-in-4bit: matrices in 4 bits cannot be trained themselves"),
+        (
+            {"load_in_4bit": True},
+            r"--load-in-4bit: matrices in 4 bits cannot be trained themselves",
+        ),
         ({"lora_alpha": 4.0}, r"--lora-alpha: does nothing without --lora"),
         ({"lora_targets": ("experts",)}, r"--lora-targets: does nothing without --lora"),
         ({"lora": -1}, r"--lora: is out of range"),

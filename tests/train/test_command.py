@@ -10,6 +10,7 @@ import pytest
 
 from adaconvert.cli import main
 from adaconvert.cli.finetune import finetune
+from adaconvert.train.adapt_config import ADAPT_OPTIONS, MACHINE_OPTIONS
 from adaconvert.train.config import SPARSITY_OPTIONS, FinetuneConfig
 from adaconvert.train.routing_config import ROUTING_OPTIONS
 from adaconvert.train.run import RunSettings
@@ -30,6 +31,7 @@ def test_every_option_of_the_config_is_one_of_the_command() -> None:
     # how many there are is not an option: whoever starts them says so
     own = {item.name for item in fields(FinetuneConfig)} - nested - {"processes"}
     known = {*own, *SPARSITY_OPTIONS, *READING_OPTIONS, *VALIDATION_OPTIONS, *ROUTING_OPTIONS}
+    known |= {*ADAPT_OPTIONS, *MACHINE_OPTIONS}
     assert known <= {param.name for param in finetune.params}
 
 
@@ -46,6 +48,22 @@ def test_lines_go_to_stderr_and_one_document_to_stdout(
     assert found["last"]["sparsity"] == found["curve"][-1]["sparsity"]
     assert "step 8/8: lm" in said.err
     assert out.is_dir()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["finetune", str(dense), str(tmp_path / "out"), "--data", str(text), "--steps", "5"]
+    command += ["--seq-len", "32", "--device", "cpu", "--lora", "2", "--dry-run"]
+    assert main.run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dry_run"] is True
+    assert list(found["by_part"]) == ["adapters"]
+    assert found["memory"]["device"] == "cpu"
+    assert main.run([*command, "--memory", "1kB"]) == 6
+    said = capsys.readouterr().err
+    assert "error: memory of cpu: training dense this way does not fit; expected " in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_budget_is_a_usage_error(

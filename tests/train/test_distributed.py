@@ -59,7 +59,12 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command += ["--nproc-per-node", "2", str(SCRIPT), *arguments]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=280
+        command,
+        cwd=folder,
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
 
 
@@ -124,7 +129,9 @@ def test_two_processes_equal_one_with_twice_the_batch(
     assert a.keys() == b.keys() == start.keys()
     moved = 0.0
     for key, value in a.items():
-        torch.testing.assert_close(b[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: k + m)
+        torch.testing.assert_close(
+            b[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: k + m
+        )
         if value.is_floating_point():
             moved = max(moved, float((value.double() - start[key].double()).abs().max()))
     # what agrees is not that nothing happened
@@ -161,12 +168,12 @@ def test_layouts_that_do_not_fit(
 
 
 def test_number_of_processes_must_suit_the_experts() -> None:
-    with pytest.raises(OptionError, match="does not divide .* expected a divisor of 4, found 3"):
+    with pytest.raises(OptionError, match=r"does not divide .* expected a divisor of 4, found 3"):
         Machine(experts_over=3).check(4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1, -1])
 def test_one_process_that_fails_ends_all_and_the_first_says_why(
     rank: int, sources: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -174,11 +181,13 @@ def test_one_process_that_fails_ends_all_and_the_first_says_why(
     command += ["--data", str(text), "--steps", "2", "--seq-len", "16", "--device", "cpu"]
     done = launch(tmp_path, *command)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    told = "error: step 1: the loss is nan" if rank == 0 else "error: process 1 failed: step 1"
-    assert len(said) == 1
-    assert said[0].startswith(told)
     assert os.listdir(tmp_path) == []
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    # the launcher may be faster than the news that a process was killed
+    killed = ("error: another process failed: it ended without a word", "error: interrupted")
+    told = {0: "error: step 1: the loss is nan", 1: "error: process 1 failed: step 1: the loss"}
+    assert len(said) == 1
+    assert said[0].startswith(told.get(rank, killed))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaconvert.errors import InterruptedRunError, OptionError, ResourceError
+from adaconvert.errors import InterruptedRunError, OptionError, OutputConflictError, ResourceError
 from adaconvert.testing import tiny_models
 from adaconvert.train import checkpoints, trackers, work
 from adaconvert.train.result import FinetuneResult
@@ -173,7 +173,7 @@ def test_limit_for_files_is_said(dense: Path, tune: Tune, tmp_path: Path) -> Non
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
 
     try:
-        with pytest.raises(ResourceError, match="a limit for files is reached.*--resume"):
+        with pytest.raises(ResourceError, match=r"a limit for files is reached.*--resume"):
             tune(dense, report=limit, **SAVED)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -226,6 +226,13 @@ def test_facts_of_a_run_are_written_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert Work.open(tmp_path / "out", {"a": 1}, resume=True).resumed is None
 
 
+def test_facts_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    Work.open(tmp_path / "out", {"a": 1}, resume=False)
+    (work_of(tmp_path) / "run.json").write_text("{")
+    with pytest.raises(OutputConflictError, match=r"run.json: cannot be read .*--resume out"):
+        Work.open(tmp_path / "out", {"a": 1}, resume=True)
+
+
 # -- memory
 
 
@@ -237,7 +244,7 @@ def test_running_out_of_memory_says_what_to_lower(dense: Path, tune: Tune, tmp_p
     with pytest.raises(ResourceError) as caught:
         tune(dense, report=take_all, **SAVED)
     text = str(caught.value)
-    assert text.startswith("out of memory while training. Give a lower --batch-size (now 4) with a ")
+    assert text.startswith("out of memory while training. Give a lower --batch-size (now 4) with ")
     assert "--checkpointing, or a lower --seq-len (now 32), or --lora 8; --dry-run says" in text
     assert text.endswith("Run the same command with --resume to go on from the last checkpoint.")
     assert caught.value.exit_code == 6
