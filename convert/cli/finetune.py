@@ -25,8 +25,8 @@ def _data_options() -> options.Decorator[Any]:
             help="A .jsonl, .json, .txt or .parquet file, a folder of those, or a hub data set "
             "such as org/name@revision:config; may be repeated. Weights are shares of the "
             "sequences, 1 when not given. Documents follow each other and are cut every --seq-len "
-            "tokens; conversations stay whole and only the assistant's turns are learned. Attention "
-            "crosses from one to the next in both.",
+            "tokens; conversations stay whole and only the assistant's turns are learned. "
+            "Attention crosses from one to the next in both.",
         ),
         option(
             "data",
