@@ -16,6 +16,7 @@ result and reports. When one fails, all end, and the first says why.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -233,6 +234,8 @@ def _start(group: Group, *, on_cpu: bool) -> None:
             backend = f"cpu:gloo,{device.type}:{fast}"
         store, rank, size = next(iter(distributed.rendezvous("env://")))
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+        # its threads must not outlive the interpreter, or the process aborts at its very end
+        atexit.register(distributed.destroy_process_group)
         _started.append(store)
     _started.append(group)
     group.connect(_started[0], len(_started))

@@ -184,7 +184,7 @@ def test_one_process_that_fails_ends_all_and_the_first_says_why(
     assert os.listdir(tmp_path) == []
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     # the launcher may be faster than the news that a process was killed
-    killed = ("error: another process failed: it ended without a word", "error: interrupted")
+    killed = ("error: another process failed: it ended without a word", "error: stopped by SIGTERM")
     told = {0: "error: step 1: the loss is nan", 1: "error: process 1 failed: step 1: the loss"}
     assert len(said) == 1
     assert said[0].startswith(told.get(rank, killed))

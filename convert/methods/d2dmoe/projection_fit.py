@@ -305,9 +305,13 @@ def _error_line(role: str, ranked: Sequence[tuple[DistilQuality, int]]) -> str:
     mean = sum(quality.error for quality, _ in ranked) / count
     linear = sum(quality.linear for quality, _ in ranked) / count
     zeros = sum(quality.zeros for quality, _ in ranked) / count
+    span = f" in block {first}"
+    if count > 1:
+        span = (
+            f" on average, {best.error:.3f} in block {first} to {worst.error:.3f} in block {last}"
+        )
     return (
         f"networks in place of {role}, {best.tokens} held-out tokens: squared error {mean:.3f} of "
-        f"the variance on average, {best.error:.3f} in block {first} to {worst.error:.3f} in block "
-        f"{last} (the best linear map of their size: {linear:.3f}); {zeros:.0%} of their hidden "
-        "units are zero"
+        f"the variance{span} (the best linear map of their size: {linear:.3f}); {zeros:.0%} of "
+        "their hidden units are zero"
     )
