@@ -101,7 +101,7 @@ def kept_by_block(model: Any, shape: tuple[int, int], *, scale: float) -> dict[i
         with quiet(), hooked:
             # held until everything is counted
             kept = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+    except (RuntimeError, ValueError, TypeError, AttributeError):
         return {}
     finally:
         for hook in hooks:
