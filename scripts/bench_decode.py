@@ -4,7 +4,9 @@
     scripts/bench_decode.py ffn     [--threads 1 2] [--seconds 4]
     scripts/bench_decode.py prefill [--threads 1 2] [--seconds 4]
     scripts/bench_decode.py decode  [--model FOLDER] [--threads 1 2] [--rounds 40]
+    scripts/bench_decode.py prompt  [--model FOLDER] [--threads 1 2] [--rounds 40]
 
+"prefill" is of networks alone, "prompt" of whole models, without a cache.
 All variants of a case take turns in one process, so they share whatever disturbs the machine; a row
 holds the median time and the median ratios to the baselines of the same turn, for wall clock and
 for CPU time (which other processes disturb less). Baselines: "stock" is
@@ -17,7 +19,6 @@ Rows go to scripts/bench/decode.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import os
@@ -50,6 +51,8 @@ from decode_models import WIDTH, adaptive_twin, centers, dense_model  # noqa: E4
 
 SIZES = {"SmolLM2-135M": (576, 1536), "Llama-3.2-1B": (2048, 8192)}
 FRACTIONS = (0.5, 0.25)
+#: tokens of a prompt.
+PROMPTS = (4, 16, 64, 256)
 #: bytes of weights that the layers of a case have together; several times the last-level cache.
 ROTATED = 150_000_000
 FIELDS = (
@@ -63,17 +66,22 @@ Row = dict[str, object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=("ffn", "prefill", "decode"))
-    parser.add_argument("--model", type=Path, help="dense checkpoint for decode")
+    parser.add_argument("part", choices=("ffn", "prefill", "decode", "prompt"))
+    parser.add_argument("--model", type=Path, help="dense checkpoint of whole models")
     parser.add_argument("--name", help="what to call it in the rows; its folder's name otherwise")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=4.0, help="per case of ffn and prefill")
-    parser.add_argument("--rounds", type=int, default=40, help="of decode")
+    parser.add_argument("--rounds", type=int, default=40, help="of whole models")
     parser.add_argument("--csv", type=Path, default=SCRIPTS / "bench" / "decode.csv")
     arguments = parser.parse_args()
-    part = {"ffn": ffn_cases, "prefill": prefill_cases, "decode": decode_cases}[arguments.part]
-    for row in part(arguments):
+    parts = {
+        "ffn": ffn_cases,
+        "prefill": prefill_cases,
+        "decode": decode_cases,
+        "prompt": prompt_cases,
+    }
+    for row in parts[arguments.part](arguments):
         record(arguments.csv, {"part": arguments.part, **row})
 
 
@@ -87,12 +95,7 @@ def record(path: Path, row: Row) -> None:
         "load": f"{os.getloadavg()[0]:.1f}",
         **{name: machine[name] for name in ("cpu", "cores", "kernel")},
     }
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow({**common, **row})
+    results.append(path, {**common, **row}, FIELDS)
     shown = ("part", "model", "dtype", "threads", "tokens", "variant", "fraction", "median_us")
     ratios = ("over_stock", "over_own", "over_stock_cpu", "over_own_cpu")
     print(*(row.get(name, "") for name in (*shown, *ratios)), sep="\t", flush=True)
@@ -250,6 +253,24 @@ def rows(
 
 
 def decode_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    for stock, adaptive, *labels in whole_models(arguments):
+        with torch.inference_mode():
+            found = measured_models(stock, adaptive, arguments.rounds)
+        yield from rows(found, *labels, 1)
+
+
+def prompt_cases(arguments: argparse.Namespace) -> Iterator[Row]:
+    for stock, adaptive, *labels in whole_models(arguments):
+        for tokens in PROMPTS:
+            with torch.inference_mode():
+                found = measured_prompts(stock, adaptive, tokens, arguments.rounds)
+            yield from rows(found, *labels, tokens)
+
+
+def whole_models(
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[Any, Any, str, torch.dtype, int]]:
+    """Yield the stock model, its adaptive twin, their name, dtype and how many threads run."""
     for label in arguments.dtypes:
         dtype = getattr(torch, label)
         stock = dense_model(arguments.model, dtype)
@@ -257,9 +278,29 @@ def decode_cases(arguments: argparse.Namespace) -> Iterator[Row]:
         name = arguments.model.name if arguments.model else "random, Llama-3.2-1B dimensions"
         for threads in arguments.threads:
             torch.set_num_threads(threads)
-            with torch.inference_mode():
-                found = measured_models(stock, adaptive, arguments.rounds)
-            yield from rows(found, arguments.name or name, dtype, threads, 1)
+            yield stock, adaptive, arguments.name or name, dtype, threads
+
+
+def measured_prompts(stock: Any, adaptive: Any, tokens: int, rounds: int) -> dict[str, Row]:
+    """Return the figures of one prompt per variant."""
+    experts = next(iter(adaptive.adaptive_sites().values())).adaptive_spec["experts"]["count"]
+    prompts = torch.randint(0, stock.config.vocab_size, (rounds, 1, tokens))
+
+    def step(model: Any, turn: int) -> Tensor:
+        return model(prompts[turn % rounds], use_cache=False, logits_to_keep=1).logits
+
+    def selected(k: int, turn: int) -> Tensor:
+        with adaptive.set_select("top-k", k=k):
+            return step(adaptive, turn)
+
+    calls: dict[str, Call] = {
+        "stock": lambda turn: step(stock, turn),
+        "adaptive, all on": lambda turn: step(adaptive, turn),
+    }
+    for fraction in FRACTIONS:
+        k = round(experts * fraction)
+        calls[f"adaptive {fraction}"] = lambda turn, k=k: selected(k, turn)
+    return measured(calls, 0.0, rounds, least=rounds)
 
 
 class OwnDense(nn.Module):

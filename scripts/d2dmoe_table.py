@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench.d2dmoe_points import METHODS, Losses, Point, rows, table, write
+from bench.d2dmoe_points import FIELDS, METHODS, Losses, Point, rows, table
 from bench.pruning import prune
-from bench.results import commit
+from bench.results import append, commit
 
 from adaconvert import api
 from adaconvert.methods.sources import open_source
@@ -126,7 +126,8 @@ def main(
     runs = []
     for seed in map(int, seeds.split(",")):
         runs.append(run_seed(setup, seed, steps))
-        write(csv, list(rows(runs[-1], **shared, seed=seed)))
+        for row in rows(runs[-1], **shared, seed=seed):
+            append(csv, row, FIELDS)
         for line in table(runs, steps):
             click.echo(line)
 

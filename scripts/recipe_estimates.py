@@ -46,7 +46,7 @@ def main(names: tuple[str, ...], write: bool) -> None:
 def estimate(name: str, machine: str) -> dict[str, str]:
     """Return the cost of a shipped recipe for the model it is named after."""
     with tempfile.TemporaryDirectory() as folder:
-        source = stand_ins.make(name.rpartition("/")[2], Path(folder) / "model")
+        source = stand_ins.make(stand_ins.model_of(name), Path(folder) / "model")
         planned = api.run(name, source, Path(folder) / "result", dry_run=True)
     return cost_of(planned.outline, machine)
 

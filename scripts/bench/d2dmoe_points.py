@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 Losses = dict[str, tuple[int, float]]
 #: what is compared at every level, ours first.
@@ -113,16 +111,6 @@ def rows(found: Run, **shared: object) -> Iterator[dict[str, object]]:
                 "over_reference": f"{rise:.5f}",
                 "over_reference_se": f"{error:.5f}",
             }
-
-
-def write(path: Path, found: Sequence[Mapping[str, object]]) -> None:
-    """Add rows to a CSV file, which gets its first line when it is new."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
 
 
 def mean(point: Point) -> float:

@@ -63,7 +63,7 @@ def adaptive_twin(stock: Any) -> Any:
     model.tie_weights()
     model.model.rotary_emb = stock.model.rotary_emb
     prepare(model)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def adaptive_spec(stock: Any) -> dict[str, Any]:
