@@ -6,6 +6,7 @@ harmless.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -15,6 +16,15 @@ from adaconvert.modeling import modeling_adaptive
 from adaconvert.modeling.configuration_adaptive import made_config
 
 __all__ = ["register"]
+
+_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+)
 
 
 def register() -> None:
@@ -30,19 +40,21 @@ def _register(architecture: str) -> None:
         return
     config: Any = made_config(f"Adaptive{stock.config_class.__name__}")
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name in (architecture, _backbone(stock)):
-        made: Any = getattr(modeling_adaptive, f"Adaptive{name}", None) if name else None
-        if made is not None and made._auto_class is not None:
+    for name in (architecture, *_classes_of(stock.config_class)):
+        made: Any = getattr(modeling_adaptive, f"Adaptive{name}")
+        if made._auto_class is not None:
             auto: Any = getattr(transformers, made._auto_class)
             auto.register(config, made, exist_ok=True)
 
 
-def _backbone(stock: Any) -> str | None:
-    """Return the name of the class AutoModel builds for the same configuration."""
-    found: Any = transformers.MODEL_MAPPING.get(stock.config_class, None)
-    if isinstance(found, tuple):
-        found = found[0]
-    return None if found is None else str(found.__name__)
+def _classes_of(config_class: Any) -> Iterator[str]:
+    """Yield the names of the classes that Auto classes build for a stock configuration."""
+    for name in _AUTO_CLASSES:
+        found: Any = getattr(transformers, name)._model_mapping.get(config_class, None)
+        if isinstance(found, tuple):
+            found = found[0]
+        if found is not None:
+            yield str(found.__name__)
 
 
 register()

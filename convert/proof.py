@@ -182,13 +182,19 @@ def _check_made_of(record: Mapping[str, object], sources: Sequence[Source], name
     if kind in {"exact", "exact-fp32"} and not many:
         return
     if many or _weights(sources) != _recorded(record, "digest"):
-        labels = ", ".join(str(label) for label in _recorded(record, "label"))
+        labels = [str(label) for label in _recorded(record, "label")]
+        hint = "Name its sources in their order, with their weights unchanged."
+        if any(label.startswith(".") and label.endswith(".stage1") for label in labels):
+            hint = (
+                "It was made of what stage 1 of `d2dmoe` trained, which is not kept, and held to "
+                "that when it was written. `adaconvert evaluate` compares it with any model."
+            )
         raise VerificationError(
             "was not made from these sources",
             where=name,
-            expected=escape(labels),
+            expected=escape(", ".join(labels)),
             found=escape(", ".join(source.label for source in sources)),
-            hint="Name its sources in their order, with their weights unchanged.",
+            hint=hint,
         )
 
 

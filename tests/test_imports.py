@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     # the classes that check the options of a verb, and nothing that runs one
     "recipe": {"io", "methods", "evaluate", "train", "export", "recipes"},
     "running": {
-        *("io", "planning", "layerwise", "modeling", "methods"),
+        *("io", "planning", "data", "layerwise", "modeling", "methods"),
         *("recipe", "train", "reports", "conversion"),
     },
     "cli": {"api", "recipe"},

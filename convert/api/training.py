@@ -19,7 +19,7 @@ def finetune(
     source: PathLike,
     destination: PathLike,
     *,
-    data: Sequence[PathLike],
+    data: PathLike | Sequence[PathLike],
     overwrite: bool = False,
     resume: bool = False,
     device: str = "auto",
@@ -39,7 +39,7 @@ def finetune(
     Args:
         source: checkpoint of a causal language model: dense, native mixture or adaptive.
         destination: folder that must not exist, or be empty, unless `overwrite`.
-        data: texts, each as "FILE" or "FILE,WEIGHT".
+        data: one text or several, each as "FILE" or "FILE,WEIGHT".
         overwrite: replace a folder adaconvert wrote.
         resume: go on from the last complete checkpoint of an interrupted run.
         device: "auto", "cpu" or an accelerator such as "cuda".
@@ -55,10 +55,12 @@ def finetune(
             `lora_alpha`, `lora_targets`, `load_in_4bit`, `compile`, `fsdp`, `expert_parallel`.
 
     Raises:
-        OptionError: options do not fit together or the model, or a loss stops being finite (2).
+        OptionError: options do not fit together or the model (2).
         DataError: the text is missing, damaged or too short (2).
         SourceError: the checkpoint is damaged, or no causal language model (3).
         OutputConflictError: the destination is taken, or `resume` finds another run (4).
+        TrainingError: a loss stops being finite, or routers collapsed; the last checkpoint is kept
+            (5).
         VerificationError: the result does not load; nothing is left behind (5).
         ResourceError: disk, memory, permissions or a package do not suffice (6).
         InterruptedRunError: a signal stopped it; the last checkpoint is kept for `resume` (130).
@@ -67,7 +69,8 @@ def finetune(
     from adaconvert.train.run import RunSettings
     from adaconvert.train.run import finetune as run
 
-    config = FinetuneConfig.of([str(where) for where in data], options)
+    sources = [data] if isinstance(data, str | Path) else data
+    config = FinetuneConfig.of([str(where) for where in sources], options)
     settings = RunSettings(
         destination=Path(destination),
         overwrite=overwrite,

@@ -23,11 +23,13 @@ from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.masking import is_masked
 from adaconvert.evaluate.risk import Floats
 from adaconvert.evaluate.sweep import is_classifier
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
 
+_HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
 _CLASS_LOSS: Final = "loss is that of the class the model chooses with every expert on"
 
 
@@ -44,8 +46,10 @@ def calibrate(
     checkpoint = open_checkpoint(folder)
     calibration_output.check_destination(checkpoint, destination, overwrite=overwrite)
     calibration_output.check_whole(checkpoint)
-    single = _classifies(checkpoint, settings)
-    data = read_data(settings.reading, checkpoint.folder, settings.shares, whole=single)
+    single, masked = _kind(checkpoint, settings)
+    data = read_data(
+        settings.reading, checkpoint.folder, settings.shares, whole=single, masked=masked
+    )
     risk = settings.risk(single=single)
     if risk is not None:
         check_enough(data, risk, settings.shares, settings.promise)
@@ -67,6 +71,7 @@ def calibrate(
             *found.notes,
             *calibration_output.reset_notes(checkpoint.adaptive, found.chosen),
             *([_CLASS_LOSS] if single else []),
+            *([_HIDDEN] if masked else []),
         ),
     )
     calibration_output.write(checkpoint, result, destination, overwrite=overwrite, fs=fs)
@@ -90,15 +95,17 @@ def measure_matrix(
     settings = CalibrationSettings(reading=reading, batch_size=batch, progress=reading.progress)
     settings.check()
     checkpoint = open_checkpoint(folder)
-    data = read_data(reading, checkpoint.folder, settings.shares)
+    masked = _kind(checkpoint, settings)[1]
+    data = read_data(reading, checkpoint.folder, settings.shares, masked=masked)
     return Search(_loaded(checkpoint, settings), data, settings, None).matrix(shares)
 
 
-def _classifies(checkpoint: Checkpoint, settings: CalibrationSettings) -> bool:
-    """Return whether the model classifies texts; otherwise it is a causal language model.
+def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, bool]:
+    """Return whether the model classifies texts, and whether it predicts hidden tokens; otherwise
+    it is a causal language model.
 
     Raises:
-        OptionError: it is neither, or is asked for what it cannot promise.
+        OptionError: it is none of these, or is asked for what it cannot promise.
     """
     name = str((checkpoint.config.get("architectures") or [""])[0])
     if is_classifier(name):
@@ -108,16 +115,18 @@ def _classifies(checkpoint: Checkpoint, settings: CalibrationSettings) -> bool:
                 where="--max-loss-increase",
                 hint="Use --max-disagreement, the share of texts whose class changes.",
             )
-        return True
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
+        return True, False
+    masked = is_masked(name)
+    if not masked and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise OptionError(
-            "only causal language models and text classifiers can be calibrated",
+            "only language models and text classifiers can be calibrated",
             where=escape(name, 80),
-            expected="...ForCausalLM, ...LMHeadModel or ...ForSequenceClassification",
+            expected="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM or "
+            "...ForSequenceClassification",
             hint="Measure settings of `model.set_select(...)` and `model.set_compute(...)` on data "
             "of your own.",
         )
-    return False
+    return False, masked
 
 
 def _loaded(checkpoint: Checkpoint, settings: CalibrationSettings) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from adaconvert.data.text import Documents, documents_of, read_documents
 from adaconvert.data.tokens import token_blocks
 from adaconvert.errors import DataError
+from adaconvert.evaluate.masking import Hidden, hide
 from adaconvert.evaluate.risk import Floats, Risk
 from adaconvert.evaluate.testing_sequence import Integers, Splits, split, unit_losses
 
@@ -76,6 +77,7 @@ class CalibrationData:
         unit: "document" or "block".
         ordering, testing, evaluation: the splits.
         digest: sha256 over the blocks, the unit and the division.
+        hidden: what is hidden of the blocks from a masked language model.
     """
 
     blocks: TokenBlocks
@@ -85,6 +87,7 @@ class CalibrationData:
     testing: Part
     evaluation: Part
     digest: str
+    hidden: Hidden | None = None
 
     @property
     def units(self) -> int:
@@ -108,7 +111,12 @@ class CalibrationData:
 
 
 def read_data(
-    reading: Reading, folder: Path, shares: Sequence[float], *, whole: bool = False
+    reading: Reading,
+    folder: Path,
+    shares: Sequence[float],
+    *,
+    whole: bool = False,
+    masked: bool = False,
 ) -> CalibrationData:
     """Return the data of a calibration.
 
@@ -120,9 +128,11 @@ def read_data(
         folder: the checkpoint.
         shares: of the splits.
         whole: each document is one text to classify, so only its first block is used.
+        masked: the model predicts hidden tokens.
 
     Raises:
-        DataError: the data cannot be read, or hold fewer units than there are splits.
+        DataError: the data cannot be read, or hold fewer units than there are splits, or the
+            tokenizer has no mask token.
         OptionError: a number is out of range.
     """
     documents = _documents(reading)
@@ -153,6 +163,7 @@ def read_data(
         testing=_part(kept, members, parts.testing),
         evaluation=_part(kept, members, parts.evaluation),
         digest=_digest(blocks.digest, reading.unit, kept, members, parts),
+        hidden=hide(blocks, folder, reading.seed) if masked else None,
     )
 
 

@@ -175,8 +175,13 @@ def calibrated_config(config: Mapping[str, Any], result: CalibrationResult) -> d
     chosen = None if result.chosen is None else result.rows[result.chosen].select
     select = configured(config["adaptive"]) if chosen is None else chosen
     for path, spec in routed_specs(adaptive).items():
-        spec["select"] = dict(select.get(path) or select["*"])
+        spec["select"] = _fitting(select.get(path) or select["*"], spec["experts"]["count"])
     return new
+
+
+def _fitting(select: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """Return a selection as a site of so many experts stores it: a k of all sites may be more."""
+    return {**select, "k": min(select["k"], experts)} if "k" in select else dict(select)
 
 
 def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

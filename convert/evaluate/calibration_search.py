@@ -19,6 +19,8 @@ from adaconvert.evaluate.candidates import (
     between,
     coarse,
     default_rules,
+    ffn_alone,
+    of_these_alone,
     per_layer,
     uniform,
 )
@@ -59,6 +61,8 @@ class Search:
 
     Attributes:
         tried: every setting that was measured on the ordering split.
+        whole: compute of running every expert, as a fraction of the reference's; networks in place
+            of projections cost a little more or less than the matrices did.
     """
 
     def __init__(
@@ -68,12 +72,17 @@ class Search:
         self.settings = settings
         self.risk = risk
         self.tried: list[Setting] = []
+        sites = routed_specs(model.config.adaptive)
+        self.whole = whole_compute(model.config.adaptive)
         self._specs: dict[str, dict[str, Any]] = {
             path: spec
-            for path, spec in routed_specs(model.config.adaptive).items()
-            if spec["experts"]["count"] > 1
+            for path, spec in sites.items()
+            if spec["experts"]["count"] > 1 and spec["router"]["kind"] != "none"
         }
-        self._measurer = Measurer(model, data.blocks, batch=settings.batch_size, names=data.names)
+        self._routes_all = len(self._specs) == len(sites)
+        self._measurer = Measurer(
+            model, data.blocks, batch=settings.batch_size, names=data.names, hidden=data.hidden
+        )
         self._ordering: list[Measured] = []
 
     def run(self) -> Found:
@@ -127,7 +136,7 @@ class Search:
         family = self._families()[0]
         settings = [setting for share in shares if (setting := family(share)) is not None]
         parts = (self.data.ordering, self.data.evaluation)
-        computes, rows = [1.0], [np.zeros(self.data.units)]
+        computes, rows = [self.whole], [np.zeros(self.data.units)]
         with self._phase("measuring", settings, *parts):
             for setting in settings:
                 measured = [(part, self._measurer.measure(setting, part.blocks)) for part in parts]
@@ -141,7 +150,8 @@ class Search:
         """Measure every setting worth a look on the ordering split."""
         if self.settings.values:
             rule = self.settings.rules[0]
-            self._try([given(rule, value) for value in self.settings.values])
+            default_rules(self._specs)
+            self._try([self._own(given(rule, value)) for value in self.settings.values])
             return
         families = self._families()
         for family in families:
@@ -158,14 +168,30 @@ class Search:
         rules = self.settings.rules or default_rules(self._specs)
         experts = {path: int(spec["experts"]["count"]) for path, spec in self._specs.items()}
         grid = Grid(experts, self._measurer.scores(self.data.ordering.blocks))
-        families = [uniform(grid, rule) for rule in rules]
+        families = [self._of_routed(uniform(grid, rule)) for rule in rules]
+        ffn = [path for path, spec in self._specs.items() if "output" not in spec]
+        if 0 < len(ffn) < len(self._specs):
+            families += [ffn_alone(grid, rule, ffn) for rule in rules]
         if self.settings.per_layer:
             cost = {
                 path: float(neuron_flops(spec)) * spec["intermediate"]
                 for path, spec in self._specs.items()
             }
-            families.append(per_layer(grid, rules[0], self._curves(grid, rules[0]), cost))
+            curves = self._curves(grid, rules[0])
+            families.append(self._of_routed(per_layer(grid, rules[0], curves, cost)))
         return families
+
+    def _of_routed(self, family: Family) -> Family:
+        """Return a family that leaves sites nothing can choose at with every expert on."""
+
+        def own(share: float) -> Setting | None:
+            setting = family(share)
+            return None if setting is None else self._own(setting)
+
+        return own
+
+    def _own(self, setting: Setting) -> Setting:
+        return setting if self._routes_all else of_these_alone(setting, self._specs)
 
     def _curves(self, grid: Grid, rule: str) -> dict[str, list[tuple[float, float]]]:
         """Return how the loss rises as each site alone runs fewer experts."""
@@ -173,7 +199,7 @@ class Search:
         weights = self._weights(blocks)
 
         def increase(shares: Mapping[str, float]) -> float:
-            setting = grid.per_site(rule, shares, name=f"{rule}, one layer")
+            setting = self._own(grid.per_site(rule, shares, name=f"{rule}, one layer"))
             rise = self._measurer.measure(setting, blocks).loss - self._reference(blocks)
             return float(np.average(rise, weights=weights))
 
@@ -258,7 +284,7 @@ class Search:
 
     def _cheaper(self) -> list[int]:
         """Return the settings that were tried and cost less than the reference."""
-        return [at for at, cost in enumerate(self._computes()) if cost < 1]
+        return [at for at, cost in enumerate(self._computes()) if cost < self.whole]
 
     def _refuse_if_too_small(self, risk: Risk, ordering: Sequence[Floats]) -> None:
         """Return only when more data would not certify anything cheaper than the reference either.
@@ -296,7 +322,7 @@ class Search:
         return Row(
             name=REFERENCE.name,
             select=REFERENCE.select,
-            compute=1.0,
+            compute=self.whole,
             loss=loss,
             loss_increase=0.0,
             changed=0.0,
@@ -323,6 +349,15 @@ class Search:
             guaranteed=found is not None and at in found.passed,
             p_value=None if found is None else found.p_values.get(at),
         )
+
+
+def whole_compute(adaptive: Mapping[str, Any]) -> float:
+    """Return the FLOPs of running every expert of a model as a fraction of the reference's."""
+    reference = adaptive["reference"]
+    networks = [spec for spec in routed_specs(adaptive).values() if "output" in spec]
+    found = sum(int(spec["intermediate"]) * neuron_flops(spec) for spec in networks)
+    grown = found - int(reference.get("linear_flops_per_token", 0))
+    return float(1 + grown / reference["flops_per_token"])
 
 
 _UNCERTIFIED: Final = (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.allocation import allocate
-from adaconvert.evaluate.sweep import Grid, Setting
+from adaconvert.evaluate.sweep import ALL, Grid, Setting
 
 #: shares of the experts that are tried first.
 COARSE: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -69,6 +70,30 @@ def per_layer(
             return None
         name = f"{rule} per layer, {share:.0%} of the experts"
         return grid.per_site(rule, found, name=name, share=share)
+
+    return family
+
+
+def of_these_alone(setting: Setting, sites: Collection[str], name: str = "") -> Setting:
+    """Return a setting in which every site but `sites` runs all of its experts."""
+    own = {path: setting.select.get(path) or setting.select["*"] for path in sites}
+    return replace(setting, name=name or setting.name, select={**ALL, **own})
+
+
+def ffn_alone(grid: Grid, rule: str, sites: Collection[str]) -> Family:
+    """Return the family in which feed-forward networks run the same share, and the networks in
+    place of projections run whole: these are small, so leaving experts out saves little there.
+
+    Args:
+        grid: makes the settings.
+        rule: of the feed-forward networks.
+        sites: their paths.
+    """
+    own = grid.part(sites)
+
+    def family(share: float) -> Setting:
+        setting = own.uniform(rule, share)
+        return of_these_alone(setting, sites, f"{setting.name}, projections in full")
 
     return family
 

@@ -9,6 +9,7 @@ from typing import Any
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.evaluate.report import Evaluation, Result
 from adaconvert.evaluate.statistics import Mean, finite
+from adaconvert.export.card_proof import entries_of
 from adaconvert.export.recard import update
 from adaconvert.io import manifest
 from adaconvert.io.card_file import is_edited
@@ -45,6 +46,8 @@ def check_recordable(where: str) -> None:
 def keep(where: str, found: Evaluation) -> bool:
     """Return whether the card changed; an edited one stays, and the manifest has the results.
 
+    What was kept of other texts stays; of each text the newest results are kept.
+
     Raises:
         OutputConflictError: the folder holds files adaconvert did not write.
         ResourceError: the disk is full or broken; what was there is untouched.
@@ -52,12 +55,14 @@ def keep(where: str, found: Evaluation) -> bool:
     folder = Path(where)
     record = manifest.read(folder)
     edited = is_edited(folder, record)
-    update(folder, record, {**record, "quality": quality_of(found)}, keep=edited)
+    new = quality_of(found)
+    before = [entry for entry in entries_of(record) if entry.get("data") != new["data"]]
+    update(folder, record, {**record, "quality": [*before, new]}, keep=edited)
     return not edited
 
 
 def quality_of(found: Evaluation) -> dict[str, Any]:
-    """Return the "quality" entry of a manifest: no times, no speeds, no paths."""
+    """Return an entry of a manifest's "quality": no times, no speeds, no paths."""
     reference = found.reference
     return {
         "data": found.data.get("name"),

@@ -9,7 +9,7 @@ Shapes: N blocks, L tokens of a block, T tokens, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaconvert.data.tokens import TokenBlocks
+    from adaconvert.evaluate.masking import Hidden
     from adaconvert.evaluate.testing_sequence import Integers
 
 #: site path, or "*" for every other site -> {"rule": ..., and its value}.
@@ -81,14 +82,16 @@ def is_classifier(architecture: str) -> bool:
 class Measurer:
     """Runs a model on blocks; what the reference did is remembered.
 
-    A causal language model predicts each next token. A sequence classifier makes one prediction of
-    a block; there are no labels, so its loss is that of the class the reference chooses.
+    A causal language model predicts each next token, a masked one those that are hidden. A
+    sequence classifier makes one prediction of a block; there are no labels, so its loss is that of
+    the class the reference chooses.
 
     Args:
         model: an adaptive model of one of these kinds, in evaluation mode.
         blocks: what it is run on.
         batch: blocks at a time, None for as many as 512 MiB of logits allow.
         names: where each document comes from, for errors.
+        hidden: what is hidden from a masked language model, None for any other.
 
     Attributes:
         predicted: [N] predictions about each block.
@@ -102,11 +105,13 @@ class Measurer:
         *,
         batch: int | None = None,
         names: Sequence[str] = (),
+        hidden: Hidden | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self._names = names
         self.shown: Bar = Silent()
+        self._hidden = hidden
         self._classifies = is_classifier(type(model).__name__)
         config = model.config.get_text_config()
         room = _LOGITS // (int(getattr(config, "vocab_size", 1) or 1) * blocks.length)
@@ -116,7 +121,7 @@ class Measurer:
         self._batch = batch or max(1, room)
         self._real = np.ones((len(blocks), 1), dtype=bool)
         if not self._classifies:
-            self._real = blocks.weights[:, 1:]
+            self._real = blocks.weights[:, 1:] if hidden is None else hidden.places
         self.predicted: Integers = self._real.sum(axis=1).astype(np.int64)
         self._reference_loss = np.full(len(blocks), np.nan)
         self._reference_top = np.full(blocks.ids.shape, -1, dtype=np.int32)
@@ -179,7 +184,7 @@ class Measurer:
     def _run(
         self, chosen: Integers, batch: int | None = None
     ) -> Iterator[tuple[Integers, Floats, Any]]:
-        """Yield blocks, their mean losses [n] and top predictions [n, S - 1 or 1], by batch."""
+        """Yield blocks, their mean losses [n] and top predictions [n, S - 1, S or 1], by batch."""
         import torch
 
         device = next(self.model.parameters()).device
@@ -190,10 +195,16 @@ class Measurer:
             longest = int(weights.sum(axis=1).max())
             ids = torch.from_numpy(self.blocks.ids[part, :longest]).to(device)
             mask = torch.from_numpy(weights[:, :longest]).to(device)
-            own = {} if self._classifies else {"use_cache": False}
+            own = {} if self._classifies or self._hidden else {"use_cache": False}
+            fed, hides = ids, self._hidden
+            if hides is not None:
+                places = torch.from_numpy(hides.places[part, :longest]).to(device)
+                fed = ids.masked_fill(places, hides.token)
             with torch.inference_mode():
-                logits = self.model(input_ids=ids, attention_mask=mask.long(), **own).logits
-                if self._classifies:
+                logits = self.model(input_ids=fed, attention_mask=mask.long(), **own).logits
+                if hides is not None:
+                    pairs = [_filled(logits[i], ids[i], places[i]) for i in range(len(part))]
+                elif self._classifies:
                     pairs = [self._class(logits[i], block) for i, block in enumerate(part)]
                 else:
                     pairs = [_tokens(logits[i], ids[i], mask[i]) for i in range(len(part))]
@@ -230,6 +241,15 @@ def _tokens(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, Tensor]:
     losses = cross_entropy(wide[real], ids[1:][real], reduction="sum")
     top = wide.argmax(dim=-1).int()
     return float(losses.double() / real.sum()), top
+
+
+def _filled(logits: Tensor, ids: Tensor, places: Tensor) -> tuple[float, Tensor]:
+    """Return the mean loss of one block's hidden tokens and its top predictions, [S]."""
+    from torch.nn.functional import cross_entropy
+
+    wide = logits.float()
+    losses = cross_entropy(wide[places], ids[places], reduction="sum")
+    return float(losses.double() / places.sum()), wide.argmax(dim=-1).int()
 
 
 def _sample(found: Sequence[Tensor], total: int, rng: np.random.Generator) -> Any:
@@ -272,6 +292,10 @@ class Grid:
         self.experts = dict(experts)
         self._scores = scores
         self._sorted: dict[tuple[str, str], Floats] = {}
+
+    def part(self, paths: Collection[str]) -> Grid:
+        """Return what makes settings of some of the sites."""
+        return Grid({path: self.experts[path] for path in paths}, self._scores)
 
     def uniform(self, rule: str, share: float) -> Setting:
         """Return the setting in which every site runs this share of its experts.

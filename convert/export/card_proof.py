@@ -75,13 +75,27 @@ def _configured(found: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+def entries_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what `evaluate --record` measured: an entry for each text, the oldest first."""
+    found = record.get("quality")
+    # once there was one entry, of the last text
+    every = found if isinstance(found, list) else [found]
+    return [entry for entry in every if isinstance(entry, dict)]
+
+
 def quality(told: Told) -> Iterator[str]:
-    """Yield what `evaluate --record` measured."""
-    found = told.record.get("quality")
-    settings = found.get("settings") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(settings, list):
-        return
-    yield from ("## Quality", "")
+    """Yield what `evaluate --record` measured, text by text."""
+    measured = [
+        entry for entry in entries_of(told.record) if isinstance(entry.get("settings"), list)
+    ]
+    if measured:
+        yield from ("## Quality", "")
+    for entry in measured:
+        yield from _measured(entry)
+
+
+def _measured(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was measured on one text."""
     yield (
         f"Measured by `adaconvert evaluate` in {plain(found.get('dtype'))} on "
         f"{plain(found.get('tokens'))} tokens of {plain(found.get('documents'))} documents of "
@@ -89,7 +103,7 @@ def quality(told: Told) -> Iterator[str]:
     )
     yield ""
     columns = ("setting", "compute", "loss", "perplexity", "accuracy", "over reference", "same")
-    entries = [found.get("reference"), *settings]
+    entries = [found.get("reference"), *found["settings"]]
     rows = [_quality_row(entry) for entry in entries if isinstance(entry, dict)]
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     yield from table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -148,8 +149,8 @@ def tags(stages: Sequence[Stage]) -> list[str]:
 
 
 def datasets(stages: Sequence[Stage]) -> list[str]:
-    """Return the hub data sets that were trained on; a configuration after a colon is left out."""
-    names = [name.split(":")[0] for stage in stages for name in stage.data]
+    """Return the hub data sets that were trained on, without revision and configuration."""
+    names = [re.split("[@:]", name)[0] for stage in stages for name in stage.data]
     return [name for name in dict.fromkeys(names) if is_hub_id(name)]
 
 

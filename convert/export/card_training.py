@@ -24,6 +24,7 @@ _NAMES: Final = {
     "hoyer": "square Hoyer of activations",
     "l1": "sum of activations",
     "sparsity": "share of activations that are zero",
+    "projection_sparsity": "share of zeros in networks in place of projections",
     "router_entropy": "router entropy, share of an even choice",
     "load": "load of the busiest expert over the mean",
     "dead_experts": "experts without a token",

@@ -7,6 +7,7 @@ be published.
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -236,14 +237,14 @@ class Remote:
 
 @contextmanager
 def _no_bars(progress: bool = False) -> Iterator[None]:
-    """Within, the client shows no progress bars, unless `progress`."""
+    """Within, the client shows no progress bars, unless `progress` and somebody can see them."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if progress or are_progress_bars_disabled():
+    if (progress and sys.stderr.isatty()) or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

@@ -81,13 +81,18 @@ def _shown(path: bytes) -> str:
     return escape(path.decode("utf-8", "backslashreplace"), 80)
 
 
+def holds_login(text: str) -> bool:
+    """Return whether a text holds an access token, or a login inside a URL."""
+    return redacted(text) != text or _LOGIN.search(text) is not None
+
+
 def check_argument(option: str, value: str | None) -> None:
     """Return only when an argument holds no access token and no login inside a URL.
 
     Raises:
         OptionError: it does; the value is not repeated.
     """
-    if value is not None and (redacted(value) != value or _LOGIN.search(value)):
+    if value is not None and holds_login(value):
         raise OptionError(
             "holds an access token or a password, which everybody on this machine can read",
             where=option,

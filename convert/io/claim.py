@@ -115,11 +115,19 @@ def _open_journal(
     if journal is not None:
         _remove_unfinished(fs, lock.folder / CHECKPOINT_FOLDER, journal)
         return journal
-    if os.path.lexists(path):
+    if _shards_in(path):
         logger.warning("%s: an unfinished run is discarded", destination.given)
     lock.clear()
     fs.mkdir(lock.folder / CHECKPOINT_FOLDER)
     return Journal.start(fs, path, plan, facts)
+
+
+def _shards_in(journal: Path) -> int:
+    """Return how many shards a journal names, below the line that names its plan."""
+    try:
+        return max(journal.read_bytes().count(b"\n") - 1, 0)
+    except OSError:
+        return 0
 
 
 def _remove_unfinished(fs: FileSystem, folder: Path, journal: Journal) -> None:

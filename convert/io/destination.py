@@ -66,6 +66,11 @@ class Destination:
             old=path.with_name(_neighbour(path.name, _OLD, limit)),
         )
 
+    def beside(self, suffix: str) -> Path:
+        """Return the hidden path beside the folder that bears its name, as far as names go."""
+        limit = _longest_name(self.path)
+        return self.path.with_name(_neighbour(self.path.name, suffix, limit))
+
     def occupied(self) -> bool:
         """Return whether the folder exists and holds anything.
 

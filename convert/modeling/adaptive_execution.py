@@ -245,7 +245,8 @@ def _masked(
     bits = _BITS.get(hidden.dtype)
     if fresh and factors is None and bits is not None and not torch.is_grad_enabled():
         # 3-14 times faster than `masked_fill_`
-        parts = torch.unflatten(hidden.view(bits)[:, shared:], -1, (mask.shape[1], -1))
+        routed = hidden[:, shared:] if shared else hidden
+        parts = torch.unflatten(routed.view(bits), -1, (mask.shape[1], -1))
         parts.mul_(mask.to(bits).unsqueeze(-1))
         return hidden
     parts = torch.unflatten(hidden[:, shared:], -1, (mask.shape[1], -1))

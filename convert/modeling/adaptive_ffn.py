@@ -23,6 +23,7 @@ from .adaptive_context import Call, SiteAccount, current
 from .adaptive_costs import matrix_size
 from .adaptive_decode import RULES as DECODED
 from .adaptive_execution import Decoder, ExpertWeights, decode_step, run_experts
+from .adaptive_gather import unrecorded
 from .adaptive_knobs import neuron_flops
 from .adaptive_routers import Router, grouped, make_router
 from .adaptive_schema import RULES
@@ -40,6 +41,27 @@ def _is_untouched(child: nn.Module) -> bool:
         return False
     weight: Any = child.weight
     return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+class _Made:
+    """A decoder, or none, and the parameters it was made of.
+
+    A decoder holds views of them, which stay behind when a parameter gets other memory.
+    """
+
+    def __init__(self, decoder: Decoder | None, tensors: list[Any]) -> None:
+        self.decoder = decoder
+        self._tensors = tensors
+        self._pointers = self._places(tensors)
+
+    def holds(self, tensors: list[Any]) -> bool:
+        """Return whether these are those parameters, where they were."""
+        same = all(a is b for a, b in zip(self._tensors, tensors, strict=True))
+        return same and self._pointers == self._places(tensors)
+
+    def _places(self, tensors: list[Any]) -> list[int]:
+        # without a decoder nothing was read, and quantised tensors may have no address
+        return [] if self.decoder is None else [t.data_ptr() for t in tensors if t is not None]
 
 
 class AdaptiveFFN(nn.Module):
@@ -114,25 +136,27 @@ class AdaptiveFFN(nn.Module):
 
     def _decoded(self, x: Tensor, select: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Return output and mask of one token by the compiled step; None where there is none."""
-        if (
-            torch.is_grad_enabled()
-            or not x.is_cpu
-            or self.router is None
-            or select["rule"] not in DECODED
-        ):
+        if self.router is None or select["rule"] not in DECODED or not x.is_cpu:
             return None
+        if not unrecorded() or not self._all_untouched():
+            return None
+        decoder = self._decoder(self.router)
+        if decoder is None:
+            return None
+        return decode_step(x, decoder, select["rule"], select[str(RULES[select["rule"]])])
+
+    def _decoder(self, router: Router) -> Decoder | None:
+        """Return what compiles the step for the parameters as they are, None where nothing can."""
         tensors = self._own_tensors()
-        known = self.__dict__.get("adaptive_decoding")
-        if known is None or not all(a is b for a, b in zip(known[0], tensors, strict=False)):
+        known: _Made | None = self.__dict__.get("adaptive_decoding")
+        if known is None or not known.holds(tensors):
             weights = self._weights()
-            made = None if weights is None else Decoder(weights, self.router)
-            known = self.__dict__["adaptive_decoding"] = (tensors, made)
-        if known[1] is None or not self._all_untouched():
-            return None
-        return decode_step(x, known[1], select["rule"], select[str(RULES[select["rule"]])])
+            made = None if weights is None else Decoder(weights, router)
+            known = self.__dict__["adaptive_decoding"] = _Made(made, tensors)
+        return known.decoder
 
     def _own_tensors(self) -> list[Any]:
-        """Return the parameters a compiled step was made of, to notice when one is replaced."""
+        """Return the parameters a compiled step is made of, to notice when one is replaced."""
         found = []
         for name in self.adaptive_spec["weights"].values():
             child = getattr(self, name)
@@ -180,7 +204,12 @@ class AdaptiveFFN(nn.Module):
         """Return what goes into the activation, [T, f]: of the gate, or of a plain network's up."""
         names = self.adaptive_spec["weights"]
         if "gate_up" in names:
-            fused: Tensor = getattr(self, names["gate_up"])(x)
+            child = getattr(self, names["gate_up"])
+            if type(child) is nn.Linear and _is_untouched(child):
+                # up runs for the chosen neurons alone
+                weight, bias = child.weight.chunk(2)[0], child.bias
+                return nn.functional.linear(x, weight, None if bias is None else bias.chunk(2)[0])
+            fused: Tensor = child(x)
             return fused.chunk(2, dim=-1)[0]
         gate: Tensor = getattr(self, names.get("gate", names.get("up")))(x)
         return gate

@@ -44,11 +44,13 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
         ValueError: nothing the model can do costs that little; the message gives the range.
     """
     number = isinstance(compute, int | float) and not isinstance(compute, bool)
-    if not number or not 0 < compute < math.inf:
-        raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to 1")
+    table = adaptive.get("calibration")
+    # networks in place of projections may cost more than the matrices did
+    most = max((1.0, *(row["compute"] for row in (table or {}).get("rows", ()))))
+    if not number or not 0 < compute <= most + SLACK:
+        raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to {most:g}")
     if compute >= 1:
         return {"*": {"rule": "all"}}
-    table = adaptive.get("calibration")
     return _uniform(adaptive, compute) if table is None else _row(table["rows"], compute)
 
 

@@ -58,13 +58,14 @@ class Rows:
     Attributes:
         rows: [f, d].
         pointer, version: of the matrix when they were made.
-        places: rows and columns of the matrix that `check_rows` compares.
+        sample: places in the matrix, counted row by row, and what stood there; `check_rows`
+            compares them.
     """
 
     rows: Tensor
     pointer: int
     version: int
-    places: tuple[Tensor, Tensor] | None = None
+    sample: tuple[Tensor, Tensor] | None = None
 
     def hold(self, down: Tensor) -> bool:
         """Return whether they are still of this matrix, as far as torch counts changes."""
@@ -107,8 +108,8 @@ def keep_rows(down: nn.Parameter) -> bool:
         rows = down.detach().t().contiguous()
     generator = torch.Generator().manual_seed(down.numel())
     places = torch.randint(down.numel(), (SAMPLED,), generator=generator)
-    split = (places // down.shape[1], places % down.shape[1])
-    _KEPT[down] = Rows(rows, down.data_ptr(), _version(down), split)
+    sample = (places, torch.take(down.detach(), places))
+    _KEPT[down] = Rows(rows, down.data_ptr(), _version(down), sample)
     return True
 
 
@@ -118,10 +119,10 @@ def check_rows(down: Tensor) -> None:
     Writing through `.data`, as merging adapters does, leaves no other trace.
     """
     kept = _KEPT.get(down)
-    if kept is None or kept.places is None:
+    if kept is None or kept.sample is None:
         return
-    row, column = kept.places
-    if not torch.equal(down.detach()[row, column], kept.rows[column, row]):
+    places, values = kept.sample
+    if not torch.equal(torch.take(down.detach(), places), values):
         _KEPT.pop(down, None)
 
 

@@ -57,12 +57,13 @@ def seen_lengths(real: Tensor, attention_mask: Any, cached: int, *, causal: bool
     if not causal:
         return real.sum(dim=1, keepdim=True).expand(batch, positions)
     mask = _one_of(attention_mask)
-    if mask is None or mask.shape[-1] < cached + positions:
+    if mask is not None and mask.dim() > 2 and mask.shape[-2] == positions:
+        # shorter than what came before where a cache keeps no more than a window
+        return _visible(mask).sum(dim=-1).cpu().expand(batch, positions)
+    if mask is None or mask.dim() > 2 or mask.shape[-1] < cached + positions:
         return real.long().cumsum(dim=1) + cached
-    if mask.dim() == 2:
-        own = mask[:, : cached + positions].cpu().to(torch.bool).long()
-        return own.cumsum(dim=1)[:, cached:].expand(batch, positions)
-    return _visible(mask).sum(dim=-1).cpu().expand(batch, positions)
+    own = mask[:, : cached + positions].cpu().to(torch.bool).long()
+    return own.cumsum(dim=1)[:, cached:].expand(batch, positions)
 
 
 def _one_of(mask: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.errors import OptionError, SourceError
+from adaconvert.errors import OptionError, ResourceError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +96,7 @@ def load_model(
     Raises:
         SourceError: the checkpoint cannot be loaded, or its adaptive part is damaged or newer than
             this code.
+        ResourceError: memory does not suffice.
         OptionError: unknown dtype.
     """
     import torch
@@ -108,6 +109,8 @@ def load_model(
     try:
         model = made.from_pretrained(where, dtype=wanted, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        if "allocate memory" in str(error):
+            raise ResourceError("this machine's memory cannot hold it", where=where.name) from error
         raise SourceError(f"cannot be loaded: {error}", where=where.name) from error
     model.eval()
     loaded: PreTrainedModel = model.to(device) if device is not None else model

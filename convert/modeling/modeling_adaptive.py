@@ -190,14 +190,6 @@ class AdaptiveMixin:
         with self.adaptive_runtime.watching(collected={"router_scores": kept}):
             yield kept
 
-    def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
-        """Generate as the stock class does, at `compute` when it is given."""
-        if compute is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        knobs = knobs_for(self.config.adaptive, compute)  # type: ignore[attr-defined]
-        with self.adaptive_runtime.overridden(knobs):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
     # -- what transformers calls
 
     @classmethod
@@ -277,6 +269,20 @@ class AdaptiveMixin:
         return self.get_submodule(path.removeprefix(f"{prefix}.") if bare else path)  # type: ignore[attr-defined]
 
 
+class GeneratingMixin:
+    """What an adaptive model whose stock class generates can do besides."""
+
+    adaptive_runtime: Runtime
+    config: Any
+
+    def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
+        """Generate as the stock class does, at `compute` when it is given."""
+        if compute is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with self.adaptive_runtime.overridden(knobs_for(self.config.adaptive, compute)):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
 def _register_names(name: str, base: Any) -> None:
     """Give the class the stock one's names on disk, where they differ from those in memory."""
     own_type = f"{_PREFIX.lower()}_{base.config_class.model_type}"
@@ -300,7 +306,7 @@ def _make(name: str) -> type:
         raise AttributeError(f"transformers has no model {name.removeprefix(_PREFIX)}")
     bases: tuple[type, ...] = (AdaptiveMixin, base)
     if issubclass(base, GenerationMixin):
-        bases += (GenerationMixin,)
+        bases = (AdaptiveMixin, GeneratingMixin, base, GenerationMixin)
     body: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": name,

@@ -63,7 +63,7 @@ def tree(path: Path, chain: tuple[Path, ...] = ()) -> Fields:
         OptionError: as for `load`.
     """
     label = escape(path.name, 80)
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     if real in chain:
         names = " -> ".join(escape(item.name, 80) for item in (*chain, real))
         raise OptionError("recipes extend each other in a circle", where=label, found=names)
@@ -90,7 +90,9 @@ def _read(path: Path, label: str) -> Fields:
             error.message, where=label, expected=error.expected, found=error.found, hint=error.hint
         ) from error
     # a recipe keeps the place it was given under, so that files beside a link are found there
-    node = text.parse(text.decode(raw, label), label, folder=path.parent)
+    content = text.decode(raw, label)
+    text.check_no_token(content, label)
+    node = text.parse(content, label, folder=path.parent)
     if node is None or (isinstance(node, Scalar) and node.tag == "null" and node.plain):
         raise OptionError("is empty", where=label, expected="a recipe")
     if not isinstance(node, Fields):
@@ -119,7 +121,7 @@ def _extended(own: Fields, path: Path) -> Path:
         return _named(given, where)
     parts = Path(given).parts
     found = path.parent / given
-    inside = found.resolve().is_relative_to(path.parent.resolve())
+    inside = Path(os.path.realpath(found)).is_relative_to(os.path.realpath(path.parent))
     if Path(given).is_absolute() or ".." in parts or given.startswith("~") or not inside:
         raise OptionError(
             "leads out of the recipe's folder",
@@ -127,7 +129,7 @@ def _extended(own: Fields, path: Path) -> Path:
             found=shown,
             hint="Extend a shipped recipe by name, or a file beside or below this one.",
         )
-    if not found.is_file():
+    if not os.path.isfile(found):
         raise OptionError("no such file", where=where, found=shown)
     return found
 

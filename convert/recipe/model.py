@@ -20,6 +20,8 @@ COST_KEYS: Final = {
     "memory": "Peak memory of the largest stage.",
     "time": "Of the whole run.",
 }
+#: what numbers of a recipe's cost come from.
+BASES: Final = ("measured", "estimate")
 EXACTNESS: Final = ("exact", "exact-fp32", "approximate", "needs training")
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from adaconvert.errors import OptionError
+from adaconvert.export.hub_secrets import check_argument
 from adaconvert.io.names import escape
 from adaconvert.recipe import text
 from adaconvert.recipe.schema import verb_of
@@ -35,6 +36,7 @@ def apply(root: Fields, setting: str) -> Fields:
     Raises:
         OptionError: it is no such text, or the path leads nowhere.
     """
+    check_argument("--set", setting)
     path, equals, value = setting.partition("=")
     where = f"--set {escape(path, 120)}"
     if not equals or not path.strip():

@@ -13,8 +13,9 @@ from adaconvert.io.names import escape
 from adaconvert.io.regular import read_text
 from adaconvert.recipe import shipped, text
 from adaconvert.recipe.load import load, locate
-from adaconvert.recipe.model import COST_KEYS, SCHEMA, Recipe
-from adaconvert.recipe.schema import REQUIRED, STAGE, TOP
+from adaconvert.recipe.model import BASES, COST_KEYS, EXACTNESS, SCHEMA, Recipe
+from adaconvert.recipe.schema import NAME, REQUIRED, STAGE, TOP
+from adaconvert.recipe.values import OPTIONAL_TEXT
 from adaconvert.recipe.verbs import VERBS
 from adaconvert.recipe.words import unknown
 
@@ -98,26 +99,34 @@ class Schema:
         stage = {
             "type": "object",
             "properties": {
-                "name": {"type": "string", "description": STAGE["name"]},
+                "name": {"type": "string", "pattern": NAME, "description": STAGE["name"]},
                 "from": {
                     "description": STAGE["from"],
-                    "anyOf": [{"type": "string"}, _TEXTS],
+                    "anyOf": [{"type": "string"}, {**_TEXTS, "minItems": 1}],
                 },
                 **{verb: _verb_schema(verb) for verb in VERBS},
             },
+            "oneOf": [{"required": [verb]} for verb in VERBS],
             "additionalProperties": False,
         }
         kinds: dict[str, dict[str, object]] = {
             "schema": {"const": SCHEMA},
+            "exactness": {"enum": list(EXACTNESS)},
+            "source": OPTIONAL_TEXT.schema(),
+            "revision": OPTIONAL_TEXT.schema(),
             "cost": {
                 "type": "object",
-                "properties": {k: {"type": "string", "description": v} for k, v in _COSTS},
+                "properties": {
+                    k: {"description": v, **({"enum": list(BASES)} if k == "basis" else _TEXT)}
+                    for k, v in _COSTS
+                },
                 "required": list(COST_KEYS),
                 "additionalProperties": False,
             },
             "data": {
                 "type": "object",
-                "additionalProperties": {"anyOf": [{"type": "string"}, _TEXTS]},
+                "propertyNames": {"pattern": NAME},
+                "additionalProperties": {"anyOf": [_TEXT, _TEXTS]},
             },
             "stages": {"type": "array", "items": stage, "minItems": 1},
             "set": {"type": "object"},
@@ -127,8 +136,7 @@ class Schema:
             "title": "adaconvert recipe",
             "type": "object",
             "properties": {
-                key: {"description": words, **kinds.get(key, {"type": "string"})}
-                for key, words in TOP.items()
+                key: {"description": words, **kinds.get(key, _TEXT)} for key, words in TOP.items()
             },
             "required": ["schema"],
             "anyOf": [{"required": list(REQUIRED)}, {"required": ["extends"]}],
@@ -152,7 +160,8 @@ class Schema:
         return rows + [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
 
 
-_TEXTS: dict[str, object] = {"type": "array", "items": {"type": "string"}}
+_TEXT: dict[str, object] = {"type": "string"}
+_TEXTS: dict[str, object] = {"type": "array", "items": _TEXT}
 _COSTS = tuple(COST_KEYS.items())
 
 
@@ -160,7 +169,7 @@ def _verb_schema(name: str) -> dict[str, object]:
     table = VERBS[name].table()
     return {
         "description": VERBS[name].summary,
-        "type": ["object", "null"],
+        "type": "object" if VERBS[name].needs else ["object", "null"],
         "properties": {
             key: option.kind.schema()
             | ({} if option.default in (None, ()) else {"default": option.default})
@@ -189,10 +198,11 @@ def show(recipe: str) -> Text:
     """Return the text of a recipe.
 
     Raises:
-        OptionError: there is none of this name.
+        OptionError: there is none of this name, or it holds an access token.
     """
     path = locate(recipe)
     content = read_text(path, escape(path.name), text.MAX_BYTES)
+    text.check_no_token(content, escape(path.name))
     return Text(name=shipped.name_of(path) or path.name, content=content)
 
 

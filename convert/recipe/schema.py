@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from adaconvert import __version__
-from adaconvert.errors import AdaconvertError, OptionError
+from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
 from adaconvert.recipe import values
-from adaconvert.recipe.model import COST_KEYS, EXACTNESS, SCHEMA, SOURCE, Recipe, Stage
-from adaconvert.recipe.options import CHECKPOINT, FILE, TEXT_SOURCE, TEXT_SOURCES, VALUE, Option
+from adaconvert.recipe.checks import check_options, check_pushed, check_recorded
+from adaconvert.recipe.model import BASES, COST_KEYS, EXACTNESS, SCHEMA, SOURCE, Recipe, Stage
+from adaconvert.recipe.options import TEXT_SOURCES, VALUE, Option
 from adaconvert.recipe.text import Fields, Items, Node, Scalar
 from adaconvert.recipe.verbs import MAKES_CHECKPOINT, VERBS
 from adaconvert.recipe.words import unknown
@@ -38,9 +40,10 @@ STAGE: Final = {
     "from": "What it goes on from: names of earlier stages or 'source'; the stage before by "
     "default.",
 }
-_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
-#: stands for a text that is still to be given.
-MISSING_TEXT: Final = "data"
+#: what stages and texts may be called, as a regular expression of Python and of JSON Schema.
+NAME: Final = "^[A-Za-z][A-Za-z0-9_-]{0,39}$"
+#: names of stages that would meet another file of the work folder.
+_TAKEN: Final = {"run": "is what the record of a run is called"}
 
 
 def check_version(root: Fields, label: str) -> None:
@@ -146,11 +149,11 @@ def _cost(node: Node) -> dict[str, str]:
             raise OptionError(
                 "is missing", where=f"{given.place}: cost.{key}", expected=COST_KEYS[key]
             )
-    if found["basis"] not in ("measured", "estimate"):
+    if found["basis"] not in BASES:
         raise OptionError(
             "is unknown",
             where=f"{given.places['basis']}: cost.basis",
-            expected="measured or estimate",
+            expected=" or ".join(BASES),
             found=f"'{escape(found['basis'], 60)}'",
         )
     return found
@@ -181,13 +184,14 @@ def _beside(text: str, node: Node) -> str:
         return text
     path, comma, weight = text.rpartition(",")
     for name, tail in ((text, ""), (path, comma + weight)):
-        if name and (folder / name).exists():
+        # a name that is too long for a file is none
+        if name and os.path.exists(folder / name):
             return f"{(folder / name).resolve()}{tail}"
     return text
 
 
 def _check_name(name: str, place: str, where: str) -> None:
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         raise OptionError(
             "is no name",
             where=f"{place}: {where}",
@@ -206,6 +210,8 @@ def _stages(node: Node, data: Mapping[str, tuple[str, ...]]) -> tuple[Stage, ...
     found: list[Stage] = []
     for item in node.items:
         found.append(_stage(_mapping(item, f"stages.{len(found)}"), found, data))
+    check_recorded(found)
+    check_pushed(found)
     return tuple(found)
 
 
@@ -252,10 +258,10 @@ def _stage(given: Fields, before: list[Stage], data: Mapping[str, tuple[str, ...
 
 
 def _check_new(name: str, before: list[Stage], place: str, where: str) -> None:
-    if name in TOP:
+    taken = "is a key of recipes" if name in TOP else _TAKEN.get(name)
+    if taken is not None:
         raise OptionError(
-            f"a stage cannot be called '{name}', which is a key of recipes",
-            where=f"{place}: {where}",
+            f"a stage cannot be called '{name}', which {taken}", where=f"{place}: {where}"
         )
     for stage in before:
         if stage.name == name:
@@ -310,77 +316,3 @@ def _inputs(given: Fields, verb: str, before: list[Stage], where: str) -> tuple[
             found=f"{len(names)} of them",
         )
     return names
-
-
-def check_options(stage: Stage, data: Mapping[str, tuple[str, ...]], before: list[Stage]) -> None:
-    """Return only when the API will accept the options of a stage.
-
-    Raises:
-        OptionError: a reference leads nowhere, an option is missing, or a value is wrong.
-    """
-    table = stage.does.table()
-    checkpoints = [SOURCE, *(s.name for s in before if s.does.makes == MAKES_CHECKPOINT)]
-    given = {}
-    for name, value in stage.options.items():
-        where = _where(stage, name)
-        given[name] = _resolved(value, table[name].role, data, checkpoints, where)
-    for name in stage.does.needs:
-        if not given.get(name):
-            raise OptionError("is missing", where=_where(stage, name))
-    try:
-        stage.does.check(given)
-    except AdaconvertError as error:
-        raise _placed(error, stage) from error
-    except TypeError as error:
-        raise OptionError(
-            f"cannot be used: {escape(str(error), 120)}", where=f"{stage.place}: {stage.name}"
-        ) from error
-
-
-def _where(stage: Stage, name: str) -> str:
-    place = stage.places.get(name, stage.place)
-    return f"{place}: stages.{stage.name}.{stage.verb}.{name}"
-
-
-def _resolved(
-    value: Any,
-    role: str,
-    data: Mapping[str, tuple[str, ...]],
-    checkpoints: list[str],
-    where: str,
-) -> Any:
-    """Return a value with something in the place of every reference, so that it can be checked."""
-    if role == TEXT_SOURCES:
-        return tuple(t for text in value for t in _texts_of(text, data, where))
-    if role == TEXT_SOURCE and value is not None:
-        texts = _texts_of(value, data, where)
-        if len(texts) > 1:
-            raise OptionError("takes one text", where=where, found=f"{len(texts)} in {value}")
-        return texts[0]
-    if role == CHECKPOINT and isinstance(value, str) and value.startswith("$"):
-        if value[1:] not in checkpoints:
-            raise unknown("earlier stage", value[1:], checkpoints, where)
-        return value[1:]
-    if role in (VALUE, FILE) and isinstance(value, str) and value.startswith("$"):
-        raise OptionError("refers to nothing here", where=where, found=escape(value, 60))
-    return value
-
-
-def _texts_of(text: str, data: Mapping[str, tuple[str, ...]], where: str) -> tuple[str, ...]:
-    if not text.startswith("$"):
-        return (text,)
-    if text[1:] not in data:
-        raise unknown("text in data", text[1:], data, where)
-    return data[text[1:]] or (MISSING_TEXT,)
-
-
-def _placed(error: AdaconvertError, stage: Stage) -> OptionError:
-    """Return an error of a config class with the line of the option it is about."""
-    flag = (error.where or "").split(" ")[0]
-    name = flag.removeprefix("--").replace("-", "_")
-    known = name in stage.does.table()
-    where = _where(stage, name) if known else f"{stage.place}: stages.{stage.name}.{stage.verb}"
-    message = error.message if known or not error.where else f"{error.where}: {error.message}"
-    return OptionError(
-        message, where=where, expected=error.expected, found=error.found, hint=error.hint
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,7 @@ def find(name: str) -> Path | None:
 def name_of(path: Path) -> str | None:
     """Return the name of a shipped recipe by its file, None for any other file."""
     try:
-        inner = path.resolve().relative_to(root().resolve())
+        inner = Path(os.path.realpath(path)).relative_to(os.path.realpath(root()))
     except ValueError:
         return None
     return inner.with_suffix("").as_posix()

@@ -14,6 +14,7 @@ from typing import Final
 import yaml
 
 from adaconvert.errors import OptionError
+from adaconvert.export.hub_secrets import holds_login
 from adaconvert.io.names import escape
 
 MAX_BYTES: Final = 128 << 10
@@ -138,6 +139,22 @@ def decode(raw: bytes, label: str) -> str:
     if "\0" in text:
         raise OptionError("is a binary file, not a recipe", where=label)
     return text
+
+
+def check_no_token(text: str, label: str) -> None:
+    """Return only when a text holds no access token and no login inside a URL.
+
+    Raises:
+        OptionError: it does; the line is named and not repeated.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if holds_login(line):
+            raise OptionError(
+                "holds an access token or a password, and a recipe goes along with its result",
+                where=f"{label} line {number}",
+                hint="Log in with `hf auth login`, or set HF_TOKEN; and replace this token by a "
+                "new one.",
+            )
 
 
 def _too_large(label: str, nbytes: int) -> OptionError:

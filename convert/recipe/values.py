@@ -60,7 +60,8 @@ class Kind:
         ]
         if self.items:
             inner = [{"type": names.get(word, "string")} for word in sorted(self.items)]
-            found.append({"type": "array", "items": inner[0] if len(inner) == 1 else inner})
+            entry = inner[0] if len(inner) == 1 else {"anyOf": inner}
+            found.append({"type": "array", "items": entry})
         if self.optional:
             found.append({"type": "null"})
         return found[0] if len(found) == 1 else {"anyOf": found}

@@ -15,6 +15,8 @@ from adaconvert.recipe.model import SOURCE, Stage
 from adaconvert.recipe.options import CHECKPOINT, FINETUNE, TEXT_SOURCE, TEXT_SOURCES
 from adaconvert.running import texts
 from adaconvert.running.job import Job, process_count
+from adaconvert.running.room import planned_memory
+from adaconvert.train.checks import check_source
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.units import human_count
 
@@ -64,11 +66,13 @@ class Training:
         words: its budget.
         memory: bytes it needs.
         flops: of the whole of it.
+        warning: why it will be refused on this machine, '' when nothing is known to be in the way.
     """
 
     words: str
     memory: int
     flops: int
+    warning: str
 
 
 def training(stage: Stage, job: Job, where: str) -> Training:
@@ -85,19 +89,28 @@ def training(stage: Stage, job: Job, where: str) -> Training:
     left = ("data", "valid", *FINETUNE)
     given = {name: value for name, value in stage.options.items() if name not in left}
     sources = texts.expand(stage.options["data"], job.recipe) or ("data",)
-    if isinstance(given.get("teacher"), str) and given["teacher"][:1] == "$":
-        # a stage that may not have run; the source has the shapes of any dense teacher
-        given["teacher"] = str(job.item.source.root)
+    given["teacher"] = _planned_teacher(given.get("teacher"), job)
     with in_stage(stage):
         config = replace(FinetuneConfig.of(sources, given), processes=process_count())
         item = open_source(where)
+        check_source(item, config)
         tokens = config.total_steps * config.step_tokens
         words = f"{human_count(tokens)} tokens in {config.total_steps} steps"
+        planned = planned_memory(stage, item, config)
         return Training(
             words=f"{words}, trains {', '.join(config.train)}",
-            memory=_memory(item, config),
+            memory=planned.needed,
             flops=tokens * _passes(config) * forward(item, config.seq_len),
+            warning=planned.warning,
         )
+
+
+def _planned_teacher(given: Any, job: Job) -> Any:
+    """Return a teacher whose size can be told before anything runs: the source has the shapes of
+    any dense one, where it is a stage that may not have run or a model that is not here."""
+    if not isinstance(given, str) or Path(given).is_dir():
+        return given
+    return str(job.item.source.root)
 
 
 def forward(item: Described, context: int) -> int:
@@ -110,21 +123,6 @@ def _passes(config: FinetuneConfig) -> int:
     """Return what a training step costs in forward passes: one, and two back; one more each for
     what is computed again and for a teacher."""
     return 3 + config.checkpointing + bool(config.distill or config.distill_hidden)
-
-
-def _memory(item: Described, config: FinetuneConfig) -> int:
-    """Return the bytes a fine-tune needs, counted on the model without numbers."""
-    from adaconvert.layerwise.quiet import quiet
-    from adaconvert.modeling.loading import load_model
-    from adaconvert.train.memory import need_of
-    from adaconvert.train.sparsify import with_activation
-
-    changed = with_activation(item.source.config, item.spec, config.sparsity.activation)
-    taught = config.distill or config.distill_hidden
-    stored = sum(ref.nbytes for ref in item.source.tensors.values())
-    with quiet():
-        model = load_model(item.source.root, device_map="meta", **changed)
-    return need_of(model, config, teacher=stored if taught else 0).total
 
 
 @contextmanager

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from adaconvert import __version__
-from adaconvert.errors import OptionError
+from adaconvert.errors import OptionError, OutputConflictError
+from adaconvert.io.destination import Destination
 from adaconvert.io.digest import DigestPool
+from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.methods.sources import Described, open_source
 from adaconvert.recipe.load import load
 from adaconvert.recipe.model import SOURCE, Recipe, Stage
-from adaconvert.recipe.options import CHECKPOINT, TEXT_SOURCE, TEXT_SOURCES
+from adaconvert.recipe.options import CHECKPOINT, FILE, TEXT_SOURCE, TEXT_SOURCES
 from adaconvert.recipe.render import resolved
 from adaconvert.recipe.verbs import MAKES_CHECKPOINT, MAKES_REPORT, MAKES_REPOSITORY
 from adaconvert.recipe.words import unknown
@@ -69,6 +71,7 @@ class Job:
             OptionError: the recipe is wrong, or the source, a text or a stage is missing.
             SourceError: the source is damaged.
             DataError: a text is not there.
+            OutputConflictError: source, destination and work folder lie in each other.
         """
         recipe = load(request.recipe, request.settings)
         where = request.source or recipe.source
@@ -87,13 +90,15 @@ class Job:
         revision = recipe.revision if request.source in (None, recipe.source) else None
         item = open_source(where, revision=revision)
         destination = request.destination or _default_destination(item.source, recipe)
+        work = request.work or folder_of(destination)
+        _check_apart(item.source.root, destination, work)
         return cls(
             request=request,
             recipe=recipe,
             where=where,
             item=item,
             destination=destination,
-            work=request.work or folder_of(destination),
+            work=work,
         )
 
     @property
@@ -111,7 +116,9 @@ class Job:
     def folder(self, stage: Stage) -> str:
         """Return what a stage's folder or report in the work folder is called, '' for none."""
         if stage.does.makes == MAKES_CHECKPOINT:
-            return f"{self.item.source.label.rpartition('/')[2][:100]}-{stage.name}"
+            # in bytes, because that is how the length of names is limited
+            label = os.fsencode(self.item.source.label.rpartition("/")[2])[:100]
+            return f"{label.decode('utf-8', 'ignore')}-{stage.name}"
         return f"{stage.name}.json" if stage.does.makes == MAKES_REPORT else ""
 
     def recipe_text(self) -> str:
@@ -141,7 +148,7 @@ class Job:
             # each trains on a batch of its own
             content["processes"] = process_count()
         if stage.does.makes == MAKES_REPOSITORY:
-            content["recipe"] = self.recipe_text()
+            content |= {"recipe": self.recipe_text(), "hub": _hub()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _marked(self, role: str, value: Any, tokens: Mapping[str, str]) -> Any:
@@ -151,12 +158,39 @@ class Job:
             return [texts.fingerprint(text) for text in texts.expand((value,), self.recipe)]
         if role == CHECKPOINT and value[:1] == "$":
             return tokens[value[1:]]
+        if role in (CHECKPOINT, FILE):
+            return texts.fingerprint(value)
         return value
+
+
+def _hub() -> str:
+    """Return the URL of the hub that a push of this run goes to."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
 
 
 def process_count() -> int:
     """Return how many processes torchrun or accelerate started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_apart(source: Path, destination: Path, work: Path) -> None:
+    """Return only when what is written lies apart from the source, and the stages from the result.
+
+    Raises:
+        OutputConflictError: they do not.
+    """
+    places = [Destination.resolve(path) for path in (destination, work)]
+    for place in places:
+        place.check_apart([source])
+    result, stages = (place.path for place in places)
+    if stages.is_relative_to(result) or result.is_relative_to(stages):
+        raise OutputConflictError(
+            "the work folder and the destination must lie apart",
+            where=escape(str(work)),
+            hint="Name another with --work.",
+        )
 
 
 def _default_destination(source: Source, recipe: Recipe) -> Path:

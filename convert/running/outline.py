@@ -45,6 +45,7 @@ class StagePlan:
         flops: of its training, 0 when it trains nothing.
         exactness: of its result, '' when its verb promises none.
         notes: what the user should know.
+        warnings: what will keep the stage from being done.
         report: the plan of a conversion.
     """
 
@@ -58,6 +59,7 @@ class StagePlan:
     flops: int = 0
     exactness: str = ""
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     report: PlanReport | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, object]:
@@ -73,6 +75,7 @@ class StagePlan:
             "training_flops": self.flops,
             "exactness": self.exactness or None,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
             "plan": None if self.report is None else self.report.to_json(),
         }
 
@@ -88,7 +91,9 @@ class StagePlan:
         rows = [f"{head}{tail}"]
         if sizes:
             rows.append(f"{'':<24}{', '.join(sizes)}")
-        return [*rows, *(f"{'':<24}note: {note}" for note in self.notes)]
+        told = [f"warning: {text}" for text in self.warnings]
+        told += [f"note: {text}" for text in self.notes]
+        return [*rows, *(f"{'':<24}{text}" for text in told)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +164,8 @@ class _Shape:
         """Return where it can be planned on; a stand-in is made for one that is only planned."""
         if not self.where and self.planned is not None:
             plan = self.planned.plan
-            number = len(list(scratch.iterdir()))
-            self.where = str(write_stand_in(scratch / str(number), plan.config, plan.targets))
+            name = f"planned-{len(list(scratch.iterdir()))}"
+            self.where = str(write_stand_in(scratch / name, plan.config, plan.targets))
         return self.where
 
 
@@ -284,7 +289,14 @@ class _Planner:
         if stage.verb != "finetune":
             return replace(made, disk=nbytes, memory=self._held(stage))
         found = arguments.training(stage, self._job, before.at(self._scratch))
-        return replace(made, disk=nbytes, does=found.words, memory=found.memory, flops=found.flops)
+        return replace(
+            made,
+            disk=nbytes,
+            does=found.words,
+            memory=found.memory,
+            flops=found.flops,
+            warnings=(found.warning,) if found.warning else (),
+        )
 
 
 def statuses_of(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 from adaconvert.errors import AdaconvertError
 from adaconvert.io import manifest
-from adaconvert.io.card_file import RECIPE
+from adaconvert.io.card_file import CARD, RECIPE
 from adaconvert.io.commit import Staging
 from adaconvert.io.destination import Destination
+from adaconvert.io.rewrite import rewrite
 from adaconvert.running.state import State
+
+#: entries of a manifest that tell of a checkpoint and do not change it.
+_SAID: Final = ("card", "quality")
 
 
 def place(folder: Path, destination: Path, recipe: str, *, overwrite: bool) -> None:
@@ -53,18 +57,46 @@ def place(folder: Path, destination: Path, recipe: str, *, overwrite: bool) -> N
         staging.commit()
 
 
+def renew(destination: Path, recipe: str) -> None:
+    """Return once a destination that holds the result of a stage has another recipe beside it.
+
+    What was recorded there stays, and so does a card that was edited.
+
+    Raises:
+        OutputConflictError: it holds files adaconvert did not write.
+        ResourceError: the disk is full or broken; what was there is untouched.
+    """
+    rewrite(destination, manifest.read(destination), {RECIPE: recipe.encode("ascii")})
+
+
 def is_placed(folder: Path, destination: Path, recipe: str, state: State) -> bool:
     """Return whether the destination is what `place` left, with the card made since."""
-    found = _read(destination)
-    if found is None or digest_of(destination) != state.placed:
+    if not is_untouched(folder, destination, state):
         return False
-    files = cast("dict[str, str]", found["files"])
-    same = files.get(RECIPE) == hashlib.sha256(recipe.encode("ascii")).hexdigest()
-    return (
-        same
-        and found["shards"] == (_read(folder) or {}).get("shards")
-        and _has_all(destination, found)
-    )
+    files = cast("dict[str, str]", manifest.read(destination)["files"])
+    return files.get(RECIPE) == hashlib.sha256(recipe.encode("ascii")).hexdigest()
+
+
+def is_untouched(folder: Path, destination: Path, state: State) -> bool:
+    """Return whether the destination is what a run left of a stage's folder, by any recipe."""
+    return digest_of(destination) == state.placed and holds(folder, destination)
+
+
+def holds(folder: Path, destination: Path) -> bool:
+    """Return whether the destination is the checkpoint of a stage's folder, whatever was recorded
+    of it since."""
+    found, made = _read(destination), _read(folder)
+    if found is None or made is None:
+        return False
+    return _facts(found) == _facts(made) and _has_all(destination, found)
+
+
+def _facts(record: dict[str, object]) -> dict[str, object]:
+    """Return what of a manifest decides the checkpoint: not its card, its recipe and results."""
+    kept = {name: value for name, value in record.items() if name not in _SAID}
+    files = cast("dict[str, str]", record["files"])
+    kept["files"] = {name: digest for name, digest in files.items() if name not in (CARD, RECIPE)}
+    return manifest.seal(kept)
 
 
 def is_ours(destination: Path, state: State) -> bool:

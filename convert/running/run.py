@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adaconvert.io.fs import not_enough_space
 from adaconvert.io.names import escape
 from adaconvert.running import record
 from adaconvert.running.job import Job, Request, source_identity, tokens_of
-from adaconvert.running.outline import Outline, outline, statuses_of
+from adaconvert.running.outline import UNCHANGED, Outline, outline, statuses_of
 from adaconvert.running.processes import together
 from adaconvert.running.result import RunResult
 from adaconvert.running.stages import Calls, Stages
@@ -33,7 +35,7 @@ def _run(job: Job, calls: Calls) -> RunResult:
         for line in planned.lines():
             request.report(line)
         _check_room(planned)
-        if job.final is not None and not _is_placed(job, state):
+        if job.final is not None and not _stays(job, state, planned):
             record.check(job.destination, state, overwrite=request.overwrite)
         return Stages(job, state, planned, calls).all()
 
@@ -45,12 +47,27 @@ def _planned(job: Job, state: State) -> Outline:
 
 
 def _is_placed(job: Job, state: State) -> bool:
-    """Return whether the destination is what the last stage that makes a checkpoint has left."""
+    """Return whether the destination is what the last stage that makes a checkpoint has left, and
+    only the recipe beside it may be another."""
+    folder = _final(job, state)
+    return folder is not None and record.is_untouched(folder, job.destination, state)
+
+
+def _stays(job: Job, state: State, planned: Outline) -> bool:
+    """Return whether the destination will not be replaced."""
+    folder = _final(job, state)
+    same = [stage.name for stage in planned.stages if stage.status == UNCHANGED]
+    if folder is None or job.final is None or job.final.name not in same:
+        return False
+    return record.holds(folder, job.destination)
+
+
+def _final(job: Job, state: State) -> Path | None:
+    """Return the folder of the last stage that makes a checkpoint, None unless it is whole."""
     final = job.final
     if final is None or not state.is_intact(final.name):
-        return False
-    folder = job.work / str(state.stages[final.name]["folder"])
-    return record.is_placed(folder, job.destination, job.recipe_text(), state)
+        return None
+    return job.work / str(state.stages[final.name]["folder"])
 
 
 def _check_room(planned: Outline) -> None:

@@ -202,8 +202,11 @@ class Stages:
         recipe = self._job.recipe_text()
         if record.is_placed(folder, destination, recipe, self._state):
             return
-        ours = record.is_ours(destination, self._state)
-        record.place(folder, destination, recipe, overwrite=ours or self._job.request.overwrite)
+        if record.holds(folder, destination):
+            record.renew(destination, recipe)
+        else:
+            ours = record.is_ours(destination, self._state)
+            record.place(folder, destination, recipe, overwrite=ours or self._job.request.overwrite)
         self._calls["card"](destination)
         self._state.remember_placed(record.digest_of(destination))
 

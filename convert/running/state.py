@@ -159,8 +159,7 @@ class State:
 
 def folder_of(destination: Path) -> Path:
     """Return where the work folder of a destination lies unless another is named."""
-    path = Destination.resolve(destination).path
-    return path.with_name(f".{path.name[:200]}.run")
+    return Destination.resolve(destination).beside(".run")
 
 
 def identity(path: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from adaconvert.errors import DataError, OptionError
+from adaconvert.data.hub import HubId
+from adaconvert.data.rows import READERS, existing
+from adaconvert.errors import AdaconvertError, DataError, OptionError
 from adaconvert.io.fs import reporting
 from adaconvert.io.names import escape
 from adaconvert.recipe.model import Recipe, Stage
@@ -17,7 +18,6 @@ from adaconvert.recipe.options import TEXT_SOURCE, TEXT_SOURCES
 
 #: larger files are known by size and time of change instead of their bytes.
 HASHED: Final = 256 << 20
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?::[\w.-]+)?", re.ASCII)
 
 
 def expand(value: tuple[str, ...], recipe: Recipe) -> tuple[str, ...]:
@@ -66,12 +66,20 @@ def check(stage: Stage, recipe: Recipe) -> None:
             hint=f"Give text like that the model is for: --set data.{name}=FILE",
         )
     for text in texts_of(stage, recipe):
-        if not os.path.lexists(plain(text)) and not _HUB_ID.fullmatch(plain(text)):
+        if existing(plain(text)) is None and not _is_at_hub(plain(text)):
             raise DataError(
                 "no such file or folder",
                 where=f"stage '{stage.name}': {escape(text)}",
                 hint="Give an existing file or folder, or a hub data set of the form org/name.",
             )
+
+
+def _is_at_hub(name: str) -> bool:
+    """Return whether a text can be a data set of the hub; "data/train.jsonl" is a file."""
+    try:
+        return Path(HubId.parse(name).name).suffix.lower() not in READERS
+    except AdaconvertError:
+        return False
 
 
 def plain(text: str) -> str:
@@ -89,21 +97,20 @@ def plain(text: str) -> str:
 def fingerprint(text: str) -> Any:
     """Return what tells whether a text has changed: JSON data; a hub data set is taken not to."""
     name = plain(text)
-    path, weight = Path(name), text[len(name) :]
-    if not os.path.lexists(path):
+    path, weight = existing(name), text[len(name) :]
+    if path is None:
         return text
     with reporting(escape(path.name)):
         return [path.name, weight, [_file(file) for file in _files(path)]]
 
 
 def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
+    """Yield regular files alone, as those who read data do: a pipe would never end."""
+    if path.is_file():
         yield path
-        return
     for top, folders, names in os.walk(path):
         folders.sort()
-        for name in sorted(names):
-            yield Path(top) / name
+        yield from (found for name in sorted(names) if (found := Path(top) / name).is_file())
 
 
 def _file(path: Path) -> list[object]:

@@ -33,7 +33,7 @@ def add_networks(
     Args:
         folder: adaptive checkpoint in one file; changed.
         roles: which projections.
-        experts, width: of each network.
+        experts, width: of each network; one expert has no router.
         layers: blocks; all when not given.
         select: selection of each; all experts when not given.
         keep_ffn: leave the split feed-forward networks in `config.adaptive`.
@@ -50,6 +50,7 @@ def add_networks(
         own = (".neuron_order", ".router.")
         tensors = {n: t for n, t in tensors.items() if not any(part in n for part in own)}
     generator = torch.Generator().manual_seed(2)
+    routed = {"kind": "contribution", "width": ROUTER_WIDTH}
     paths, flops = [], 0
     for path, site in projection_sites(stock_spec(describe(config, tensors))).items():
         if site.role not in roles or (layers is not None and site.layer not in layers):
@@ -63,7 +64,7 @@ def add_networks(
             width=width,
             up_bias=biased,
             down_bias=biased,
-            router={"kind": "contribution", "width": ROUTER_WIDTH},
+            router=routed if experts > 1 else {"kind": "none"},
             select=dict(select or {"rule": "all"}),
         )
         dtype = tensors.pop(site.weight).dtype

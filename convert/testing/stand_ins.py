@@ -106,6 +106,13 @@ class _Hole:
     group: str = ""
 
 
+def model_of(recipe: str) -> str:
+    """Return the model of `CONFIGS` a shipped recipe is named after; what follows it tells recipes
+    of one method apart."""
+    name = recipe.rpartition("/")[2]
+    return max((model for model in CONFIGS if name.startswith(model)), key=len)
+
+
 def make(model: str, folder: Path) -> Path:
     """Return a new folder with the config and headers of a model named in `CONFIGS`."""
     return make_of(CONFIGS[model], folder)

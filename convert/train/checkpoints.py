@@ -57,7 +57,7 @@ class ResumableTrainer(FinetuneTrainer):
 
         def write() -> None:
             name = f"checkpoint-{step}"
-            with _refusing(self._work, name):
+            with refusing(self._work, name):
                 super(ResumableTrainer, self)._save_checkpoint(model, trial)
                 if self.args.save_only_model:
                     self._save_optimizer_and_scheduler(str(self._work.path / name))
@@ -115,11 +115,15 @@ class ResumableTrainer(FinetuneTrainer):
 
 
 @contextmanager
-def _refusing(work: Work, name: str) -> Iterator[None]:
+def refusing(work: Work, name: str) -> Iterator[None]:
     """Turn what writers raise when a disk is full into an error that says how to go on.
 
+    Args:
+        work: the folder that is written into.
+        name: of the folder in it.
+
     Raises:
-        ResourceError: a file could not be written; the checkpoint is gone, earlier ones are kept.
+        ResourceError: a file could not be written; that folder is gone, earlier ones are kept.
     """
     try:
         yield

@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Final
 
+from adaconvert.data.rows import existing
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.settings import parse_select
 from adaconvert.io.names import escape
@@ -30,7 +30,7 @@ from adaconvert.train.bounds import number as _number
 from adaconvert.train.bounds import whole as _whole
 from adaconvert.train.rates import Rate
 from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
-from adaconvert.train.sources import READING_OPTIONS, Reading
+from adaconvert.train.sources import READING_OPTIONS, Reading, several
 from adaconvert.train.validation import VALIDATION_OPTIONS, Validation
 
 SCHEDULES: Final = ("cosine", "linear", "constant")
@@ -89,7 +89,8 @@ class DataSource:
     @property
     def label(self) -> str:
         """Return the name outputs may carry: a hub id, or the last part of a path."""
-        return self.where if not Path(self.where).exists() else Path(self.where).resolve().name
+        path = existing(self.where)
+        return self.where if path is None else path.resolve().name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +103,9 @@ class Sparsity:
             2109.08668).
         penalty: "hoyer": (sum |a|)^2 / sum a^2, between 1 (one neuron) and the width (flat; square
             Hoyer, 2310.04361 eq. 2); "l1": sum |a| (what its BERT and GPT-2 scripts use).
-        coefficient: factor of the penalty, averaged over tokens and blocks. 0 only measures. The
-            scripts use 0.2 (ViT-B) and 1e-4 to 1e-3 (Gemma-2B) on the raw square Hoyer, which
-            grows with the width.
+        coefficient: factor of the penalty, averaged over tokens and blocks; networks in place of
+            projections add their own average. 0 only measures. The scripts use 0.2 (ViT-B) and 1e-4
+            to 1e-3 (Gemma-2B) on the raw square Hoyer, which grows with the width.
         norm: "raw" as published, "width" divided by the number of neurons, so that a coefficient
             carries over between models.
         blend: share of the run over which the new activation takes the old one's place, the two
@@ -296,6 +297,9 @@ class FinetuneConfig:
                 given[name] = parse_count(given[name], _flag(name))
         if isinstance(given.get("select"), str):
             given["select"] = parse_select(given["select"])
+        for name in ("train", "lr_of", "report_to"):
+            if name in given:
+                given[name] = several(given[name])
         own = {name: given.pop(name) for name in SPARSITY_OPTIONS if name in given}
         routing = {ROUTING_OPTIONS[n]: given.pop(n) for n in ROUTING_OPTIONS if n in given}
         reading = {n: given.pop(n) for n in READING_OPTIONS if n in given}
@@ -375,7 +379,9 @@ def parse_count(text: str | int, where: str = "--tokens") -> int:
     value = 0.0
     if match:
         value = float(match[1]) * 1000.0 ** " kmbt".index(match[2].lower() or " ")
-    if value < 1:
+        # a fraction of one means nothing
+        value = value if match[2] or value.is_integer() else 0.0
+    if not 1 <= value < math.inf:
         raise OptionError(
             "is no count", where=where, expected="a number such as 20M", found=escape(str(text))
         )

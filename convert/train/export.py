@@ -25,6 +25,7 @@ from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards
 from adaconvert.methods.sources import Described
 from adaconvert.progress import bar
+from adaconvert.train.routing_config import CORRECTION
 
 if TYPE_CHECKING:
     import torch
@@ -79,12 +80,16 @@ def targets_of(
     stored = item.source.tensors
     usual = max(BY_NAME, key=lambda d: sum(r.nbytes for r in stored.values() if r.dtype == d))
     wanted = None if dtype == "keep" else BY_CONFIG_NAME[dtype].name
+    is_adaptive = item.spec.adaptive is not None
     place = {name: at for at, name in enumerate(item.audit.used)}
     names = sorted(trained.tensors, key=lambda name: (place.get(name, len(place)), name))
     targets = []
     for name in names:
         kept = stored[name].dtype if name in stored else usual
-        is_own = ".router." in name or name.endswith(f".{NEURON_ORDER}")
+        is_own = (is_adaptive and ".router." in name) or name.endswith(f".{NEURON_ORDER}")
+        if wanted is not None and name.endswith(CORRECTION):
+            # rounded, it would choose other experts
+            is_own = BY_NAME[wanted].nbytes < BY_NAME[kept].nbytes
         final = kept if wanted is None or is_own or not BY_NAME[kept].is_float else wanted
         targets.append(Target(name=name, dtype=final, shape=trained.tensors[name].shape))
     try:

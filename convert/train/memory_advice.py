@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adaconvert.dtypes import BY_NAME
 from adaconvert.errors import AdaconvertError, ResourceError
 from adaconvert.io.available import available_memory
 from adaconvert.io.writer import parse_size
@@ -16,10 +18,12 @@ from adaconvert.train.adapt_config import Adapting
 from adaconvert.train.checks import is_usable
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.memory import Need, need_of
+from adaconvert.train.prepare import set_selection
 from adaconvert.units import human_bytes
 
 #: rank of the adapters that are proposed.
 _RANK = 8
+_SPREAD = "Several devices share the need with torchrun and --fsdp."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,25 @@ def _free_on(device: Any) -> int:
     return free
 
 
+def need_for(item: Described, config: FinetuneConfig, *, changed: Mapping[str, Any]) -> Need:
+    """Return what the fine-tune needs in each process; no weight is read.
+
+    Args:
+        item: the checkpoint.
+        config: the fine-tune.
+        changed: config keys that differ from the checkpoint's.
+
+    Raises:
+        OptionError: an option does not fit the model.
+    """
+    with quiet():
+        model = load_model(item.source.root, device_map="meta", **changed)
+        with set_selection(model, config):
+            # what cannot run is found before any text is read; which experts do changes no need
+            pass
+        return need_of(model, config, teacher=_teacher_bytes(item, config))
+
+
 def budget_of(
     item: Described, config: FinetuneConfig, room: Room, *, changed: dict[str, Any]
 ) -> Budget:
@@ -108,39 +131,61 @@ def budget_of(
         ResourceError: it does not fit; names settings that do.
         OptionError: an option does not fit the model.
     """
-
-    def needed(options: FinetuneConfig) -> Need:
-        with quiet():
-            model = load_model(item.source.root, device_map="meta", **changed)
-            return need_of(model, options, teacher=_teacher_bytes(item, options))
-
-    need = needed(config)
+    need = need_for(item, config, changed=changed)
     if need.total > room.free:
-        raise _refusal(item, config, need, room, needed)
-    if room.device != "cpu":
-        _check_host(item, config, room)
+        raise _refusal(item, config, need, room, changed)
+    if not passes_through(item, room):
+        raise ResourceError(
+            "the model does not fit this machine's memory, through which it is loaded",
+            where=item.source.label,
+            expected=human_bytes(stored_bytes(item)),
+            found=f"{human_bytes(room.host)} free",
+            hint="Start fewer processes on it, or free some memory.",
+        )
     return Budget(need=need, room=room)
+
+
+def stored_bytes(item: Described) -> int:
+    """Return the bytes of a checkpoint's weights."""
+    return sum(ref.nbytes for ref in item.source.tensors.values())
+
+
+def passes_through(item: Described, room: Room) -> bool:
+    """Return whether this machine's memory holds the whole model, which is loaded there before it
+    goes to a device, and gathered there to be written."""
+    return room.device == "cpu" or stored_bytes(item) <= room.host
 
 
 def _teacher_bytes(item: Described, config: FinetuneConfig) -> int:
     if not config.distill and not config.distill_hidden:
         return 0
     teacher = item if config.teacher is None else open_source(config.teacher)
-    stored = sum(ref.nbytes for ref in teacher.source.tensors.values())
-    return stored * 2 if config.precision == "fp32" else stored
+    width = {"fp32": 4, "fp64": 8}.get(config.precision, 0)
+    kinds = [(ref, BY_NAME[ref.dtype]) for ref in teacher.source.tensors.values()]
+    return sum(
+        max(ref.nbytes, math.prod(ref.shape) * width) if kind.is_float else ref.nbytes
+        for ref, kind in kinds
+    )
 
 
-def _check_host(item: Described, config: FinetuneConfig, room: Room) -> None:
-    """The whole model is loaded before it goes to the device, and gathered to be written."""
-    needed = sum(ref.nbytes for ref in item.source.tensors.values())
-    if needed > room.host:
-        raise ResourceError(
-            "the model does not fit this machine's memory, through which it is loaded",
-            where=item.source.label,
-            expected=human_bytes(needed),
-            found=f"{human_bytes(room.host)} free",
-            hint="Start fewer processes on it, or free some memory.",
-        )
+def alternatives(
+    item: Described, config: FinetuneConfig, *, changed: Mapping[str, Any]
+) -> Iterator[tuple[str, int]]:
+    """Yield settings that need less, as the command line says them, and the bytes they need; the
+    nearest to what was asked for first.
+
+    Args:
+        item: the checkpoint.
+        config: the fine-tune.
+        changed: config keys that differ from the checkpoint's.
+    """
+    for words, options in _others(item, config):
+        try:
+            total = need_for(item, options, changed=changed).total
+        except AdaconvertError:
+            # not for this model
+            continue
+        yield words, total
 
 
 def _refusal(
@@ -148,26 +193,17 @@ def _refusal(
     config: FinetuneConfig,
     need: Need,
     room: Room,
-    needed: Callable[[FinetuneConfig], Need],
+    changed: Mapping[str, Any],
 ) -> ResourceError:
-    fitting, smallest = [], None
-    for words, options in _others(item, config):
-        try:
-            total = needed(options).total
-        except AdaconvertError:
-            # not for this model
-            continue
-        if total <= room.free:
-            fitting.append(f"{words} ({human_bytes(total)})")
-        if smallest is None or total < smallest[1]:
-            smallest = (words, total)
+    others = list(alternatives(item, config, changed=changed))
+    fitting = [f"{words} ({human_bytes(total)})" for words, total in others if total <= room.free]
     if fitting:
         hint = f"What fits: {'; '.join(fitting)}."
-    elif smallest is not None:
-        hint = f"Nothing fits; the least is {smallest[0]} with {human_bytes(smallest[1])}. "
-        hint += "Several devices share the need with torchrun and --fsdp."
+    elif others:
+        words, total = min(others, key=lambda other: other[1])
+        hint = f"Nothing fits; the least is {words} with {human_bytes(total)}. {_SPREAD}"
     else:
-        hint = "Several devices share the need with torchrun and --fsdp."
+        hint = _SPREAD
     return ResourceError(
         f"training {item.source.label} this way does not fit",
         where=f"memory of {room.device}",
@@ -198,7 +234,9 @@ def _others(item: Described, config: FinetuneConfig) -> Iterator[tuple[str, Fine
     more = "" if config.batch_size == 1 else f" --batch-size 1 --accumulate {saving.accumulate}"
     more += " --checkpointing"
     if item.spec.num_experts:
-        yield f"--train router{more}", replace(saving, train=("router",), adapting=Adapting())
+        routers = replace(saving, train=("router",), adapting=Adapting())
+        yield f"--train router{more}", routers
+        yield f"--train router --precision bf16{more}", replace(routers, precision="bf16")
     is_split = item.spec.num_experts or item.spec.adaptive is not None
     target = "experts" if is_split else "all"
     lora = f"--lora {_RANK} --lora-targets {target}"

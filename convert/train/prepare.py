@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from adaconvert.errors import OptionError
 from adaconvert.train.adapt import attach, targets_of
 from adaconvert.train.adapt_quantised import pack, packable
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.parts import Chosen, choose, is_adapter, matching
+from adaconvert.train.parts import Chosen, choose, is_adapter, matching, sites_of
+from adaconvert.train.rates import Rate, Rates
 from adaconvert.train.shards import is_sharded
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -52,6 +55,7 @@ def prepare(model: Any, config: FinetuneConfig, *, device: Any = "cpu") -> Prepa
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         pack(model, packed, device=device, dtype=dtype)
     chosen = choose(model, config.train)
+    _check_rates(model, config)
     adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
     set_precision(model, config.precision)
     return Prepared(
@@ -59,6 +63,41 @@ def prepare(model: Any, config: FinetuneConfig, *, device: Any = "cpu") -> Prepa
         tuner=tuner,
         packed=tuple(packed),
     )
+
+
+def _check_rates(model: Any, config: FinetuneConfig) -> None:
+    """Return only when every rate of `--lr-of` is that of something that is trained."""
+    parts = tuple(Rate.parse(text) for text in config.lr_of)
+    rates = Rates(
+        usual=config.lr,
+        router=config.router_lr,
+        parts=parts,
+        routers=frozenset(),
+        sites=sites_of(model),
+    )
+    rates.check([name for name, p in model.named_parameters() if p.requires_grad])
+
+
+def set_selection(model: Any, config: FinetuneConfig) -> AbstractContextManager[Any]:
+    """The experts run that `--select` or `--compute` asks for; as a context manager, for its body.
+
+    Args:
+        model: an adaptive one where either is given.
+        config: the fine-tune.
+
+    Raises:
+        OptionError: the model cannot run them.
+    """
+    try:
+        if config.select is not None:
+            found: AbstractContextManager[Any] = model.set_select(**config.select)
+            return found
+        if config.compute is not None:
+            found = model.set_compute(config.compute)
+            return found
+    except ValueError as error:
+        raise OptionError(str(error), where="--select or --compute") from error
+    return nullcontext()
 
 
 def set_precision(model: Any, precision: str) -> None:

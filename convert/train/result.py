@@ -17,7 +17,8 @@ Curve = tuple[Mapping[str, Any], ...]
 #: what of a log entry is the same whenever a run is repeated.
 _REPEATABLE = (
     *("loss", "lm", "distill", "distill_hidden", "hoyer", "l1", "sparsity", "sparsity_by_layer"),
-    *("balance", "z", "regression", "router_entropy", "load", "dead_experts"),
+    *("projection_sparsity", "balance", "z", "regression", "router_entropy", "load"),
+    "dead_experts",
 )
 
 
@@ -40,12 +41,18 @@ class FinetuneResult:
     curve: tuple[Mapping[str, Any], ...]
     memory: Mapping[str, Any] | None = None
 
+    @property
+    def mfu(self) -> float | None:
+        """Return the model FLOPs utilisation of this session, None where it is not known."""
+        return _median(self.curve, "mfu")
+
     def to_json(self) -> dict[str, object]:
         """Return the result as JSON data."""
         return {
             **self.summary,
             "destination": self.destination.name,
             "tokens_per_second": self.speed,
+            **({} if self.mfu is None else {"mfu": self.mfu}),
             "curve": [dict(entry) for entry in self.curve],
             **({} if self.memory is None else {"memory": dict(self.memory)}),
         }
@@ -53,7 +60,8 @@ class FinetuneResult:
     def lines(self) -> list[str]:
         """Return the result as text."""
         notes = [f"note: {note}" for note in self.summary["notes"]]
-        speed = [f"speed       {self.speed:.0f} tokens/s"] if self.speed else []
+        used = "" if self.mfu is None else f", {self.mfu:.1%} MFU"
+        speed = [f"speed       {self.speed:.0f} tokens/s{used}"] if self.speed else []
         return [*fact_lines(self.summary), *speed, *notes, f"wrote {self.destination}"]
 
 
@@ -78,6 +86,9 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
         rows.append(
             f"zeros       {first['sparsity']:.1%} at first, {last['sparsity']:.1%} at the end"
         )
+    if "projection_sparsity" in last:
+        before, after = first["projection_sparsity"], last["projection_sparsity"]
+        rows.append(f"            in projections {before:.1%} at first, {after:.1%} at the end")
     if "routing" in summary:
         rows.append(_routing_line(summary["routing"]))
     changed = options["sparsity"]["activation"]
@@ -99,8 +110,13 @@ def _routing_line(routing: Mapping[str, Any]) -> str:
 
 def speed_of(curve: Curve) -> float:
     """Return the median speed of the log entries, the first left out: it warms up."""
-    speeds = sorted(entry["tokens_per_second"] for entry in curve[1:] or curve)
-    return float(speeds[len(speeds) // 2]) if speeds else 0.0
+    return _median(curve, "tokens_per_second") or 0.0
+
+
+def _median(curve: Curve, name: str) -> float | None:
+    """Return the median of what log entries say, the first left out; None when they do not."""
+    found = sorted(entry[name] for entry in curve[1:] or curve if name in entry)
+    return float(found[len(found) // 2]) if found else None
 
 
 def summary_of(

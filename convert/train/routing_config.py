@@ -17,6 +17,8 @@ ROUTING_OPTIONS: Final = {
     "router_regression": "regression",
     "collapse": "collapse",
 }
+#: how stock mixtures call the bias that joins when experts are chosen: a parameter or a buffer.
+CORRECTION: Final = "e_score_correction_bias"
 #: coefficient where a mixture's config.json states none (Fedus et al. 2021, 2101.03961).
 BALANCE: Final = 0.01
 

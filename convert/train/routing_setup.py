@@ -15,7 +15,7 @@ from adaconvert.train.health import LayerHealth, last_steps
 from adaconvert.train.health import notes as health_notes
 from adaconvert.train.parts import Chosen
 from adaconvert.train.routing import Routers
-from adaconvert.train.routing_config import BALANCE, Routing
+from adaconvert.train.routing_config import BALANCE, CORRECTION, Routing
 from adaconvert.train.routing_sites import (
     AdaptiveRouter,
     AnyRouter,
@@ -23,10 +23,10 @@ from adaconvert.train.routing_sites import (
     find_routers,
     unwrapped,
 )
+from adaconvert.train.shards import is_sharded
 
 #: what of config.json is the strength of transformers' own balance loss.
 _COEFFICIENT = "router_aux_loss_coef"
-_CORRECTION = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,12 @@ def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneCo
         )
     if settings.kind == "bias" and config.machine.sharded:
         raise OptionError("cannot be combined with --fsdp", where="--balance-kind bias")
+    if settings.kind == "bias" and any(is_sharded(router.bias) for router in found):
+        raise OptionError(
+            f"cannot be combined with --expert-parallel for {family}, whose bias is a parameter",
+            where="--balance-kind bias",
+            hint="Use --balance-kind loss, or leave --expert-parallel out.",
+        )
     adaptive = [router for router in found if isinstance(router, AdaptiveRouter)]
     if settings.regression and not any(router.predicts_norms for router in adaptive):
         raise OptionError(
@@ -202,10 +208,9 @@ def _settled(model: Any, found: Sequence[AnyRouter], settings: Routing, chosen: 
     out: dict[int, Any] = {}
     for router in found:
         if isinstance(router, StockRouter):
+            # it moves by a rule of its own, if at all
             own = unwrapped(router.module).named_parameters()
-            # one that moves is kept in checkpoints as what is trained is
-            still = [p for name, p in own if name.endswith(_CORRECTION) and settings.kind == "loss"]
-            out |= {id(p): p for p in still}
+            out |= {id(p): p for name, p in own if name.endswith(CORRECTION)}
         elif not _is_reached(router, settings):
             out |= {id(p): p for p in router.site.router.parameters()}
     lost = {n: p for n, p in model.named_parameters() if id(p) in out and p.requires_grad}

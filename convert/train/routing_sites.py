@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaconvert.modeling.adaptive_routers import AnalyticRouter, ContributionRouter
 from adaconvert.train.losses import wide
+from adaconvert.train.routing_config import CORRECTION
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 #: attributes under which wrappers of peft keep what they wrap.
@@ -41,7 +42,7 @@ class StockRouter:
         """Return the bias that joins when experts are chosen, None where there is none."""
         inner = unwrapped(self.module)
         holder = getattr(inner, "moe_statics", inner)
-        found = getattr(holder, "e_score_correction_bias", None)
+        found = getattr(holder, CORRECTION, None)
         return found if isinstance(found, Tensor) else None
 
 
@@ -105,7 +106,7 @@ def _stock(model: nn.Module) -> Iterator[StockRouter]:
                     module=child,
                     experts=count,
                     # the routers that score by sigmoid keep a correction bias of their own
-                    sigmoid=hasattr(unwrapped(child), "e_score_correction_bias"),
+                    sigmoid=hasattr(unwrapped(child), CORRECTION),
                 )
                 break
 

@@ -91,7 +91,7 @@ class Session:
             TrainingError: a loss, gradient or weight is not finite, or a router collapsed.
             ResourceError: memory or disk do not suffice.
         """
-        with quiet():
+        with quiet(), explained(self.config, self.work.hint):
             done = self._fit()
             if done.state is None:
                 self.group.on_main(lambda: self._save(done.model, done.ready))
@@ -114,8 +114,7 @@ class Session:
         routing = routing_setup.prepare(model, self.item, self.config, ready.chosen)
         trainer = self._trainer(model, routing.chosen, meter, routing)
         resumed = self.work.resumed
-        with explained(self.config, self.work.hint):
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
         return _Done(
             chosen=routing.chosen,
@@ -165,24 +164,21 @@ class Session:
 
     def _save(self, model: Any, ready: Any) -> None:
         from adaconvert.train.adapt import merge
+        from adaconvert.train.checkpoints import refusing
 
         model.to("cpu")
         if ready.tuner is not None:
             merge(model, ready.tuner, keep_wide=self.config.dtype == "float32")
-        model.save_pretrained(self.work.path / TRAINED, max_shard_size="2GB")
+        with refusing(self.work, TRAINED):
+            model.save_pretrained(self.work.path / TRAINED, max_shard_size="2GB")
 
     def _prepare(self, model: Any) -> Meter | None:
         """Set selection, recomputation and penalty; return what watches activations."""
+        from adaconvert.train.prepare import set_selection
         from adaconvert.train.sparsify import Meter, attach, replaced
 
         config = self.config
-        try:
-            if config.select is not None:
-                model.set_select(**config.select)
-            if config.compute is not None:
-                model.set_compute(config.compute)
-        except ValueError as error:
-            raise OptionError(str(error), where="--select or --compute") from error
+        set_selection(model, config)
         if config.checkpointing:
             _recompute(model)
         if not config.sparsity.watches:
@@ -201,7 +197,9 @@ class Session:
         saves = self.config.save_steps
 
         class Callback(TrainerCallback):  # type: ignore[misc]
-            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            def on_train_begin(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+                # a checkpoint has brought those of the run it is of
+                state.compute_steps(args, state.max_steps)
                 trainer.start_clock()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -238,10 +236,12 @@ class Session:
         if args.use_cpu:
             return None
         trained = chosen.trained / max(chosen.trained + chosen.frozen, 1)
-        return utilisation(self.item, self.config.seq_len, trained, self.config.precision)
+        return utilisation(self.item, self.config, trained)
 
     def _teacher(self, device: Any) -> Any:
         """Return the dense teacher on the device of the student, None without distillation."""
+        from adaconvert.train.prepare import set_precision
+
         if not (self.config.distill or self.config.distill_hidden):
             return None
         given = self.config.teacher
@@ -265,9 +265,8 @@ class Session:
         if source.spec.adaptive is not None:
             teacher.set_select("all")
         teacher.requires_grad_(False)
-        if self.config.precision == "bf16":
-            return teacher
-        return teacher.float() if self.config.precision == "fp32" else teacher.double()
+        set_precision(teacher, self.config.precision)
+        return teacher
 
 
 def _recompute(model: Any) -> None:

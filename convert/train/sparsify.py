@@ -4,6 +4,9 @@ The penalty is added in the backward pass of the activation itself: its gradient
 arrives there, and its value is counted there. A checkpointed segment may run forward twice but
 backward once, so nothing is counted twice and nothing is lost, and no second graph is kept.
 
+Networks that stand in for attention projections (stage 5) are watched too. As in the published
+code, their mean penalty is added to that of the feed-forward networks with the same coefficient.
+
 Shapes: T tokens of a micro-batch, f neurons, L watched networks.
 """
 
@@ -78,11 +81,16 @@ class _Now:
 
 
 class Meter:
-    """Adds the penalty to the gradients of watched activations, and remembers what it saw."""
+    """Adds the penalty to the gradients of watched activations, and remembers what it saw.
+
+    Attributes:
+        ffn, projections: how many feed-forward networks and networks in place of projections are
+            watched; the latter are numbered after the former.
+    """
 
     def __init__(self, settings: Sparsity) -> None:
         self.settings = settings
-        self.networks = 0
+        self.ffn = self.projections = 0
         self._now = _Now(0.0, 1.0, None)
         self._penalties: dict[int, Tensor] = {}
         self._zeros: dict[int, Tensor] = {}
@@ -125,22 +133,30 @@ class Meter:
             self._add(self._zeros, network, (zeros * weights).sum() / scale)
         if not now.coefficient:
             return None
-        return gradient_of(penalty, a, weights * (now.coefficient / self.networks))
+        return gradient_of(penalty, a, weights * (now.coefficient / self._alike(network)))
+
+    def _alike(self, network: int) -> int:
+        """Return how many watched networks are of one's kind."""
+        return self.ffn if network < self.ffn else self.projections
 
     @staticmethod
     def _add(where: dict[int, Tensor], network: int, value: Tensor) -> None:
         where[network] = where[network] + value if network in where else value
 
-    def drain(self, steps: int) -> tuple[float, list[float]]:
-        """Return the mean penalty over networks and the share of exact zeros of each, averaged
-        over the optimiser steps since the last call."""
+    def drain(self, steps: int) -> tuple[float, list[float], list[float]]:
+        """Return the penalty, a mean over the networks of each kind, and the share of exact zeros
+        of each feed-forward network and of each in place of a projection, averaged over the
+        optimiser steps since the last call."""
         if not self._penalties:
-            return 0.0, []
+            return 0.0, [], []
         order = sorted(self._penalties)
         penalties = torch.stack([self._penalties[i] for i in order]).tolist()
-        zeros = torch.stack([self._zeros[i] for i in order]).tolist()
+        zeros = (torch.stack([self._zeros[i] for i in order]) / steps).tolist()
+        ffn = sum(i < self.ffn for i in order)
         self._penalties, self._zeros = {}, {}
-        return sum(penalties) / len(penalties) / steps, [value / steps for value in zeros]
+        kinds = [kind for kind in (penalties[:ffn], penalties[ffn:]) if kind]
+        penalty = sum(sum(kind) / len(kind) for kind in kinds)
+        return penalty / steps, zeros[:ffn], zeros[ffn:]
 
 
 class _Watched(torch.autograd.Function):
@@ -162,13 +178,15 @@ class _Watched(torch.autograd.Function):
 
 
 def attach(model: Any, spec: ModelSpec, meter: Meter, old: Activation | None = None) -> None:
-    """Every feed-forward network of `model` has its activation watched afterwards.
+    """Every feed-forward network of `model`, and every network in place of a projection, has its
+    activation watched afterwards.
 
     Args:
         model: with the new activation.
         spec: what the model is.
         meter: watches.
-        old: the activation that the new one takes the place of little by little; None for none.
+        old: the activation that the new one of feed-forward networks takes the place of little by
+            little; None for none.
 
     Raises:
         OptionError: a network has no activation of its own to watch.
@@ -176,13 +194,19 @@ def attach(model: Any, spec: ModelSpec, meter: Meter, old: Activation | None = N
     sites = model.adaptive_sites() if hasattr(model, "adaptive_sites") else {}
     for layer in range(spec.layers):
         path = ffn_site(spec, layer).path
-        module = model.get_submodule(path)
-        _activation(module, path).register_forward_hook(_hook(meter, layer, old))
-        if path in sites:
-            # what runs when experts are selected; the router keeps the plain one
-            own = _watching(module, meter, layer, old)
-            object.__setattr__(module, "adaptive_activation", own)
-    meter.networks = spec.layers
+        _attach(model.get_submodule(path), path, meter, layer, old)
+    replaced = [path for path, site in sites.items() if site.adaptive_slot == "linear"]
+    for number, path in enumerate(replaced, start=spec.layers):
+        _attach(sites[path], path, meter, number, None)
+    meter.ffn, meter.projections = spec.layers, len(replaced)
+
+
+def _attach(module: Any, path: str, meter: Meter, network: int, old: Activation | None) -> None:
+    _activation(module, path).register_forward_hook(_hook(meter, network, old))
+    if hasattr(module, "adaptive_activation"):
+        # what runs when experts are selected; the router keeps the plain one
+        own = _watching(module, meter, network, old)
+        object.__setattr__(module, "adaptive_activation", own)
 
 
 def _activation(module: nn.Module, path: str) -> nn.Module:

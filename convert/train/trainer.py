@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -321,20 +321,30 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         self._sums = {}
         if self._meter is None:
             return found
-        penalty, zeros = self._meter.drain(steps)
-        if not zeros:
+        penalty, ffn, networks = self._meter.drain(steps)
+        if not (ffn or networks):
             return found
         # each process weighs its own tokens as if they were those of all
-        seen = torch.tensor([penalty, *zeros], device=self.args.device)
+        seen = torch.tensor([penalty, *ffn, *networks], device=self.args.device)
         penalty, *zeros = self.accelerator.reduce(seen, reduction="mean").tolist()
         settings = self._config.sparsity
         coefficient = settings.at(self.state.global_step - 1, self.state.max_steps)
         return found | {
             settings.penalty: penalty,
             "coefficient": coefficient,
-            "sparsity": sum(zeros) / len(zeros),
-            "sparsity_by_layer": [round(value, 4) for value in zeros],
+            **_zeros(zeros[: len(ffn)], zeros[len(ffn) :]),
         }
+
+
+def _zeros(ffn: Sequence[float], networks: Sequence[float]) -> dict[str, Any]:
+    """Return the shares of zeros of feed-forward networks, and of those in place of projections."""
+    found: dict[str, Any] = {}
+    if ffn:
+        found["sparsity"] = sum(ffn) / len(ffn)
+        found["sparsity_by_layer"] = [round(share, 4) for share in ffn]
+    if networks:
+        found["projection_sparsity"] = sum(networks) / len(networks)
+    return found
 
 
 #: what a log line shows, in this order, and how.
@@ -348,6 +358,7 @@ _SHOWN = {
     "hoyer": "hoyer {:.4g}",
     "l1": "l1 {:.4g}",
     "sparsity": "zeros {:.1%}",
+    "projection_sparsity": "projection zeros {:.1%}",
     "router_entropy": "entropy {:.3f}",
     "load": "load {:.2f}",
     "dead_experts": "dead {}",

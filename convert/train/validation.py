@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from adaconvert.data.text import documents_of
 from adaconvert.data.tokens import Limits, load_tokenizer, padding_id, token_blocks
-from adaconvert.errors import DataError, OptionError
+from adaconvert.errors import DataError, OptionError, TrainingError
 from adaconvert.io.names import escape
 from adaconvert.train.bounds import whole
 from adaconvert.train.data_reader import ChatEncoder, Looked
@@ -324,7 +324,11 @@ class Validator:
         losses = [total / count for total, count in found]
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
         if not math.isfinite(loss):
-            raise OptionError(f"the validation loss is {loss}", where=f"step {state.global_step}")
+            raise TrainingError(
+                f"the validation loss is {loss}; training stops",
+                where=f"step {state.global_step}",
+                hint="Lower --lr or --sparsity, lengthen --warmup, or look at the held-out data.",
+            )
         self.history.append(self._entry(state.global_step, loss, losses))
         due = trainer.control.should_log
         # not our own `log`, which tells of training steps

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -118,8 +118,7 @@ class Work:
 
 def folder_of(destination: Path) -> Path:
     """Return where the work folder of a destination lies."""
-    path = Destination.resolve(destination).path
-    return path.with_name(f".{path.name[:200]}{_SUFFIX}")
+    return Destination.resolve(destination).beside(_SUFFIX)
 
 
 def _step(folder: Path) -> int:
@@ -190,11 +189,20 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    plain = json.loads(json.dumps(now))
-    differing = sorted(k for k in {*before, *plain} if before.get(k) != plain.get(k))
+    differing = sorted(_differing(before, json.loads(json.dumps(now))))
     if differing:
         raise OutputConflictError(
             f"the interrupted run differs in {', '.join(differing)}",
             where="--resume",
             hint="Give the options it was started with, or leave --resume out to start again.",
         )
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where two records differ, such as `options.routing.balance`."""
+    for key in {*before, *now}:
+        was, found = before.get(key), now.get(key)
+        if isinstance(was, Mapping) and isinstance(found, Mapping):
+            yield from (f"{key}.{inner}" for inner in _differing(was, found))
+        elif was != found:
+            yield key

@@ -135,6 +135,30 @@ def test_what_evaluate_records_is_in_the_card(
     assert "## Quality" not in (folder / CARD).read_text()
 
 
+def test_what_was_measured_on_several_texts_is_all_told(
+    stages: Stages, text: Path, tmp_path: Path
+) -> None:
+    folder = copied(stages("upcycle"), tmp_path / "out")
+    other = Path(shutil.copy(text, tmp_path / "other.jsonl"))
+    options = {"length": 32, "speed": False, "record": True}
+    for where, count in ((text, 2), (other, 2), (text, 3)):
+        api.evaluate(folder, data=where, max_documents=count, **options)
+    kept = manifest.read(folder)["quality"]
+    assert [(entry["data"], entry["documents"]) for entry in kept] == [
+        ("other.jsonl", 2),
+        ("docs.jsonl", 3),
+    ]
+    said = (folder / CARD).read_text()
+    assert said.count("## Quality") == 1
+    for entry in kept:
+        assert f"tokens of {entry['documents']} documents of `{entry['data']}`." in said
+    # as it was kept before there could be several
+    old = manifest.read(folder) | {"quality": kept[0]}
+    (folder / manifest.MANIFEST_FILE).write_bytes(manifest.dump(old))
+    assert api.card(folder).written
+    assert "documents of `other.jsonl`." in (folder / CARD).read_text()
+
+
 def test_evaluate_records_beside_an_edited_card(edited: Path, text: Path) -> None:
     mine = (edited / CARD).read_bytes()
     options = {"data": text, "length": 32, "max_documents": 2, "speed": False, "record": True}

@@ -31,9 +31,12 @@ def front_of(card: str) -> dict[str, Any]:
 
 def test_hub_data_sets_are_named_and_files_are_not(stages: Stages) -> None:
     record, config = content(stages("finetune"))
-    names = ("org/corpus:en", "org/corpus:de", "texts.jsonl", "a/b/c.txt")
+    names = ("org/corpus:en", "org/corpus@v1:de", "org/other@refs/pr/1", "texts.jsonl", "a/b/c.txt")
     record["options"]["data"] = [{"name": name, "weight": 1.0} for name in names]
-    assert front_of(render(record, config))["datasets"] == ["org/corpus"]
+    assert front_of(render(record, config))["datasets"] == [
+        "org/corpus",
+        "org/other",
+    ]
 
 
 def test_held_out_losses_and_all_tokens_are_told(stages: Stages) -> None:

@@ -1,4 +1,4 @@
-"""A process in which adaconvert cannot be imported, and what a checkpoint computes there."""
+"""Tiny split models, and a process in which adaconvert cannot be imported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from adaconvert.modeling.loading import load_model
+from adaconvert.testing import tiny_models
+from adaconvert.testing.adaptive_by_hand import make_adaptive
 
 Elsewhere = Callable[..., dict[str, torch.Tensor]]
 
@@ -34,6 +39,30 @@ with torch.no_grad():
     grown = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, {generation})
 save_file({{"full": full.contiguous(), "less": less.contiguous(), "grown": grown}}, out)
 """
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what gives a tiny dense model of a family, and the same split by hand as asked."""
+    root = tmp_path_factory.mktemp("runtime")
+
+    def get(family: str, **options: Any) -> tuple[Path, Path]:
+        dense = root / family
+        if not dense.exists():
+            tiny_models.make(family, dense)
+        key = "-".join(f"{k}={v}" for k, v in sorted(options.items()) if not isinstance(v, dict))
+        adaptive = root / f"{family}-adaptive-{key}"
+        if not adaptive.exists():
+            make_adaptive(dense, adaptive, **options)
+        return dense, adaptive
+
+    return get
+
+
+@pytest.fixture
+def llama(folders: Any) -> Any:
+    """A split Llama, loaded anew for every test."""
+    return load_model(folders("llama")[1], dtype="float32")
 
 
 @pytest.fixture

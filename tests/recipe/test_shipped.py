@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -35,7 +36,7 @@ def lines_of(name: str) -> list[str]:
 def test_there_is_one_for_every_method_and_model() -> None:
     models = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "mistral-7b")
     expected = {f"{m}/{model}" for m in ("upcycle", "moefy", "d2dmoe") for model in models}
-    assert set(NAMES) == expected | {"btx/smollm2-135m"}
+    assert set(NAMES) == expected | {"btx/smollm2-135m", "moefy/smollm2-135m-tuned"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,8 +83,7 @@ def test_the_header_command_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_plans_on_a_stand_in(name: str, tmp_path: Path) -> None:
-    model = name.split("/")[1]
-    config = {**stand_ins.CONFIGS[model], **SMALL, "num_attention_heads": 4}
+    config = {**stand_ins.CONFIGS[stand_ins.model_of(name)], **SMALL, "num_attention_heads": 4}
     config |= {"num_key_value_heads": 2, "head_dim": 16}
     source = stand_ins.make_of(config, tmp_path / "model")
     settings = [f"{stage}.{option}={value}" for stage, option, value in _smaller(load(name))]
@@ -97,10 +97,12 @@ def test_it_plans_on_a_stand_in(name: str, tmp_path: Path) -> None:
 
 def _smaller(recipe: Recipe) -> list[tuple[str, str, object]]:
     """Return settings with which a recipe suits a tiny model: nothing but sizes of the run."""
-    tune = [stage.name for stage in recipe.stages if stage.verb == "finetune"]
     found: list[tuple[str, str, object]] = []
-    for name in tune:
-        found += [(name, "seq_len", 16), (name, "batch_size", 1)]
+    for stage in recipe.stages:
+        if stage.verb == "finetune":
+            found += [(stage.name, "seq_len", 16), (stage.name, "batch_size", 1)]
+        if stage.verb == "finetune" and "select" in stage.options:
+            found.append((stage.name, "select", "rule=top-k,k=48"))
     return found
 
 
@@ -114,14 +116,31 @@ def test_estimates_are_labelled_as_such(name: str) -> None:
         assert all(re.fullmatch(r"[\d.]+ [kMGT]B", cost[key]) for key in ("disk", "memory"))
 
 
-@pytest.mark.parametrize("name", ["moefy/smollm2-135m", "moefy/mistral-7b"])
+@pytest.mark.parametrize(
+    "name", ["moefy/smollm2-135m", "moefy/mistral-7b", "moefy/smollm2-135m-tuned"]
+)
 def test_estimates_are_what_the_code_computes(name: str, tmp_path: Path) -> None:
     from adaconvert.running.estimate import cost_of
 
     cost = load(name).cost
-    source = stand_ins.make(name.split("/")[1], tmp_path / "model")
+    source = stand_ins.make(stand_ins.model_of(name), tmp_path / "model")
     planned = api.run(name, source, tmp_path / "out", dry_run=True).outline
     assert cost_of(planned, cost["machine"]) == dict(cost)
+
+
+def test_the_budget_of_the_tuned_recipe_admits_what_it_trains_with(tmp_path: Path) -> None:
+    from adaconvert.conversion import prepare_run
+    from adaconvert.modeling.adaptive_knobs import knobs_for
+
+    stages = {stage.verb: stage.options for stage in load("moefy/smollm2-135m-tuned").stages}
+    source = stand_ins.make("smollm2-135m", tmp_path / "model")
+    prepared = prepare_run([str(source)], "moefy", dict(stages["moefy"]), None, (), False)
+    adaptive: Any = prepared.planned.plan.config["adaptive"]
+    most = {select["k"] for select in knobs_for(adaptive, stages["calibrate"]["budget"]).values()}
+    trained = int(stages["finetune"]["select"].removeprefix("rule=top-k,k="))
+    values = stages["calibrate"]["values"]
+    # no more neurons than those of the values that fit are within it
+    assert {max(value for value in values if value <= k) for k in most} == {trained}
 
 
 @pytest.mark.parametrize("model", [*TINY, "llama-3.2-1b"])

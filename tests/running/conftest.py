@@ -14,6 +14,7 @@ import pytest
 from adaconvert import api
 from adaconvert.running.job import Request
 from adaconvert.running.result import RunResult
+from adaconvert.running.room import PlannedMemory
 from adaconvert.running.run import run
 from adaconvert.testing import tiny_models
 
@@ -33,6 +34,15 @@ stages:
   - push:
 """
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from all of them "
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is not counted on a model, which test_plan.py looks at: that takes half a second."""
+    counted = PlannedMemory(needed=1 << 20)
+    monkeypatch.setattr(
+        "adaconvert.running.arguments.planned_memory", lambda stage, item, config: counted
+    )
 
 
 @pytest.fixture(scope="session")

@@ -88,10 +88,15 @@ def test_what_a_later_stage_cannot_do_is_said_before_the_first(bench: Any) -> No
     (bench.folder / "r.yaml").write_text(HEAD + stages)
     with pytest.raises(SourceError, match=r"stage 'upcycle': .*already adaptive"):
         bench.run(dry_run=True)
-    stages = "  - finetune: {data: $train, steps: 1, train: exits}\n"
-    (bench.folder / "r.yaml").write_text(HEAD + stages)
-    with pytest.raises(OptionError, match="stage 'finetune': --train exits: matches no parameter"):
-        bench.run(dry_run=True)
+    split = "  - moefy: {num_experts: 4}\n  - finetune: {data: $train, steps: 1, select: "
+    for stages, message in (
+        ("  - finetune: {data: $train, steps: 1, train: exits}\n", "--train exits: matches no"),
+        ("  - finetune: {data: $train, steps: 1, compute: 0.9}\n", "--compute: dense is not adap"),
+        (f"{split}'rule=top-k,k=9'}}\n", "--select or --compute: .*k is 9, expected 1 to 4"),
+    ):
+        (bench.folder / "r.yaml").write_text(HEAD + stages)
+        with pytest.raises(OptionError, match=f"stage 'finetune': {message}"):
+            bench.run(dry_run=True)
 
 
 def test_a_stand_in_is_the_model_without_its_weights(tmp_path: Path) -> None:

@@ -20,13 +20,8 @@ from adaconvert.errors import (
 from adaconvert.io import manifest
 from adaconvert.recipe.load import load
 
+pytestmark = pytest.mark.usefixtures("uncounted")
 FIRST = ["convert", "finetune", "evaluate"]
-
-
-@pytest.fixture(autouse=True)
-def _no_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is not counted on a model, which test_plan.py looks at: that takes half a second."""
-    monkeypatch.setattr("adaconvert.running.arguments._memory", lambda item, config: 1 << 20)
 
 
 def statuses(result: Any) -> list[str]:
@@ -306,71 +301,6 @@ def test_errors_name_the_stage(bench: Any) -> None:
     bench.act = fail
     with pytest.raises(ResourceError, match=r"^stage 'tune': out: no space left on the disk"):
         bench.run()
-
-
-# the destination
-
-
-def test_a_taken_destination_is_refused_before_anything_runs(bench: Any) -> None:
-    (bench.folder / "out").mkdir()
-    (bench.folder / "out" / "mine").touch()
-    with pytest.raises(OutputConflictError, match="exists and is not empty"):
-        bench.run()
-    assert bench.verbs == []
-    with pytest.raises(OutputConflictError, match="adaconvert did not write it"):
-        bench.run(overwrite=True)
-
-
-def test_an_output_of_another_run_is_replaced_only_when_asked(bench: Any) -> None:
-    shutil.copytree(bench.folder / "dense", bench.folder / "other")
-    bench.run(source=str(bench.folder / "other"), work=bench.folder / "elsewhere")
-    bench.verbs  # noqa: B018
-    with pytest.raises(OutputConflictError, match="exists and is not empty"):
-        bench.run()
-    assert bench.verbs == []
-    bench.run(overwrite=True)
-    assert bench.verbs == FIRST
-
-
-def test_a_lost_destination_is_put_back(bench: Any) -> None:
-    bench.run()
-    bench.verbs  # noqa: B018
-    shutil.rmtree(bench.folder / "out")
-    bench.run()
-    assert bench.verbs == []
-    assert manifest.read(bench.folder / "out")
-
-
-def test_an_edited_card_is_not_replaced(bench: Any) -> None:
-    bench.run()
-    with (bench.folder / "out" / "README.md").open("a") as file:
-        file.write("mine\n")
-    bench.run()
-    with pytest.raises(OutputConflictError, match=r"README\.md that was edited"):
-        bench.run(settings=("tune.lr=1e-3",))
-
-
-def test_a_push_sends_the_destination(bench: Any) -> None:
-    result = bench.run(settings=("push.repo=me/mine", "push.private=true"))
-    verb, args, given = bench.called[-1]
-    assert (verb, args) == ("push", (bench.folder / "out", "me/mine"))
-    assert given.pop("report") == bench.heard.append
-    assert given == {"private": True, "progress": False}
-    assert result.stages[-1].facts == "https://hub/me/mine"
-
-
-def test_a_recorded_evaluation_is_kept_in_the_destination(bench: Any) -> None:
-    settings = ("evaluate.record=true", "push.repo=me/mine")
-    bench.run(settings=settings)
-    called = {verb: args for verb, args, _ in bench.called}
-    assert called["evaluate"] == (str(bench.folder / "out"),)
-    bench.verbs  # noqa: B018
-    bench.run(settings=settings)
-    assert bench.verbs == []
-    shutil.rmtree(bench.folder / "out")
-    bench.run(settings=settings)
-    # what was kept there is gone, so it is measured and sent again
-    assert bench.verbs == ["evaluate", "push"]
 
 
 # what is refused before anything runs

@@ -18,7 +18,7 @@ def test_counts_have_units(text: str | int, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "M", "-3", "0", "1e6", "2 Mi"])
+@pytest.mark.parametrize("text", ["", "M", "-3", "0", "1e6", "2 Mi", "1.5", "9" * 400])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(OptionError, match=r"--tokens: is no count; expected a number such as 20M"):
         parse_count(text)
@@ -36,6 +36,25 @@ def test_paths_stay_out_of_what_is_recorded(tmp_path: Path) -> None:
     file.write_text("")
     config = FinetuneConfig.of([str(file)], {"steps": 1, "teacher": str(tmp_path), "distill": 1.0})
     assert str(tmp_path.parent) not in str(config.to_json())
+
+
+def test_home_folder_stays_out_of_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jsonl").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DataSource(where="~/mine/a.jsonl").label == "a.jsonl"
+    assert DataSource(where="org/name").label == "org/name"
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    given = {"steps": 1, "train": "router", "lr_of": "router=1e-3", "report_to": "tensorboard"}
+    config = FinetuneConfig.of(["a"], given)
+    assert (config.train, config.lr_of, config.report_to) == (
+        *(("router",), ("router=1e-3",)),
+        ("tensorboard",),
+    )
 
 
 def test_selections_are_those_of_evaluate() -> None:

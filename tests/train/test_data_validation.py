@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adaconvert import api
-from adaconvert.errors import DataError, InterruptedRunError, OptionError
+from adaconvert.errors import DataError, InterruptedRunError, OptionError, TrainingError
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.result import FinetuneResult
 
@@ -151,3 +151,11 @@ def test_source_that_is_read_often_is_warned_of(
     assert any(
         line.startswith("data        a.jsonl: 1 documents, 1536 tok") for line in result.lines()
     )
+
+
+def test_loss_that_is_no_number_ends_with_code_five(dense: Path, tune: Tune, held: Path) -> None:
+    # the weights of the first step are finite, what they predict is not
+    with pytest.raises(TrainingError, match=r"step \d: the validation loss is nan; ") as caught:
+        tune(dense, lr=1e30, warmup=0.0, valid=[str(held)], eval_every=1, save_every=1)
+    assert caught.value.exit_code == 5
+    assert "is kept in .out.adaconvert-training/checkpoint-1" in caught.value.describe()

@@ -31,6 +31,7 @@ SGD: dict[str, Any] = {
     **{"steps": 4, "seq_len": 16, "log_every": 1, "save_every": 0, "dtype": "float32"},
 }
 ADAM: dict[str, Any] = {"steps": 4, "seq_len": 16, "log_every": 1, "save_every": 2, "lr": 1e-3}
+BIAS: dict[str, Any] = {"balance_kind": "bias", "balance_rate": 0.05, "precision": "fp32"}
 #: name -> (model, options, options of two processes alone, largest difference of a weight).
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     # float64 sums in another order, stored as float32
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "adaptive": ("adaptive", SGD, {}, 2e-7),
     "mixture-sharded": ("mixtral", SGD, {"fsdp": True}, 2e-7),
     "adaptive-sharded": ("adaptive", SGD, {"fsdp": True}, 2e-7),
+    # a parameter that moves by itself; float32, in which this router computes whatever is asked
+    "bias": ("ernie4_5_moe", {**SGD, **BIAS}, {}, 1e-6),
     "adapters": ("mixtral", {**SGD, "lora": 2, "train": ("router",)}, {}, 2e-7),
     # float32: four steps of Adam at 1e-3, whose first steps amplify differences of tiny gradients
     "shared-experts": ("mixtral", {**ADAM, "dtype": "float32"}, {"expert_parallel": 2}, 1e-4),
@@ -49,8 +52,9 @@ needs_splitting = pytest.mark.skipif(not can_split(), reason="transformers is ol
 
 @pytest.fixture(scope="module")
 def sources(adaptive: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("mixture") / "mixtral"
-    return {"adaptive": adaptive, "mixtral": tiny_models.make("mixtral", folder)}
+    folder = tmp_path_factory.mktemp("mixture")
+    made = {name: tiny_models.make(name, folder / name) for name in ("mixtral", "ernie4_5_moe")}
+    return {"adaptive": adaptive, **made}
 
 
 def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from adaconvert.errors import InterruptedRunError, OptionError, OutputConflictError, ResourceError
+from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.train import checkpoints, trackers, work
 from adaconvert.train.result import FinetuneResult
+from adaconvert.train.session import Session
 from adaconvert.train.work import Work
 
 Tune = Callable[..., FinetuneResult]
@@ -192,6 +196,22 @@ def test_disk_that_is_full_at_the_first_checkpoint_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_disk_that_is_full_when_training_is_done_keeps_the_checkpoints(
+    dense: Path, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", save)
+        with pytest.raises(ResourceError, match=r"disk is full.*--resume to go on") as caught:
+            tune(dense, **SAVED)
+    assert str(caught.value).startswith(".out.adaconvert-training/trained: ")
+    resumed = tune(dense, resume=True, **SAVED)
+    whole = tune(dense, "whole", **SAVED)
+    assert resumed.summary == whole.summary
+
+
 def test_old_checkpoint_that_cannot_be_removed_is_a_warning(
     dense: Path,
     tune: Tune,
@@ -248,6 +268,25 @@ def test_running_out_of_memory_says_what_to_lower(dense: Path, tune: Tune, tmp_p
     assert "--checkpointing, or a lower --seq-len (now 32), or --lora 8; --dry-run says" in text
     assert text.endswith("Run the same command with --resume to go on from the last checkpoint.")
     assert caught.value.exit_code == 6
+
+
+def take_all(*args: Any, **options: Any) -> None:
+    torch.empty(1 << 62, dtype=torch.uint8)
+
+
+def test_memory_that_ends_before_the_first_step_is_said(
+    dense: Path, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "_trainer", take_all)
+    with pytest.raises(ResourceError, match=r"out of memory while training\. Give a lower"):
+        tune(dense, **SAVED)
+    assert os.listdir(tmp_path) == []
+
+
+def test_model_too_large_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", take_all)
+    with pytest.raises(ResourceError, match="dense: this machine's memory cannot hold it"):
+        load_model(dense)
 
 
 # -- compiling

@@ -208,6 +208,14 @@ def test_distillation_holds_the_student_to_its_teacher(dense: Path, tune: Tune) 
     assert held.curve[0]["distill"] < 1e-5
 
 
+def test_mixture_teaches_in_float64(tune: Tune, tmp_path: Path) -> None:
+    source = tiny_models.make("mixtral", tmp_path / "src", dtype="bfloat16")
+    result = tune(source, steps=1, precision="fp64", distill=1.0, distill_hidden=1.0)
+    # it is what it teaches, to the last bit
+    assert result.curve[0]["distill"] == pytest.approx(0.0, abs=1e-15)
+    assert result.curve[0]["distill_hidden"] == 0.0
+
+
 def test_rerun_writes_the_same_bytes(dense: Path, tune: Tune, tmp_path: Path) -> None:
     tune(dense, "a")
     tune(dense, "b")

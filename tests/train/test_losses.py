@@ -50,7 +50,7 @@ def test_distillation_is_zero_for_the_teacher_itself_and_counts_predicted_positi
 @pytest.mark.parametrize("masked", [False, True])
 def test_penalty_adds_the_gradient_of_its_definition(penalty: str, norm: str, masked: bool) -> None:
     meter = Meter(Sparsity(penalty=penalty, coefficient=0.3, norm=norm))
-    meter.networks = 2
+    meter.ffn = 2
     z = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]) if masked else None
     meter.begin(coefficient=0.3, share=0.5, mask=mask)
@@ -64,7 +64,7 @@ def test_penalty_adds_the_gradient_of_its_definition(penalty: str, norm: str, ma
     ((a**2).sum() + 0.3 * 0.5 / 2 * mean).backward()
     # the same float32 operations, added in another order
     torch.testing.assert_close(found, z.grad, rtol=1e-6, atol=1e-7)
-    value, (zeros,) = meter.drain(1)
+    value, (zeros,), _ = meter.drain(1)
     assert value == pytest.approx(0.5 * float(mean.detach()), rel=1e-6)
     share = ((a == 0).float().mean(-1).flatten() * real).sum() / real.sum()
     assert zeros == pytest.approx(0.5 * float(share.detach()), rel=1e-6)
@@ -74,4 +74,4 @@ def test_watching_without_gradients_changes_nothing() -> None:
     meter = Meter(Sparsity(coefficient=1.0))
     a = torch.ones(2, 3)
     assert meter.watch(a, 0) is a
-    assert meter.drain(1) == (0.0, [])
+    assert meter.drain(1) == (0.0, [], [])

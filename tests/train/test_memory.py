@@ -119,16 +119,15 @@ def test_activations_are_estimated(family: str, tmp_path: Path) -> None:
 
 
 def test_frozen_parameters_keep_no_state_and_no_wide_copy(
-    mixture: Path, taken: dict[str, int], tune: Tune
+    taken: dict[str, int], tune: Tune, tmp_path: Path
 ) -> None:
+    mixture = tiny_models.make("qwen2_moe", tmp_path / "src", dtype="bfloat16")
     result = tune(mixture, steps=1, train=("router",), precision="bf16")
     # a state and a float32 copy for what is trained, and only for that
     assert taken["states"] == taken["trained"] > 0
     routers = 4 * result.summary["by_part"]["router"]
     assert result.memory is not None
-    stored = {ref.dtype for ref in open_source(str(mixture)).source.tensors.values()}
-    if stored == {"BF16"}:
-        assert taken["wide"] == routers
+    assert taken["wide"] == routers
     assert result.memory["gradients"] == {"router": routers}
     assert taken["optimizer"] == 2 * routers + 4 * taken["trained"]
 
@@ -159,6 +158,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert text.startswith("memory of cpu: training qwen2_moe this way does not fit; expected ")
     assert "found 3 MB free (--memory says otherwise). What fits: " in text
     assert "--train router --batch-size 1 --accumulate 8 --checkpointing (" in text
+    assert "--train router --precision bf16 --batch-size 1 --accumulate 8 --checkpoint" in text
     assert "--lora 8 --lora-targets experts --precision bf16" in text
     assert ("--load-in-4bit" in text) == is_usable("bitsandbytes")
     assert caught.value.exit_code == 6
@@ -175,6 +175,26 @@ def test_settings_that_are_said_to_fit_do(mixture: Path) -> None:
     for more in ({"train": ("router",), "checkpointing": True}, adapted):
         config = FinetuneConfig.of(["x"], {**options, **more})
         assert budget_of(item, config, room, changed={}).need.total <= room.free
+
+
+@pytest.mark.parametrize(("stored", "precision"), [("float32", "fp32"), ("bfloat16", "fp64")])
+def test_teacher_is_counted_in_the_dtype_it_is_held_in(
+    stored: str, precision: str, tmp_path: Path
+) -> None:
+    source = tiny_models.make("llama", tmp_path / "src", dtype=stored)
+    item = open_source(str(source))
+    config = FinetuneConfig.of(["x"], {"steps": 1, "distill": 1.0, "precision": precision})
+    room = Room(device="cpu", free=1 << 40, host=1 << 40)
+    width = {"fp32": 4, "fp64": 8}[precision]
+    expected = sum(p.numel() for p in load_model(source).parameters()) * width
+    assert budget_of(item, config, room, changed={}).need.teacher == expected
+
+
+def test_rate_of_nothing_is_refused_before_any_text_is_read(mixture: Path) -> None:
+    config = FinetuneConfig.of(["x"], {"steps": 1, "train": "router", "lr_of": ("experts=1e-3",)})
+    room = Room(device="cpu", free=1 << 40, host=1 << 40)
+    with pytest.raises(OptionError, match="--lr-of experts: matches nothing that is trained"):
+        budget_of(open_source(str(mixture)), config, room, changed={})
 
 
 def test_model_must_pass_through_the_machines_memory(mixture: Path) -> None:

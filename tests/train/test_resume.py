@@ -74,8 +74,16 @@ def test_checkpoint_that_was_not_finished_is_not_used(
 
 def test_resume_refuses_another_run(dense: Path, tune: Tune) -> None:
     interrupted(tune, dense, 7, **STAGE_ONE)
-    with pytest.raises(OutputConflictError, match="the interrupted run differs in options"):
-        tune(dense, "out", resume=True, **{**STAGE_ONE, "lr": 1e-5})
+    differs = r"the interrupted run differs in options\.lr, options\.sparsity\.penalty\. "
+    with pytest.raises(OutputConflictError, match=differs):
+        tune(dense, "out", resume=True, **{**STAGE_ONE, "lr": 1e-5, "sparsity_loss": "l1"})
+
+
+def test_resumed_run_logs_and_saves_as_it_is_asked_to(dense: Path, tune: Tune) -> None:
+    interrupted(tune, dense, 5, steps=10, save_every=2)
+    result = tune(dense, "out", resume=True, steps=10, save_every=3, log_every=4)
+    # 1 to 4 are those of the run before; a checkpoint is logged too
+    assert [entry["step"] for entry in result.curve] == [1, 2, 3, 4, 6, 8, 9, 10]
 
 
 def test_interruption_before_a_checkpoint_leaves_nothing(

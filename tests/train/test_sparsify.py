@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from adaconvert.errors import OptionError
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.sources import open_source
 from adaconvert.modeling.loading import load_model
+from adaconvert.testing import tiny_models
+from adaconvert.testing.adaptive_by_hand import make_adaptive
+from adaconvert.testing.networks_by_hand import add_networks
 from adaconvert.train.config import Sparsity
+from adaconvert.train.losses import square_hoyer
 from adaconvert.train.sparsify import Meter, attach, replaced
 
 
@@ -63,6 +68,91 @@ def _relu(folder: Path) -> dict[str, Any]:
 
     item = open_source(str(folder))
     return with_activation(json.loads((folder / "config.json").read_text()), item.spec, "relu")
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> Callable[..., Path]:
+    """Return what makes a model with networks in place of its projections."""
+
+    def made(**options: Any) -> Path:
+        dense = tiny_models.make("llama", tmp_path / "dense", max_shard_size="1GB")
+        folder = make_adaptive(dense, tmp_path / "networks", router="param-center", experts=8)
+        add_networks(folder, **options)
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize("select", [None, {"rule": "top-k", "k": 2}])
+@pytest.mark.parametrize("keep_ffn", [True, False])
+def test_the_penalty_holds_for_networks_in_place_of_projections(
+    networks: Callable[..., Path], select: dict[str, Any] | None, keep_ffn: bool
+) -> None:
+    folder = networks(roles="qv", keep_ffn=keep_ffn)
+    spec = open_source(str(folder)).spec
+    ids = torch.arange(24).reshape(2, 12)
+
+    def model() -> Any:
+        with quiet():
+            found: Any = load_model(folder, dtype="float32").train()
+        if select is not None:
+            found.set_select(**select)
+        return found
+
+    def gradients(found: Any) -> dict[str, torch.Tensor]:
+        return {n: p.grad for n, p in found.named_parameters() if p.grad is not None}
+
+    watched, meter = model(), Meter(Sparsity(coefficient=0.1))
+    attach(watched, spec, meter)
+    assert (meter.ffn, meter.projections) == (2, 4)
+    meter.begin(coefficient=0.1, share=1.0, mask=None)
+    watched(input_ids=ids).logits.square().mean().backward()
+    penalty, ffn, others = meter.drain(1)
+    assert (len(ffn), len(others)) == (2, 4)
+    assert all(0 < zeros < 1 for zeros in others)
+
+    plain = model()
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for path in (f"model.layers.{i}.{p}" for i in (0, 1) for p in ("mlp", "q", "v")):
+        is_ffn = path.endswith("mlp")
+        own = plain.get_submodule(path if is_ffn else path[:-1] + f"self_attn.{path[-1]}_proj")
+        _spy(own, seen[is_ffn])
+    loss = plain(input_ids=ids).logits.square().mean()
+    means = [sum(square_hoyer(a).mean() for a in kind) / len(kind) for kind in seen.values()]
+    (loss + 0.1 * sum(means)).backward()
+    assert penalty == pytest.approx(float(sum(means).detach()), rel=1e-5)  # type: ignore[union-attr]
+    expected = gradients(plain)
+    for name, found in gradients(watched).items():
+        # the same float32 operations, added in another order
+        torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def _spy(module: Any, into: list[torch.Tensor]) -> None:
+    """Every output of a network's activation is kept, whichever way it runs."""
+
+    def kept(x: torch.Tensor) -> torch.Tensor:
+        into.append(x)
+        return x
+
+    name = "act_fn" if hasattr(module, "act_fn") else "act"
+    getattr(module, name).register_forward_hook(lambda own, args, output: kept(output))
+    if hasattr(module, "adaptive_activation"):
+        activation = module.adaptive_activation
+        object.__setattr__(module, "adaptive_activation", lambda x: kept(activation(x)))
+
+
+def test_a_fine_tune_tells_their_zeros_apart(networks: Callable[..., Path], tune: Any) -> None:
+    given = {"steps": 4, "activation": "relu", "sparsity": 0.01, "log_every": 1}
+    report: list[str] = []
+    found = tune(networks(), "a", report=report.append, **given)
+    last = found.curve[-1]
+    assert len(last["sparsity_by_layer"]) == 2
+    assert 0 < last["projection_sparsity"] < 1
+    assert "projection zeros" in report[-1]
+    assert any(line.strip().startswith("in projections ") for line in found.lines())
+    config = json.loads((found.destination / "config.json").read_text())
+    network = config["adaptive"]["sites"]["model.layers.0.self_attn.q_proj"]["linear"]["mlp"]
+    assert network["activation"] == config["hidden_act"] == "relu"
 
 
 def test_a_ramp_ends_in_the_new_activation(dense: Path, tune: Any) -> None:

@@ -48,13 +48,13 @@ class D2dmoeConfig:
             the projection.
         projection_steps, projection_batch, projection_lr: optimiser steps, tokens of a step and
             peak learning rate of each network. The published script trains 3 epochs of ImageNet at
-            1e-3; on SmolLM2-135M, layer 14, 14.7k tokens, 400 steps of 512, the error of q, k, v is
-            0.047, 0.040, 0.145 at 1e-3, 0.041, 0.032, 0.090 at 3e-3, 0.209, 0.124, 0.074 at 1e-2;
-            1000 steps at 3e-3 give 0.030, 0.024, 0.070.
+            1e-3; `scripts/stage5_table.py` on SmolLM2-135M, layer 14, 14.7k tokens, gives errors of
+            q, k, v and o of 0.022, 0.020, 0.065, 0.044 at 1e-3, 0.021, 0.019, 0.054, 0.039 at 3e-3
+            and 0.087, 0.044, 0.051, 0.113 at 1e-2.
         projection_sparsity: coefficient of the square Hoyer measure of their hidden units, beside a
-            squared error in units of the outputs. The paper's 1e-3 gives errors of 0.090, 0.063,
-            0.101 there, with 69, 55 and 25 % of the hidden units zero; 1e-4 0.052, 0.038, 0.090
-            with 48, 38, 20 %; 0 leaves 36, 32, 20 % zero.
+            squared error in units of the outputs. The paper's 1e-3 gives errors of 0.027, 0.021,
+            0.061, 0.042 there, with 43, 36, 20 and 30 % of the hidden units zero; 1e-4 34, 33, 16,
+            28 %; 0 gives 0.019, 0.016, 0.054, 0.037 with 31, 28, 16, 25 %.
         tau: an expert runs when its score is at least tau times the highest one of the token; 0
             runs every expert, 1 the best alone. The official code states 1 - tau. None for 0, so
             that the result is exact until `calibrate` or the user turns it down.

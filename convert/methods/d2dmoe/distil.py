@@ -160,9 +160,9 @@ def distil(
         each projection by itself, on what the original model gives it; squared error plus a square
         Hoyer measure that is switched on linearly; ReLU; biases where the original has them. Our
         difference: it starts as the best linear map of rank f / 2 (each direction as a pair of
-        neurons, for either sign) and not at random. On SmolLM2-135M, layer 14, 14.7k tokens, 400
-        steps of 512 at 3e-3 without the measure, the error of q, k and v is 0.041, 0.032, 0.090 so
-        and 0.079, 0.066, 0.070 from random weights.
+        neurons, for either sign) and not at random. `scripts/stage5_table.py` measures how close it
+        comes; on SmolLM2-135M, layer 14, the best linear map of rank f, which costs as much, is two
+        to five times closer still.
     """
     held = min(max(len(inputs) // round(1 / HELD_OUT), 1), MOST_HELD_OUT)
     training = inputs[:-held] if len(inputs) > held else inputs

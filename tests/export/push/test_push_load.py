@@ -117,7 +117,8 @@ def test_the_command_prints_the_result(
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == f"{hub.url}/org/tiny"
     assert "private" in out.splitlines()[1]
-    assert err.splitlines()[0] == "checked 9 files (full)"
+    # and no progress bar, where nobody can see it move
+    assert err.splitlines() == ["checked 9 files (full)", f"sending 9 files to {hub.url}/org/tiny"]
     assert hub.repositories["org/tiny"].titles()[-1] == "First"
     assert run([*push, "-q", "--verify", "quick"]) == 0
     out, err = capsys.readouterr()

@@ -90,6 +90,25 @@ def test_what_was_trained_is_not_trained_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "m", "text.jsonl"]
 
 
+def test_it_comes_after_networks_took_the_place_of_projections(data: Path, tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "m")
+    common = {"data": str(data), "data_tokens": 2000, "router_steps": 20, "device": "cpu"}
+    small = {"projection_steps": 20, "projection_experts": 4, "expert_width": 8}
+    api.d2dmoe(source, tmp_path / "networks", stages="2,5", **common, **small)
+    lines: list[str] = []
+    sparse = {"stages": "1,3,4", "tau": 0.2, "sparsity": 0.1, "report": lines.append}
+    found = api.d2dmoe(tmp_path / "networks", tmp_path / "d", **{**common, **sparse, **TUNE})
+    assert any("projection zeros" in line for line in lines)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    sites = config["adaptive"]["sites"]
+    assert set(found.routers) | set(found.networks) == set(sites)
+    for slots in sites.values():
+        spec = slots.get("ffn") or slots["linear"]["mlp"]
+        assert spec["router"]["kind"] == "contribution"
+        assert spec["select"] == {"rule": "dynamic-k", "tau": 0.2}
+        assert spec["activation"] == "relu"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
