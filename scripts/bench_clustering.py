@@ -14,7 +14,6 @@ lower the sum of squares is than that of random clusters of the same size, the m
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +71,8 @@ def main(dense: Path, layers: str, clusters: str, big: bool, peer: bool, path: P
     click.echo("| --- | --- | --- | --- | --- | --- |")
     for case in cases(dense, numbers, [int(count) for count in clusters.split(",")], big=big):
         rows = measure(case, peer=peer and case.peer)
-        append(path, [common | row for row in rows])
+        for row in rows:
+            results.append(path, common | row, FIELDS)
         click.echo(line(case, rows))
 
 
@@ -194,16 +194,6 @@ def memory(field: str) -> float:
     """Return how much memory this process holds (VmRSS) or held at most (VmHWM), in MiB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split(f"{field}:")[1].split()[0]) / 2**10
-
-
-def append(path: Path, rows: list[dict[str, str]]) -> None:
-    """Add rows to the file, which gets its first line when it is new."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def line(case: Case, rows: list[dict[str, str]]) -> str:

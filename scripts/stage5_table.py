@@ -17,7 +17,6 @@ projections'. A checkpoint or evaluation that FOLDER holds is not made again. On
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import click
 from bench.d2dmoe_points import Losses, Point, difference, mean
-from bench.results import commit
+from bench.results import append, commit
 
 from adaconvert import api
 from adaconvert.arch.projections import ROLES
@@ -91,7 +90,8 @@ def main(
         texts = [cut(work, where, options["characters"]) for where in valid]
         taus = [float(tau) for tau in options["taus"].split(",")]
         found += [{**shared, **row} for row in loss_rows(dense, folder, texts, taus, device)]
-    write(rows_in, found)
+    for row in found:
+        append(rows_in, row, FIELDS)
     for line in table(found):
         click.echo(line)
 
@@ -220,16 +220,6 @@ def _point(texts: Sequence[Mapping[str, Any]], whole: float) -> Point:
 
 
 # -- what is kept and shown
-
-
-def write(path: Path, found: Sequence[Row]) -> None:
-    """Add rows to a CSV file, which gets its first line when it is new."""
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
 
 
 def table(found: Sequence[Row]) -> Iterator[str]:

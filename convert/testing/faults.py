@@ -152,21 +152,30 @@ def tree_state(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def refusal(
-    where: str | Path, error: type[AdaconvertError] = SourceError, *, ignore_unindexed: bool = False
+    where: str | Path,
+    error: type[AdaconvertError] = SourceError,
+    *,
+    ignore_unindexed: bool = False,
+    described: bool = False,
 ) -> str:
     """Return the message with which `Source.open` refuses `where`, after checking its manners.
 
-    It is one short line of printable ASCII, and nothing on disk has changed.
+    It is one short line of printable ASCII, and nothing on disk has changed. `described` also has
+    the model described, as every command does.
 
     Raises:
         AssertionError: the source was opened, or the refusal broke one of these rules.
     """
     from adaconvert.io.source import Source
+    from adaconvert.methods.sources import open_source
 
     folder = Path(where)
     before = tree_state(folder)
     try:
-        Source.open(where, ignore_unindexed=ignore_unindexed)
+        if described:
+            open_source(str(where))
+        else:
+            Source.open(where, ignore_unindexed=ignore_unindexed)
     except AdaconvertError as caught:
         message = str(caught)
         kind = type(caught)
@@ -179,3 +188,8 @@ def refusal(
     if tree_state(folder) != before:
         raise AssertionError(f"the source has changed: {message}")
     return message
+
+
+def refused(folder: Path) -> str:
+    """Return the message with which every command refuses a folder, as for `refusal`."""
+    return refusal(folder, described=True)

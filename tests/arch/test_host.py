@@ -6,33 +6,14 @@ from typing import Any
 
 import pytest
 
-from adaconvert.arch import registry
-from adaconvert.arch.base import HostLayout, HostRequest, ModelSpec
 from adaconvert.arch.host import HOSTS, choose
 from adaconvert.errors import OptionError
-from adaconvert.testing.tiny_models import VARIANTS, config_values
+from adaconvert.testing.hosts_asked import ask, describe
 
 SHARED: dict[str, Any] = {"shared_kind": "neutral", "shared_width": 64}
 PARTIAL: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 }
-
-
-def describe(family: str, layers: int = 4, **overrides: Any) -> ModelSpec:
-    family, variant = VARIANTS.get(family, (family, {}))
-    values = {**config_values(family, layers=layers), **variant, **overrides}
-    return registry.describe({"model_type": family, **values})
-
-
-def ask(spec: ModelSpec, **changes: Any) -> HostRequest:
-    width = spec.intermediate
-    values: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_width": width, **changes}
-    return HostRequest(**values)
-
-
-def layout(family: str, host: str, dtype: str = "bfloat16", **overrides: Any) -> HostLayout:
-    spec = describe(family, **overrides)
-    return HOSTS[host].layout(spec, ask(spec), dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,12 @@ from typing import Any
 import pytest
 
 from adaconvert.arch import registry
-from adaconvert.arch.base import HostLayout, HostRequest, ModelSpec
 from adaconvert.arch.host import HOSTS, exact_hosts
 from adaconvert.arch.layout import METHOD_ROLES
-from adaconvert.testing.tiny_models import VARIANTS, config_values
+from adaconvert.testing.hosts_asked import ask, describe, layout
+from adaconvert.testing.tiny_models import config_values
 
 SHARED: dict[str, Any] = {"shared_kind": "neutral", "shared_width": 64}
-
-
-def describe(family: str, layers: int = 4, **overrides: Any) -> ModelSpec:
-    family, variant = VARIANTS.get(family, (family, {}))
-    values = {**config_values(family, layers=layers), **variant, **overrides}
-    return registry.describe({"model_type": family, **values})
-
-
-def ask(spec: ModelSpec, **changes: Any) -> HostRequest:
-    width = spec.intermediate
-    values: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_width": width, **changes}
-    return HostRequest(**values)
-
-
-def layout(family: str, host: str, dtype: str = "bfloat16", **overrides: Any) -> HostLayout:
-    spec = describe(family, **overrides)
-    return HOSTS[host].layout(spec, ask(spec), dtype)
 
 
 @pytest.mark.parametrize("host", HOSTS)

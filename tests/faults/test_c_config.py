@@ -16,8 +16,8 @@ from adaconvert.testing.faults import (
     Stored,
     dense_tensors,
     floats,
+    refused,
     shard_bytes,
-    tree_state,
     write_config,
     write_dense,
 )
@@ -31,18 +31,6 @@ def write_tensors(folder: Path, tensors: Mapping[str, Stored], **changes: object
     write_config(folder, **changes)
     (folder / "model.safetensors").write_bytes(shard_bytes(tensors))
     return folder
-
-
-def refused(folder: Path) -> str:
-    """Return the message the folder is refused with; nothing on disk has changed."""
-    before = tree_state(folder)
-    with pytest.raises(SourceError) as caught:
-        open_source(str(folder))
-    assert tree_state(folder) == before
-    message = str(caught.value)
-    assert message.isascii()
-    assert "\n" not in message
-    return message
 
 
 def test_c2_unknown_model_type(tmp_path: Path) -> None:

@@ -12,26 +12,13 @@ from hypothesis import strategies as st
 
 from adaconvert.arch import registry
 from adaconvert.errors import SourceError
-from adaconvert.methods.sources import open_source
 from adaconvert.testing.faults import (
-    tree_state,
+    refused,
     write_dense,
 )
 from adaconvert.testing.tiny_models import config_values
 
 FAMILIES = registry.supported()
-
-
-def refused(folder: Path) -> str:
-    """Return the message the folder is refused with; nothing on disk has changed."""
-    before = tree_state(folder)
-    with pytest.raises(SourceError) as caught:
-        open_source(str(folder))
-    assert tree_state(folder) == before
-    message = str(caught.value)
-    assert message.isascii()
-    assert "\n" not in message
-    return message
 
 
 SIZES = (

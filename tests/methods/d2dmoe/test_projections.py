@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert import api
 from adaconvert.data.text import read_documents
@@ -19,7 +18,7 @@ from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.io import manifest
 from adaconvert.layerwise.projection_data import projection_layers
 from adaconvert.modeling.loading import load_model
-from adaconvert.testing.projections import QUICK
+from adaconvert.testing.projections import QUICK, ffn, sites, tensors
 from adaconvert.testing.tiny_models import make
 
 #: family -> (module of a block's attention, projections that are matrices of their own).
@@ -31,20 +30,6 @@ FAMILIES = {
     "gpt_neox": ("gpt_neox.layers.{}.attention.dense", "o"),
 }
 IDS = torch.arange(40)[None] * 7 % 300
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-def sites(folder: Path) -> dict[str, dict[str, Any]]:
-    found = json.loads((folder / "config.json").read_text())["adaptive"]["sites"]
-    return {path: slots["linear"]["mlp"] for path, slots in found.items() if "linear" in slots}
-
-
-def ffn(folder: Path) -> dict[str, dict[str, Any]]:
-    found = json.loads((folder / "config.json").read_text())["adaptive"]["sites"]
-    return {path: slots["ffn"] for path, slots in found.items() if "ffn" in slots}
 
 
 def logits(folder: Path) -> torch.Tensor:

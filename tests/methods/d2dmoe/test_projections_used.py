@@ -10,31 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert import api
 from adaconvert.cli.main import run
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io import manifest
 from adaconvert.modeling.loading import load_model
-from adaconvert.testing.projections import QUICK
+from adaconvert.testing.projections import QUICK, ffn, sites, tensors
 from adaconvert.testing.tiny_models import make
 
 IDS = torch.arange(40)[None] * 7 % 300
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-def sites(folder: Path) -> dict[str, dict[str, Any]]:
-    found = json.loads((folder / "config.json").read_text())["adaptive"]["sites"]
-    return {path: slots["linear"]["mlp"] for path, slots in found.items() if "linear" in slots}
-
-
-def ffn(folder: Path) -> dict[str, dict[str, Any]]:
-    found = json.loads((folder / "config.json").read_text())["adaptive"]["sites"]
-    return {path: slots["ffn"] for path, slots in found.items() if "ffn" in slots}
 
 
 def test_the_dense_model_cannot_be_had_back(made: Callable[..., Path], tmp_path: Path) -> None:
