@@ -79,10 +79,11 @@ def run_options() -> options.Decorator[Any]:
         option(
             "run",
             "--precision",
-            type=click.Choice(["fp32", "bf16", "fp64"]),
-            default="fp32",
-            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32; "
-            "'fp64': for comparisons.",
+            type=click.Choice(["auto", "fp32", "bf16", "fp64"]),
+            default="auto",
+            help="'bf16': matrices are multiplied in bfloat16, trained weights stay float32, "
+            "frozen ones as stored; 'auto': that where weights stored in 16 bits stay frozen, else "
+            "fp32; 'fp64': for comparisons.",
         ),
         option(
             "run",

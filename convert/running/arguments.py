@@ -16,7 +16,7 @@ from adaconvert.recipe.options import CHECKPOINT, FINETUNE, TEXT_SOURCE, TEXT_SO
 from adaconvert.running import texts
 from adaconvert.running.job import Job, process_count
 from adaconvert.running.room import planned_memory
-from adaconvert.train.checks import check_source
+from adaconvert.train.checks import check_source, settled
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.units import human_count
 
@@ -94,6 +94,7 @@ def training(stage: Stage, job: Job, where: str) -> Training:
         config = replace(FinetuneConfig.of(sources, given), processes=process_count())
         item = open_source(where)
         check_source(item, config)
+        config = settled(config, item)
         tokens = config.total_steps * config.step_tokens
         words = f"{human_count(tokens)} tokens in {config.total_steps} steps"
         planned = planned_memory(stage, item, config)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib import metadata
 
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
 
+#: stored dtypes of 16 bits.
+_HALVES = ("BF16", "F16")
 #: package -> (oldest version that works, as in pyproject.toml; what it is needed for).
 _NEEDED = {
     "accelerate": ("1.10", "training needs it"),
@@ -49,6 +52,19 @@ def is_usable(package: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def settled(config: FinetuneConfig, item: Described) -> FinetuneConfig:
+    """Return the config with its precision decided.
+
+    "auto" becomes bf16 where weights stored in 16 bits stay frozen, which float32 would double,
+    and fp32 elsewhere.
+    """
+    if config.precision != "auto":
+        return config
+    everything = "all" in config.train and not config.adapting.rank
+    halves = any(ref.dtype in _HALVES for ref in item.source.tensors.values())
+    return replace(config, precision="bf16" if halves and not everything else "fp32")
 
 
 def check_source(item: Described, config: FinetuneConfig) -> None:

@@ -34,7 +34,7 @@ from adaconvert.train.sources import READING_OPTIONS, Reading, several
 from adaconvert.train.validation import VALIDATION_OPTIONS, Validation
 
 SCHEDULES: Final = ("cosine", "linear", "constant")
-PRECISIONS: Final = ("fp32", "bf16", "fp64")
+PRECISIONS: Final = ("auto", "fp32", "bf16", "fp64")
 OPTIMIZERS: Final = ("adamw", "sgd")
 ACTIVATIONS: Final = ("keep", "relu", "relu2")
 PENALTIES: Final = ("hoyer", "l1")
@@ -168,7 +168,8 @@ class FinetuneConfig:
         schedule: how they fall after that.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         precision: "fp32", or "bf16": trained parameters stay float32, matrices are multiplied in
-            bfloat16, frozen parameters keep their stored dtype; "fp64" for comparisons.
+            bfloat16, frozen parameters keep their stored dtype; "fp64" for comparisons; "auto"
+            until the checkpoint is known, see `checks.settled`.
         optimizer: "adamw", or "sgd" without momentum, which keeps no state.
         checkpointing: recompute activations in the backward pass instead of keeping them.
         seed: of the order of documents and of dropout.
@@ -208,7 +209,7 @@ class FinetuneConfig:
     warmup: float = 0.05
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
-    precision: str = "fp32"
+    precision: str = "auto"
     optimizer: str = "adamw"
     checkpointing: bool = False
     seed: int = 0

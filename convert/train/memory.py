@@ -169,7 +169,7 @@ def _by_block(model: Any) -> dict[int | None, int]:
 
 
 def _itemsize(config: FinetuneConfig) -> int:
-    return {"fp32": 4, "bf16": 2, "fp64": 8}[config.precision]
+    return {"bf16": 2, "fp64": 8}.get(config.precision, 4)
 
 
 def _logits(model: Any, config: FinetuneConfig) -> int:

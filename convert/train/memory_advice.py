@@ -160,7 +160,7 @@ def _teacher_bytes(item: Described, config: FinetuneConfig) -> int:
     if not config.distill and not config.distill_hidden:
         return 0
     teacher = item if config.teacher is None else open_source(config.teacher)
-    width = {"fp32": 4, "fp64": 8}.get(config.precision, 0)
+    width = {"bf16": 0, "fp64": 8}.get(config.precision, 4)
     kinds = [(ref, BY_NAME[ref.dtype]) for ref in teacher.source.tensors.values()]
     return sum(
         max(ref.nbytes, math.prod(ref.shape) * width) if kind.is_float else ref.nbytes

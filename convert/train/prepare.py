@@ -108,7 +108,7 @@ def set_precision(model: Any, precision: str) -> None:
     for parameter in list(model.parameters()):
         if precision == "fp64" and parameter.is_floating_point():
             _widen(parameter, torch.float64)
-        elif parameter.dtype in _HALVES and (parameter.requires_grad or precision == "fp32"):
+        elif parameter.dtype in _HALVES and (parameter.requires_grad or precision != "bf16"):
             _widen(parameter, torch.float32)
     if precision == "fp64" and getattr(model.config, "_experts_implementation", None) is not None:
         # transformers' grouped products know no float64

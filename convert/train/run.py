@@ -89,6 +89,7 @@ def finetune(
         if not group.is_main:
             settings = replace(settings, report=lambda line: None, progress=False)
         item = group.together(lambda: _checked(where, config, settings))
+        config = checks.settled(config, item)
         budget = group.on_main(lambda: _budget(item, config, settings, group))
         if settings.dry_run:
             return plan_of(config, settings.destination, budget)
