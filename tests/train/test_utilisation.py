@@ -25,7 +25,7 @@ FFN = 2 * 3 * 32 * 64
 
 
 def config_of(**options: Any) -> FinetuneConfig:
-    return FinetuneConfig.of(["x"], {"steps": 1, "seq_len": 32, **options})
+    return FinetuneConfig.of(["x"], {"steps": 1, "seq_len": 32, "precision": "fp32", **options})
 
 
 @pytest.mark.parametrize(
