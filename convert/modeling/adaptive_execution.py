@@ -11,13 +11,10 @@ from facts, not from timings, so that the same call takes the same path in every
 - union: rows any token selected, masked. Prefill of tokens that share their experts.
 - grouped: one product per expert over its tokens. Many tokens, float32, few experts each.
 
-Measured on 2 cores of an AMD EPYC 9004 (AVX-512 with bfloat16), torch 2.13, thread time, as
-speed-up over `linear`, sizes 576x1536 | 2048x8192, experts of 32 (scripts/bench/decode.csv has the
-current figures): gather compiled, 1 token, float32 at a half 2.8 | 2.4, at a quarter 4.9 | 4.6,
-bfloat16 2.5 | 3.2 and 3.9 | 5.9; uncompiled 1.2-2.4 and 2.5-4.5. Union of a half of the experts at
-64 tokens 1.8 | 0.9 (float32), 1.2 | 1.2 (bfloat16); of a quarter at 16 tokens 2.0 | 3.0, 1.2 | 1.6.
-Grouped at a quarter, 64 tokens, float32 1.5 | 1.2, at a half 0.7 | 0.7; bfloat16 0.4 | 0.6, hence
-never. Dense with mask 0.95-1.0.
+Measured on an AMD EPYC (AVX-512 with bfloat16), torch 2.13, one thread, as speed-up over `linear`,
+sizes 576x1536 | 2048x8192, experts of 32, one token (scripts/bench/decode.csv, part "ffn"): gather
+compiled, float32 at a half 1.5 | 1.6, at a quarter 2.1 | 3.2, bfloat16 1.8 | 2.6 and 2.3 | 4.7;
+uncompiled 0.9-1.2 at a half and 1.7-2.3 at a quarter. Many tokens: part "prefill" there.
 
 Shapes: T tokens, d hidden size, f neurons, E experts, m = `width` neurons of an expert, K selected
 experts, n selected neurons.

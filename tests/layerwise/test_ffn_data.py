@@ -140,7 +140,8 @@ def test_a_replacement_reaches_the_later_blocks(tmp_path: Path) -> None:
     for ours, theirs in zip(same, dense, strict=True):
         assert_near(ours, theirs)
     assert torch.equal(halved[1], dense[1])
-    assert not torch.allclose(halved[2], dense[2], rtol=0.1, atol=0.1)
+    # far more than any rounding
+    assert (halved[2] - dense[2]).abs().max() > 0.1
 
 
 def collect(folder: Path, work: WorkFolder | None, stop: int | None = None) -> dict[int, Any]:

@@ -124,7 +124,8 @@ def test_the_runtime_scores_as_the_fit_does(data: Path, tmp_path: Path) -> None:
         model(torch.arange(40)[None] * 7 % 300)
     for path, site in model.adaptive_sites().items():
         expected = scores(seen[path], site.router.w1, site.router.w2)
-        torch.testing.assert_close(torch.cat(list(got[path])), expected, rtol=1e-5, atol=1e-6)
+        found = torch.cat(list(got[path]))
+        assert (found - expected).abs().max() <= 1e-6 * expected.max()
 
 
 def test_fewer_experts_run_as_tau_grows(data: Path, tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_each_stage_alone(data: Path, tmp_path: Path) -> None:
     assert slots(tmp_path / "s4")[0]["select"] == {"rule": "dynamic-k", "tau": 0.4}
     at_once = api.d2dmoe(source, tmp_path / "d", data=str(data), expert_width=8, tau=0.4, **QUICK)
     # the same split and the same routers, on the way over two checkpoints and at once
-    torch.testing.assert_close(logits(tmp_path / "s4"), logits(tmp_path / "d"), rtol=0, atol=1e-5)
+    assert torch.equal(logits(tmp_path / "s4"), logits(tmp_path / "d"))
     assert at_once.conversion.to_json()["plan"]["exactness"]["kind"] == "approximate"  # type: ignore[index]
     for folder, before in (("s3", "s2"), ("s4", "s3")):
         # raises where they differ
