@@ -208,6 +208,12 @@ def compile_wanted(weights: ExpertWeights) -> bool:
 _STEPS: list[str] = []
 
 
+def new_name(kind: str) -> str:
+    """Return a name for the function of another graph."""
+    _STEPS.append(f"{kind}_{len(_STEPS)}")
+    return _STEPS[-1]
+
+
 def arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
     """Return the graph's view of the weights: down by rows [f, d] where it has them."""
     rows = rows_of(weights.down)
@@ -329,8 +335,7 @@ def _make_step(
         out = weighted_rows(down, rows, hidden, bags)
         return (out if down_bias is None else out + down_bias), chosen
 
-    _STEPS.append(f"step_{len(_STEPS)}")
-    return compiled(step, _STEPS[-1], backend)
+    return compiled(step, new_name("step"), backend)
 
 
 def _products(matrix: Tensor, bias: Tensor | None, x: Tensor, rows: Tensor | None = None) -> Tensor:

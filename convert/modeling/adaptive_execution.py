@@ -5,7 +5,8 @@ Expert e of a network with f neurons is the neurons [shared + e*m, shared + (e+1
 from facts, not from timings, so that the same call takes the same path in every run:
 
 - dense: everything, then the unselected hidden units are zeroed. The reference; the only path with
-  gradients, and the one for other devices, autocast, tracing and tensor subclasses.
+  gradients, and the one for other devices, autocast, tracing and tensor subclasses. Compiled where
+  nothing is recorded (`adaptive_batch`).
 - gather: token by token, the selected rows only. At most `GATHER_TOKENS` tokens whose selected
   neurons together are at most `GATHER_LIMIT` of the matrices.
 - union: rows any token selected, masked. Prefill of tokens that share their experts.
@@ -36,6 +37,7 @@ except ImportError:
 else:
     _installed = dispatch
 
+from .adaptive_batch import batch
 from .adaptive_compiled import COMPILED_LIMIT, compiles, gather
 from .adaptive_decode import Decoder, decode_step
 from .adaptive_gather import (
@@ -75,6 +77,7 @@ def run_experts(
     *,
     gated: Tensor | None = None,
     weights_per_expert: Tensor | None = None,
+    selected: int | None = None,
     path: str | None = None,
 ) -> tuple[Tensor, int]:
     """Return what the selected experts and the shared neurons make of each token.
@@ -87,6 +90,7 @@ def run_experts(
         gated: [T, f] activated gate (activated `up` of a network without gate) where the router
             has computed it already; then that matrix is not run again.
         weights_per_expert: [T, E] factor of each expert's part; one when not given.
+        selected: how many experts each token runs, where the caller knows; saves counting.
         path: run this path ("dense", "gather", "union", "grouped") instead of the one that suits.
 
     Returns:
@@ -104,14 +108,16 @@ def run_experts(
     if simple and x.shape[0] > 1:
         check_rows(weights.down)
     if path == "gather" or (path is None and simple and 0 < x.shape[0] <= GATHER_TOKENS):
-        counts = mask.sum(dim=1).tolist()
+        counts: list[int] = mask.sum(dim=1).tolist() if selected is None else [selected] * len(x)
         if path == "gather" or _gather_pays(x, weights, counts, gated):
             return _gather(x, weights, mask, gated), _neurons(weights, counts)
-    chosen = path or (_batch_path(x, weights, mask) if simple else "dense")
+    chosen = path or (_batch_path(x, weights, mask, selected) if simple else "dense")
     if chosen == "union":
         return _union(x, weights, mask, gated)
     if chosen == "grouped":
         return _grouped(x, weights, mask, gated)
+    if simple and not whole and x.shape[0] > 1:
+        return batch(x, weights, mask, gated, _plainly), x.shape[0] * weights.up.shape[0]
     return _dense(x, weights, None if whole else mask, gated, weights_per_expert)
 
 
@@ -144,7 +150,7 @@ def _inference(x: Tensor, weights: ExpertWeights) -> bool:
     """Return whether this call only computes: plain CPU tensors of one dtype, nothing recorded."""
     if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not unrecorded():
         return False
-    return weights.up.dtype == x.dtype and plain(weights)
+    return weights.up.dtype == x.dtype and weights.ordinary
 
 
 def _neurons(weights: ExpertWeights, counts: list[int]) -> int:
@@ -163,9 +169,11 @@ def _gather_pays(
     return share <= GATHER_LIMIT[1] or compiles(x, weights, gated)
 
 
-def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor) -> str:
+def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor, selected: int | None) -> str:
     tokens, experts = mask.shape
     if tokens < UNION[-1][0]:
+        return "dense"
+    if selected is not None and selected > experts * max(GROUPED_LIMIT, UNION[0][1]):
         return "dense"
     # largest values of bytes are many times faster than `any` of booleans
     touched = int(torch.count_nonzero(mask.view(torch.uint8).amax(dim=0))) / experts
@@ -195,6 +203,10 @@ def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
 
 
 # -- dense
+
+
+def _plainly(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
+    return _dense(x, weights, mask, gated, None)[0]
 
 
 def _dense(

@@ -11,7 +11,7 @@ Shapes: T tokens, d hidden size, f neurons, E experts, m = neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,33 +35,46 @@ _PLAIN = (nn.Linear, Conv1D)
 def _is_untouched(child: nn.Module) -> bool:
     """Return whether a module is a plain matrix whose weight says all it does: no adapter, no
     quantisation, no hook, no forward of its own (offloading replaces it), and weights at hand."""
-    if type(child) not in _PLAIN or "forward" in vars(child) or hasattr(child, "_hf_hook"):
+    # `vars`: each look-up through a module costs microseconds, and every pass makes dozens of them
+    own = vars(child)
+    if type(child) not in _PLAIN or "forward" in own or "_hf_hook" in own:
         return False
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
         return False
-    weight: Any = child.weight
+    weight: Any = own["_parameters"].get("weight")
     return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
 
 
-class _Made:
-    """A decoder, or none, and the parameters it was made of.
+def _tensors_of(children: Iterable[nn.Module]) -> list[Any]:
+    """Return the weight and the bias of each, None where there is none."""
+    found: list[Any] = []
+    for child in children:
+        own = vars(child)["_parameters"]
+        found += [own.get("weight"), own.get("bias")]
+    return found
 
-    A decoder holds views of them, which stay behind when a parameter gets other memory.
+
+class _Made:
+    """What was made of parameters, None where nothing could be, and the parameters.
+
+    It may hold views of them, which stay behind when a parameter gets other memory.
     """
 
-    def __init__(self, decoder: Decoder | None, tensors: list[Any]) -> None:
-        self.decoder = decoder
+    def __init__(self, made: Any, tensors: list[Any]) -> None:
+        self.made = made
         self._tensors = tensors
         self._pointers = self._places(tensors)
 
     def holds(self, tensors: list[Any]) -> bool:
         """Return whether these are those parameters, where they were."""
-        same = all(a is b for a, b in zip(self._tensors, tensors, strict=True))
-        return same and self._pointers == self._places(tensors)
+        for one, other in zip(self._tensors, tensors, strict=True):
+            if one is not other:
+                return False
+        return self._pointers == self._places(tensors)
 
     def _places(self, tensors: list[Any]) -> list[int]:
-        # without a decoder nothing was read, and quantised tensors may have no address
-        return [] if self.decoder is None else [t.data_ptr() for t in tensors if t is not None]
+        # where nothing was made nothing was read, and quantised tensors may have no address
+        return [] if self.made is None else [t.data_ptr() for t in tensors if t is not None]
 
 
 class AdaptiveFFN(nn.Module):
@@ -122,14 +135,16 @@ class AdaptiveFFN(nn.Module):
                     executed = int(chosen.sum()) * spec["experts"]["width"]
                     self._count(call, chosen, None, executed + spec.get("shared", 0))
                 return self._after(out).reshape(*hidden_states.shape[:-1], out.shape[-1])
-        gated, scores = self._scores(x)
+        exact = select["rule"] == "top-k"
+        gated, scores = self._scores(x, order_only=exact and not call.collected)
         chosen = select_experts(scores.detach(), select)
+        selected = min(select["k"], chosen.shape[1]) if exact else None
         if real is not None:
-            chosen = chosen & real[:, None]
+            chosen, selected = chosen & real[:, None], None
         if call.collected:
             # recomputation must repeat every operation, so only the keeping is left out there
             self._collect(call, scores if real is None else scores[real])
-        out, executed = self._run(x, chosen, gated)
+        out, executed = self._run(x, chosen, gated, selected)
         if call.account is not None and not call.recomputing:
             self._count(call, chosen, real, executed)
         return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
@@ -147,32 +162,42 @@ class AdaptiveFFN(nn.Module):
 
     def _decoder(self, router: Router) -> Decoder | None:
         """Return what compiles the step for the parameters as they are, None where nothing can."""
-        tensors = self._own_tensors()
-        known: _Made | None = self.__dict__.get("adaptive_decoding")
-        if known is None or not known.holds(tensors):
+
+        def make() -> Decoder | None:
             weights = self._weights()
-            made = None if weights is None else Decoder(weights, router)
-            known = self.__dict__["adaptive_decoding"] = _Made(made, tensors)
-        return known.decoder
+            return None if weights is None else Decoder(weights, router)
+
+        found: Decoder | None = self._kept("decoder", self._own_tensors(), make)
+        return found
+
+    def _kept(self, name: str, tensors: list[Any], make: Callable[[], Any]) -> Any:
+        """Return what was made of some parameters, made again where they changed."""
+        kept: dict[str, _Made] = self.__dict__.setdefault("adaptive_kept", {})
+        known = kept.get(name)
+        if known is None or not known.holds(tensors):
+            known = kept[name] = _Made(make(), tensors)
+        return known.made
 
     def _own_tensors(self) -> list[Any]:
         """Return the parameters a compiled step is made of, to notice when one is replaced."""
-        found = []
-        for name in self.adaptive_spec["weights"].values():
-            child = getattr(self, name)
-            found += [getattr(child, "weight", None), getattr(child, "bias", None)]
-        return [*found, *self._router_tensors()]
+        return [*_tensors_of(self._matrices()), *self._router_tensors()]
+
+    def _matrices(self) -> list[Any]:
+        """Return the modules of the matrices that are this network's own."""
+        own = vars(self)["_modules"]
+        return [own[name] for name in self.adaptive_spec["weights"].values()]
 
     def _all_untouched(self) -> bool:
-        return all(_is_untouched(getattr(self, n)) for n in self.adaptive_spec["weights"].values())
+        return all(map(_is_untouched, self._matrices()))
 
-    def _scores(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the activated gate where the router computes it, [T, f], and scores [T, E]."""
+    def _scores(self, x: Tensor, *, order_only: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Return the activated gate where the router computes it, [T, f], and scores [T, E], or
+        something cheaper that orders each token's experts alike."""
         spec = self.adaptive_spec
         experts, shared = spec["experts"]["count"], spec.get("shared", 0)
         kind = spec["router"]["kind"]
         if self.router is not None:
-            return None, self.router(x)
+            return None, self.router(x, order_only=order_only)
         if kind == "gate":
             gated = self.adaptive_activation(self._gate(x))
             return gated, grouped(gated.abs().float(), experts, shared)
@@ -181,10 +206,12 @@ class AdaptiveFFN(nn.Module):
             return None, grouped(hidden * hidden, experts, shared).sqrt()
         return None, x.new_ones(x.shape[0], experts, dtype=torch.float32)
 
-    def _run(self, x: Tensor, chosen: Tensor, gated: Tensor | None) -> tuple[Tensor, int]:
+    def _run(
+        self, x: Tensor, chosen: Tensor, gated: Tensor | None, selected: int | None
+    ) -> tuple[Tensor, int]:
         weights = None if torch.is_grad_enabled() else self._weights()
         if weights is not None:
-            out, executed = run_experts(x, weights, chosen, gated=gated)
+            out, executed = run_experts(x, weights, chosen, gated=gated, selected=selected)
             return self._after(out), executed
         # what is left out may be infinite, and infinity times nothing is not nothing
         hidden = self._hidden(x, gated).masked_fill(~self._neuron_mask(chosen), 0)
@@ -251,9 +278,17 @@ class AdaptiveFFN(nn.Module):
 
     def _weights(self) -> ExpertWeights | None:
         """Return the experts' matrices; None when the modules themselves must run."""
-        found = self._child_weights()
-        if found is None or "down" not in found:
+        if "down" not in self.adaptive_spec["weights"]:
             return None
+        children = self._matrices()
+        if not all(map(_is_untouched, children)):
+            return None
+        found: ExpertWeights = self._kept("weights", _tensors_of(children), self._new_weights)
+        return found
+
+    def _new_weights(self) -> ExpertWeights:
+        found = self._child_weights()
+        assert found is not None
         gate, gate_bias = found.get("gate", (None, None))
         if "gate_up" in found:
             weight, bias = found["gate_up"]

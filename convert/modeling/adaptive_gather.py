@@ -15,6 +15,7 @@ n selected neurons.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .adaptive_layout import rows_of
 LOOP_WIDTH = 64
 
 Activation = Callable[[Tensor], Tensor]
+#: (x [T, d], weights, mask [T, E] or [E], gated [T, f] | None) -> [T, d]
+Run = Callable[[Tensor, "ExpertWeights", Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class ExpertWeights:
         """Return E."""
         return (self.up.shape[0] - self.shared) // self.width
 
+    @functools.cached_property
+    def ordinary(self) -> bool:
+        """Return what `plain` says, as it was when first asked."""
+        return plain(self)
+
+    @functools.cached_property
+    def graphs(self) -> dict[tuple[object, ...], Run | None]:
+        """Return where what was compiled for these matrices is kept at hand."""
+        return {}
+
 
 def plain(weights: ExpertWeights) -> bool:
     """Return whether all of it is ordinary CPU tensors of one floating dtype."""
@@ -78,10 +91,6 @@ def unrecorded() -> bool:
     """Return whether neither autograd nor a compiler watches and no dtype changes on the way."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
     return not watched and not torch.is_autocast_enabled("cpu")
-
-
-#: (x [1, d], weights, mask [E], gated [1, f] | None) -> [1, d]
-Form = Callable[[Tensor, ExpertWeights, Tensor, Tensor | None], Tensor]
 
 
 def selected_rows(mask: Tensor, width: int, shared: int) -> Tensor:
@@ -106,7 +115,7 @@ def weighted_rows(matrix: Tensor, rows: Tensor, factors: Tensor, bags: int) -> T
     return parts if bags == 1 else parts.sum(dim=0, keepdim=True)
 
 
-def uncompiled(weights: ExpertWeights) -> Form:
+def uncompiled(weights: ExpertWeights) -> Run:
     """Return the faster of the uncompiled forms.
 
     At 2048x8192 and a quarter the loop reaches 3.4 times the speed of `linear` in float32, copied

@@ -64,6 +64,27 @@ class Inductor:
         rest = tuple(given)
         return lambda x: tuple(made(x, *rest))
 
+    def ordered(
+        self, arguments: Sequence[str]
+    ) -> tuple[Callable[..., Sequence[Tensor]], tuple[int, ...]]:
+        """Return what was compiled, and which of the arguments it takes in which place.
+
+        It checks nothing.
+
+        Args:
+            arguments: names of the function's; after them comes the one size that was left open.
+
+        Raises:
+            ValueError: the arguments are not recognised.
+        """
+        places = {f"l_{name}_": place for place, name in enumerate(arguments)}
+        sizes = [name for name in self._names if name[:1] == "s" and name[1:].isdigit()]
+        if len(sizes) == 1:
+            places[sizes[0]] = len(arguments)
+        if self._made is None or any(name not in places for name in self._names):
+            raise ValueError(f"compiled with arguments {self._names}")
+        return self._made, tuple(places[name] for name in self._names)
+
 
 def compiled(function: Callable[..., Any], name: str, backend: Inductor) -> Callable[..., Any]:
     """Return the function compiled when it is first called, guarded on its tensors alone."""

@@ -13,18 +13,18 @@ Shapes: d hidden size, f neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 #: dtypes whose `linear` stays usable on a re-laid matrix; float16 loses a factor of 7 to 100.
 PACKED = (torch.float32, torch.bfloat16, torch.float64)
-#: elements of a matrix that are compared with its copy before several tokens run.
-SAMPLED = 64
+#: rows and columns of a matrix whose crossings are looked at before several tokens run.
+SAMPLED = (4, 16)
 
 
 def prepare(model: Any, *, in_place: bool = False) -> int:
@@ -58,8 +58,7 @@ class Rows:
     Attributes:
         rows: [f, d].
         pointer, version: of the matrix when they were made.
-        sample: places in the matrix, counted row by row, and what stood there; `check_rows`
-            compares them.
+        sample: numbers of the matrix, as a view and as they were; `check_rows` compares them.
     """
 
     rows: Tensor
@@ -72,8 +71,13 @@ class Rows:
         return self.pointer == down.data_ptr() and self.version == _version(down)
 
 
-#: down matrix -> its copy by rows; goes when the matrix goes.
-_KEPT: MutableMapping[Tensor, Rows] = WeakIdKeyDictionary()
+#: id of a down matrix -> the matrix and its copy by rows; goes when the matrix goes.
+_KEPT: dict[int, tuple[weakref.ref[Tensor], Rows]] = {}
+
+
+def _kept(down: Tensor) -> Rows | None:
+    found = _KEPT.get(id(down))
+    return found[1] if found is not None and found[0]() is down else None
 
 
 def neuron_major(down: Tensor) -> bool:
@@ -91,9 +95,9 @@ def find_rows(down: Tensor) -> Rows | None:
     """Return the matrix by rows of neurons, with what tells whether that still holds."""
     if neuron_major(down):
         return Rows(down.detach().t(), down.data_ptr(), _version(down))
-    kept = _KEPT.get(down)
+    kept = _kept(down)
     if kept is not None and not kept.hold(down):
-        _KEPT.pop(down, None)
+        _KEPT.pop(id(down), None)
         return None
     return kept
 
@@ -106,10 +110,11 @@ def keep_rows(down: nn.Parameter) -> bool:
         return False
     with torch.no_grad():
         rows = down.detach().t().contiguous()
-    generator = torch.Generator().manual_seed(down.numel())
-    places = torch.randint(down.numel(), (SAMPLED,), generator=generator)
-    sample = (places, torch.take(down.detach(), places))
-    _KEPT[down] = Rows(rows, down.data_ptr(), _version(down), sample)
+    apart, first = -(-down.shape[0] // SAMPLED[0]), down.shape[1] // 2
+    seen = down.detach()[::apart, first : first + SAMPLED[1]]
+    own = Rows(rows, down.data_ptr(), _version(down), (seen, seen.clone()))
+    key = id(down)
+    _KEPT[key] = (weakref.ref(down, lambda _: _KEPT.pop(key, None)), own)
     return True
 
 
@@ -118,12 +123,11 @@ def check_rows(down: Tensor) -> None:
 
     Writing through `.data`, as merging adapters does, leaves no other trace.
     """
-    kept = _KEPT.get(down)
+    kept = _kept(down)
     if kept is None or kept.sample is None:
         return
-    places, values = kept.sample
-    if not torch.equal(torch.take(down.detach(), places), values):
-        _KEPT.pop(down, None)
+    if not kept.hold(down) or not torch.equal(*kept.sample):
+        _KEPT.pop(id(down), None)
 
 
 def _version(tensor: Tensor) -> int:

@@ -33,8 +33,12 @@ class Router(nn.Module):
 
     flops: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores of each token, [T, d] -> [T, E]; not negative."""
+    def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
+        """Return the scores of each token, [T, d] -> [T, E]; not negative.
+
+        Args:
+            order_only: something cheaper will do that orders each token's experts as scores do.
+        """
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def add(self, name: str, *shape: int) -> None:
@@ -57,11 +61,15 @@ class LinearRouter(Router):
         self.add("weight", experts, hidden)
         self.flops = 2 * hidden * experts
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(_wide(x).dtype)
+    def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
+        wide = _wide(x)
+        weight = self.weight.to(wide.dtype)
         if self.normalised:
             weight = _unit(weight)
-        return (_unit(_wide(x)) @ weight.T).softmax(dim=-1)
+        if order_only:
+            # neither the token's length nor the softmax changes the order
+            return nn.functional.linear(wide, weight)
+        return (_unit(wide) @ weight.T).softmax(dim=-1)
 
 
 class AnalyticRouter(Router):
@@ -85,7 +93,7 @@ class AnalyticRouter(Router):
         self.gated = gated
         self.flops = 2 * hidden * experts * (2 if gated else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
         unit = _unit(_wide(x))
         hidden = unit @ self.up.to(unit.dtype).T
         if self.gated:
@@ -107,7 +115,7 @@ class ContributionRouter(Router):
         self.add("w2", experts, width)
         self.flops = 2 * width * (hidden + experts)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
         wide = _wide(x)
         hidden = torch.relu(wide @ self.w1.to(wide.dtype).T)
         return (hidden @ self.w2.to(wide.dtype).T).abs()

@@ -43,7 +43,7 @@ def _blank(slot: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     # the class is made at run time, so pickle and deepcopy rebuild it from the two it is made of
-    state = {name: value for name, value in self.__dict__.items() if name != "adaptive_decoding"}
+    state = {name: value for name, value in self.__dict__.items() if name != "adaptive_kept"}
     return _blank, self.adaptive_parts, state
 
 

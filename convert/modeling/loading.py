@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PREFIX = "adaptive_"
 #: the files of this package that a checkpoint carries to load without adaconvert.
 CODE_FILES = (
+    "adaptive_batch.py",
     "adaptive_calls.py",
     "adaptive_compiled.py",
     "adaptive_context.py",

@@ -86,3 +86,22 @@ def test_the_gate_as_router_runs_up_no_more_than_is_counted(dense: Path, tmp_pat
     found = flops.get_flop_counts()
     own = sum(sum(found[f"AdaptivePhi3ForCausalLM.{path}"].values()) for path in account.sites)
     assert own == spent
+
+
+@pytest.mark.parametrize("change", [other_memory, moved])
+def test_several_tokens_follow_a_matrix_that_gets_other_memory(
+    dense: Path, tmp_path: Path, change: Any
+) -> None:
+    folder = make_adaptive(dense, tmp_path / "adaptive")
+    model: Any = load_model(folder, dtype="float32")
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad(), model.set_select("top-k", k=2):
+        model(ids)
+        for site in model.adaptive_sites().values():
+            change(site.gate_up_proj.weight)
+        found = model(ids).logits
+    other: Any = load_model(folder, dtype="float32")
+    for site in other.adaptive_sites().values():
+        change(site.gate_up_proj.weight)
+    with torch.no_grad(), other.set_select("top-k", k=2):
+        assert torch.equal(found, other(ids).logits)
