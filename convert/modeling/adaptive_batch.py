@@ -1,8 +1,9 @@
 """Several tokens through a whole feed-forward network, what they did not select zeroed, compiled.
 
-Uncompiled, activation, product of gate and up and mask are passes over the hidden units of their
-own; compiled they are one, which pays for what routing costs. The first call of a shape takes
-seconds and needs a C++ compiler; where that fails or differs, the caller runs it uncompiled.
+Uncompiled, activation, product of gate and up, and mask are passes over the hidden units of their
+own, and router and selection are ten operations that take longer to start than to run. Compiled it
+is one graph, which pays for what routing costs. The first call of a shape takes seconds and needs a
+C++ compiler; where that fails or differs, the caller runs it uncompiled.
 
 Shapes: T tokens, d hidden size, f neurons, E experts.
 """
@@ -10,21 +11,21 @@ Shapes: T tokens, d hidden size, f neurons, E experts.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .adaptive_compiled import agrees, compile_wanted, facts, new_name, report
+from .adaptive_compiled import agrees, choose, compile_wanted, facts, new_name, own_scores, report
 from .adaptive_gather import ExpertWeights, Run
 from .adaptive_inductor import Inductor, compiled
 
 #: tokens of the batch a graph is traced with.
 TRACED = 32
-#: arguments of a graph; the number of tokens comes after them.
-_ARGUMENTS = ("x", "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "gated", "mask")
+
 #: graphs by what they were compiled for; None where that did not work.
-_BATCHES: dict[tuple[object, ...], Run | None] = {}
+_BATCHES: dict[tuple[object, ...], BatchGraph | None] = {}
 _LOCK = threading.Lock()
 
 
@@ -33,15 +34,15 @@ def batch(
 ) -> Tensor:
     """Return what every token gets from its experts, [T, d], T at least 2.
 
-    For plain CPU tensors of one dtype, x and mask contiguous, and nothing recorded or traced.
+    For plain CPU tensors of one dtype with nothing recorded or traced.
 
     Args:
         mask: [T, E] bool.
         gated: [T, f] activated gate (`up` without gate) where it is known already.
         plainly: the same uncompiled, of the same arguments.
     """
-    whole = gated is None or gated.is_contiguous()
-    if not (whole and x.is_contiguous() and mask.is_contiguous()):
+    varying = [x, mask] if gated is None else [x, mask, gated]
+    if not all(tensor.is_contiguous() for tensor in varying):
         return plainly(x, weights, mask, gated)
     at_hand = weights.graphs
     case = (gated is None, torch.get_num_threads(), torch.is_inference_mode_enabled())
@@ -50,7 +51,7 @@ def batch(
     run = at_hand[case]
     if run is not None:
         try:
-            return run(x, weights, mask, gated)
+            return run(*varying)[0]
         except Exception as error:
             report(error)
             at_hand[case] = None
@@ -59,36 +60,102 @@ def batch(
 
 def _found(
     x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None, plainly: Run
-) -> Run | None:
-    """Return what runs batches of all networks that compute alike, None where nothing does."""
-    matrices = (weights.up if weights.gate is None else weights.gate, weights.up, weights.down)
-    layout = tuple(matrix.stride() for matrix in matrices)
-    key = (layout, None if gated is None else gated.dtype, *facts(x, weights))
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """Return what runs batches of this network, None where nothing compiled does."""
+    key = (layout(weights), None if gated is None else gated.dtype, *facts(x, weights))
     with _LOCK:
         if key not in _BATCHES:
-            _BATCHES[key] = _tried(x, weights, mask, gated, plainly)
-        return _BATCHES[key]
-
-
-def _tried(
-    x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None, plainly: Run
-) -> Run | None:
-    """Return what runs such batches from now on, once it gave a right output."""
-    if not compile_wanted(weights):
+            _BATCHES[key] = None
+            if compile_wanted(weights):
+                graph = BatchGraph(weights, None, None)
+                if graph.right(x, weights, plainly, mask=mask, gated=gated):
+                    _BATCHES[key] = graph
+        graph_or_none = _BATCHES[key]
+    if graph_or_none is None:
         return None
-    try:
-        run = _made(x, weights, mask, gated)
-        right = agrees(run(x, weights, mask, gated), plainly(x, weights, mask, gated))
-    except Exception as error:
-        report(error)
-        return None
-    return run if right else None
+    return graph_or_none.bound(weights, ("x", "mask") if gated is None else ("x", "mask", "gated"))
 
 
-def _made(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Run:
-    """Return the compiled graph, which checks nothing, for any number of tokens."""
-    backend = Inductor()
-    activation, shared = weights.activation, weights.shared
+def layout(weights: ExpertWeights) -> tuple[object, ...]:
+    """Return how the matrices lie in memory, which a graph is compiled for."""
+    matrices = (weights.up if weights.gate is None else weights.gate, weights.up, weights.down)
+    return tuple(matrix.stride() for matrix in matrices)
+
+
+class BatchGraph:
+    """The compiled form of one case, for any number of tokens.
+
+    Args:
+        score: of the router; None where the network's own gate scores, or the mask is given.
+        rule: selection; None where the mask is given.
+    """
+
+    def __init__(
+        self, weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
+    ) -> None:
+        self._backend = Inductor()
+        step = _make_step(weights, score, rule)
+        self._step = compiled(step, new_name("batch"), self._backend)
+
+    def right(
+        self,
+        x: Tensor,
+        weights: ExpertWeights,
+        plainly: Run,
+        *,
+        gated: Tensor | None = None,
+        mask: Tensor | None = None,
+        value: Tensor | None = None,
+        tensors: Sequence[Tensor] = (),
+    ) -> bool:
+        """Compile it, and return whether it gives what `plainly` does."""
+        # stand-ins, so that the graph does not depend on which batch was first
+        alike = [None if t is None else t.new_zeros(TRACED, t.shape[1]) for t in (x, gated, mask)]
+        for tensor in alike:
+            if tensor is not None:
+                torch._dynamo.decorators.mark_dynamic(tensor, 0)
+        given = {"x": x, "gated": gated, "mask": mask}
+        varying = [name for name, tensor in given.items() if tensor is not None]
+        try:
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                self._step(alike[0], *_tensors(weights), *alike[1:], value, *tensors)
+            run = self.bound(weights, varying, value, tensors)
+            if run is None:
+                return False
+            out, *chosen = run(*[given[name] for name in varying])
+            own = mask if mask is not None else chosen[0]
+            return agrees(out, plainly(x, weights, own, gated))
+        except Exception as error:
+            report(error)
+            return False
+
+    def bound(
+        self,
+        weights: ExpertWeights,
+        varying: Sequence[str],
+        value: Tensor | None = None,
+        tensors: Sequence[Tensor] = (),
+    ) -> Callable[..., tuple[Tensor, ...]] | None:
+        """Return what was compiled as a function of `varying`, see `Inductor.bound`: to the output,
+        and the mask [T, E] unless that is given."""
+        named = dict(zip(_WEIGHTS, _tensors(weights), strict=True)) | {"value": value}
+        named |= {f"tensors_{i}": tensor for i, tensor in enumerate(tensors)}
+        size = value.shape[0] if value is not None and value.dim() else 0
+        return self._backend.bound(named, size, varying)
+
+
+_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+def _tensors(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
+    biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+    return (weights.gate, weights.up, weights.down, *biases)
+
+
+def _make_step(
+    weights: ExpertWeights, score: Callable[..., Tensor] | None, rule: str | None
+) -> Callable[..., tuple[Tensor, ...]]:
+    activation, width, shared = weights.activation, weights.width, weights.shared
 
     def step(
         x: Tensor,
@@ -99,33 +166,24 @@ def _made(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None)
         up_bias: Tensor | None,
         down_bias: Tensor | None,
         gated: Tensor | None,
-        mask: Tensor,
-    ) -> Tensor:
+        mask: Tensor | None,
+        value: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
         if gated is None:
             first = (up, up_bias) if gate is None else (gate, gate_bias)
             gated = activation(functional.linear(x, *first))
+        chosen = mask
+        if chosen is None:
+            assert rule is not None
+            assert value is not None
+            own = own_scores(gated, width, shared) if score is None else score(x, *tensors)
+            chosen = choose(own, rule, value)
         hidden = gated if gate is None else gated * functional.linear(x, up, up_bias)
-        parts = torch.unflatten(hidden[:, shared:], -1, (mask.shape[1], -1))
-        routed = torch.where(mask.unsqueeze(-1), parts, 0).flatten(1)
+        parts = torch.unflatten(hidden[:, shared:], -1, (-1, width))
+        routed = torch.where(chosen.unsqueeze(-1), parts, 0).flatten(1)
         hidden = torch.cat([hidden[:, :shared], routed], dim=-1) if shared else routed
-        return functional.linear(hidden, down, down_bias)
+        out = functional.linear(hidden, down, down_bias)
+        return (out,) if mask is not None else (out, chosen)
 
-    # stand-ins, so that the graph does not depend on which batch was first
-    alike = [None if t is None else t.new_zeros(TRACED, t.shape[1]) for t in (x, gated, mask)]
-    for tensor in alike:
-        if tensor is not None:
-            torch._dynamo.decorators.mark_dynamic(tensor, 0)
-    compiled(step, new_name("batch"), backend)(alike[0], *_tensors(weights), *alike[1:])
-    made, order = backend.ordered(_ARGUMENTS)
-
-    def run(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
-        given = (x, *_tensors(weights), gated, mask, x.shape[0])
-        out: Tensor = made(*[given[place] for place in order])[0]
-        return out
-
-    return run
-
-
-def _tensors(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
-    biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
-    return (weights.gate, weights.up, weights.down, *biases)
+    return step

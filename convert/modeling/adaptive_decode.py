@@ -1,4 +1,4 @@
-"""Router, selection and experts of one network as one compiled graph, for one token at a time.
+"""Router, selection and experts of one network as one compiled graph.
 
 Batch-1 decoding through a small model is mostly the cost of starting operations: scoring, selecting
 and listing the experts are some twenty of them per layer. In one graph they are five calls.
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .adaptive_batch import BatchGraph, layout
 from .adaptive_compiled import (
     ANY_BYTES,
     COMPILED_LIMIT,
@@ -27,32 +28,39 @@ from .adaptive_compiled import (
     facts,
     report,
 )
-from .adaptive_gather import ExpertWeights, plain, uncompiled, unrecorded
+from .adaptive_gather import ExpertWeights, Run, plain, uncompiled, unrecorded
 from .adaptive_layout import find_rows
+from .adaptive_routers import Router
 
 #: rules that `decode_step` knows.
 RULES = ("top-k", "dynamic-k", "threshold")
 
 #: graphs by what they were compiled for; None where that did not work.
 _DECODERS: dict[tuple[object, ...], Graph | None] = {}
+_BATCHES: dict[tuple[object, ...], BatchGraph | None] = {}
 _LOCK = threading.Lock()
 #: settings (rule, number, threads) a decoder keeps ready.
 _KEPT_STEPS = 64
-#: x [1, d] -> output [1, d] and mask of the experts that made it [1, E]
+#: x [T, d] -> output [T, d] and mask of the experts that made it [T, E]
 Step = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class Score:
-    """A router as a pure function, without its tensors; equal for routers that compute alike."""
+    """A router as a pure function, without its tensors; equal for routers that compute alike.
 
-    def __init__(self, router: nn.Module) -> None:
-        self._key = alike(router)
+    Args:
+        order_only: numbers will do that order each token's experts as the scores do.
+    """
+
+    def __init__(self, router: nn.Module, *, order_only: bool = False) -> None:
+        self._key = (alike(router), order_only)
+        self._options = {"order_only": True} if order_only and isinstance(router, Router) else {}
         self._names = tuple(name for name, _ in _named(router))
         self._router = copy.deepcopy(router).to("meta")
 
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         named = dict(zip(self._names, tensors, strict=True))
-        scores: Tensor = torch.func.functional_call(self._router, named, (x,))
+        scores: Tensor = torch.func.functional_call(self._router, named, (x,), self._options)
         return scores
 
     def __eq__(self, other: object) -> bool:
@@ -85,6 +93,7 @@ class Decoder:
     def __init__(self, weights: ExpertWeights, router: nn.Module | None) -> None:
         self.weights = weights
         self._score = None if router is None else Score(router)
+        self._order = None if router is None else Score(router, order_only=True)
         self._tensors = () if router is None else tuple(tensor for _, tensor in _named(router))
         own = (weights.gate, weights.up, weights.down, weights.gate_bias, weights.up_bias)
         self._watched = [t for t in (*own, weights.down_bias, *self._tensors) if t is not None]
@@ -112,17 +121,21 @@ class Decoder:
         if moved or changed or len(self._steps) > _KEPT_STEPS:
             self._attach()
 
-    def __call__(self, x: Tensor, rule: str, number: float) -> tuple[Tensor, Tensor] | None:
+    def __call__(
+        self, x: Tensor, rule: str, number: float, plainly: Run | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """Return what `decode_step` does, None where that does not pay or did not compile.
 
         For `decode_step`, which sees to it that nothing is recorded or traced and that x is one
-        ordinary token of `dtype`.
+        ordinary token of `dtype`; with `plainly` for `batch_step`, several such tokens.
         """
-        key = (rule, number, torch.get_num_threads(), torch.is_inference_mode_enabled())
+        several = plainly is not None
+        key = (rule, number, several, torch.get_num_threads(), torch.is_inference_mode_enabled())
         try:
             step = self._steps[key]
         except KeyError:
-            step = self._steps[key] = self._step(x, rule, number)
+            made = self._batch(x, rule, number, plainly) if plainly else self._step(x, rule, number)
+            step = self._steps[key] = made
         if step is None:
             return None
         try:
@@ -149,6 +162,30 @@ class Decoder:
         same = zip(bare(x), checked(x), strict=True)
         return bare if all(torch.equal(one, other) for one, other in same) else checked
 
+    def _batch(self, x: Tensor, rule: str, number: float, plainly: Run) -> Step | None:
+        """Return what runs several tokens from now on, None where nothing compiled does."""
+        if rule not in RULES:
+            return None
+        value, score = _value(rule, number), self._scoring(rule)
+        key = ("batch", score, rule, *self._layout(), layout(self.weights), *facts(x, self.weights))
+        with _LOCK:
+            if key not in _BATCHES:
+                _BATCHES[key] = None
+                if compile_wanted(self.weights):
+                    graph = BatchGraph(self.weights, score, rule)
+                    if graph.right(x, self.weights, plainly, value=value, tensors=self._tensors):
+                        _BATCHES[key] = graph
+            found = _BATCHES[key]
+        return None if found is None else found.bound(self.weights, ("x",), value, self._tensors)
+
+    def _scoring(self, rule: str) -> Score | None:
+        return self._order if rule == "top-k" else self._score
+
+    def _layout(self) -> tuple[object, ...]:
+        """Return how the tensors lie in memory."""
+        tensors = [t for t in (*self._front, *self._tensors) if t is not None]
+        return tuple((t.dtype, t.shape, t.stride()) for t in tensors)
+
     def _pays(self, rule: str, number: float) -> bool:
         weights = self.weights
         if rule == "top-k":
@@ -161,13 +198,12 @@ class Decoder:
         """Return the graph of all layers that compute alike, once it gave a right output."""
         if rule not in RULES or not self._pays(rule, number):
             return None
-        tensors = [t for t in (*self._front, *self._tensors) if t is not None]
-        layout = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
-        key = (self._score, rule, layout, *facts(x, self.weights))
+        score = self._scoring(rule)
+        key = (score, rule, self._layout(), *facts(x, self.weights))
         with _LOCK:
             if key not in _DECODERS:
                 wanted = compile_wanted(self.weights)
-                graph = Graph(self.weights, self._score, rule) if wanted else None
+                graph = Graph(self.weights, score, rule) if wanted else None
                 right = graph is not None and self._right(graph, x, rule, number)
                 _DECODERS[key] = graph if right else None
             return _DECODERS[key]
@@ -199,11 +235,26 @@ def decode_step(
     Returns:
         The output [1, d] and the mask of the experts that made it, bool [1, E].
     """
+    return decoder(x, rule, number) if x.shape[0] == 1 and _takes(decoder, x) else None
+
+
+def batch_step(
+    x: Tensor, decoder: Decoder, rule: str, number: float, plainly: Run
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `decode_step` does for several tokens, x [T, d] to [T, d] and [T, E].
+
+    Everything runs and what is not selected is zeroed: for cases where no other path would pay.
+
+    Args:
+        plainly: the same uncompiled.
+    """
+    return decoder(x, rule, number, plainly) if _takes(decoder, x) else None
+
+
+def _takes(decoder: Decoder, x: Tensor) -> bool:
     decoder.refresh()
     ordinary = type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.dtype == decoder.dtype
-    if not ordinary or x.shape[0] != 1 or not decoder.plain or not unrecorded():
-        return None
-    return decoder(x, rule, number)
+    return ordinary and decoder.plain and unrecorded()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -39,7 +39,7 @@ else:
 
 from .adaptive_batch import batch
 from .adaptive_compiled import COMPILED_LIMIT, compiles, gather
-from .adaptive_decode import Decoder, decode_step
+from .adaptive_decode import Decoder, batch_step, decode_step
 from .adaptive_gather import (
     ExpertWeights,
     plain,
@@ -49,7 +49,15 @@ from .adaptive_gather import (
 )
 from .adaptive_layout import check_rows, neuron_major, pack, prepare, rows_of
 
-__all__ = ["Decoder", "ExpertWeights", "decode_step", "pack", "prepare", "run_experts"]
+__all__ = [
+    "Decoder",
+    "ExpertWeights",
+    "decode_step",
+    "pack",
+    "prepare",
+    "run_experts",
+    "run_routed",
+]
 
 #: interface of `adaconvert.kernels.dispatch` this file calls; another one is not used.
 KERNELS_API = 1
@@ -121,7 +129,47 @@ def run_experts(
     return _dense(x, weights, None if whole else mask, gated, weights_per_expert)
 
 
+def run_routed(
+    x: Tensor, decoder: Decoder, rule: str, number: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return what `run_experts` would, router and selection included, as one compiled graph.
+
+    None where that is not possible or another path may be faster; the caller scores, selects and
+    calls `run_experts`.
+
+    Args:
+        x: [T, d].
+        decoder: of the network.
+        rule: "top-k", "dynamic-k" or "threshold", as in `adaptive_select`.
+        number: k, tau or threshold.
+
+    Returns:
+        The output [T, d] and the mask of the experts that made it, bool [T, E]; of one token only
+        these are computed, of several all.
+    """
+    if x.shape[0] == 1:
+        return decode_step(x, decoder, rule, number)
+    if not _runs_whole(x.shape[0], decoder.weights, rule, number):
+        return None
+    check_rows(decoder.weights.down)
+    return batch_step(x, decoder, rule, number, _plainly)
+
+
 # -- which path
+
+
+def _runs_whole(tokens: int, weights: ExpertWeights, rule: str, number: float) -> bool:
+    """Return whether the rule alone says that all of the network runs, whatever is selected."""
+    if rule != "top-k":
+        # few tokens that share few experts gather
+        return GATHER_TOKENS < tokens < UNION[-1][0]
+    neurons = weights.shared + int(number) * weights.width
+    if tokens <= GATHER_TOKENS:
+        return tokens * neurons > GATHER_LIMIT[0] * weights.up.shape[0]
+    least = max([most for start, most in UNION if tokens >= start], default=0.0)
+    if tokens >= GROUPED_TOKENS:
+        least = max(least, GROUPED_LIMIT)
+    return int(number) > least * weights.count
 
 
 def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:

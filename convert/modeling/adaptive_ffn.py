@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .adaptive_context import Call, SiteAccount, current
 from .adaptive_costs import matrix_size
 from .adaptive_decode import RULES as DECODED
-from .adaptive_execution import Decoder, ExpertWeights, decode_step, run_experts
+from .adaptive_execution import Decoder, ExpertWeights, run_experts, run_routed
 from .adaptive_gather import unrecorded
 from .adaptive_knobs import neuron_flops
 from .adaptive_routers import Router, grouped, make_router
@@ -126,14 +126,16 @@ class AdaptiveFFN(nn.Module):
     def _routed(self, call: Call, select: Mapping[str, Any], hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         real = call.flat_mask(x.shape[0])
-        if x.shape[0] == 1 and real is None and not call.collected:
-            decoded = self._decoded(x, select)
-            if decoded is not None:
-                out, chosen = decoded
-                if call.account is not None:
+        if real is None and not call.collected:
+            found = self._in_one(x, select)
+            if found is not None:
+                out, chosen = found
+                if call.account is not None and not call.recomputing:
                     spec = self.adaptive_spec
-                    executed = int(chosen.sum()) * spec["experts"]["width"]
-                    self._count(call, chosen, None, executed + spec.get("shared", 0))
+                    pairs = len(x) * spec["intermediate"]
+                    if len(x) == 1:
+                        pairs = int(chosen.sum()) * spec["experts"]["width"] + spec.get("shared", 0)
+                    self._count(call, chosen, None, pairs)
                 return self._after(out).reshape(*hidden_states.shape[:-1], out.shape[-1])
         exact = select["rule"] == "top-k"
         gated, scores = self._scores(x, order_only=exact and not call.collected)
@@ -149,8 +151,8 @@ class AdaptiveFFN(nn.Module):
             self._count(call, chosen, real, executed)
         return out.reshape(*hidden_states.shape[:-1], out.shape[-1])
 
-    def _decoded(self, x: Tensor, select: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """Return output and mask of one token by the compiled step; None where there is none."""
+    def _in_one(self, x: Tensor, select: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """Return output and mask by one compiled graph; None where there is none."""
         if self.router is None or select["rule"] not in DECODED or not x.is_cpu:
             return None
         if not unrecorded() or not self._all_untouched():
@@ -158,7 +160,7 @@ class AdaptiveFFN(nn.Module):
         decoder = self._decoder(self.router)
         if decoder is None:
             return None
-        return decode_step(x, decoder, select["rule"], select[str(RULES[select["rule"]])])
+        return run_routed(x, decoder, select["rule"], select[str(RULES[select["rule"]])])
 
     def _decoder(self, router: Router) -> Decoder | None:
         """Return what compiles the step for the parameters as they are, None where nothing can."""
@@ -356,7 +358,10 @@ class AdaptiveFFN(nn.Module):
         return {role: size[1] for role, size in sizes.items() if size is not None}
 
     def _router_tensors(self) -> list[Tensor]:
-        return [] if self.router is None else [*self.router.parameters(), *self.router.buffers()]
+        if self.router is None:
+            return []
+        own = vars(self.router)
+        return [*own["_parameters"].values(), *own["_buffers"].values()]
 
     def _count(self, call: Call, chosen: Tensor, real: Tensor | None, executed: int) -> None:
         spec = self.adaptive_spec

@@ -70,7 +70,7 @@ class ExpertWeights:
         return plain(self)
 
     @functools.cached_property
-    def graphs(self) -> dict[tuple[object, ...], Run | None]:
+    def graphs(self) -> dict[tuple[object, ...], Callable[..., tuple[Tensor, ...]] | None]:
         """Return where what was compiled for these matrices is kept at hand."""
         return {}
 

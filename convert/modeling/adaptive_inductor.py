@@ -38,52 +38,50 @@ class Inductor:
         return self._made
 
     def bound(
-        self, named: Mapping[str, Tensor | None], size: int
-    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
-        """Return what was compiled as a function of its first argument, which is called x.
+        self,
+        named: Mapping[str, Tensor | None],
+        size: int,
+        varying: Sequence[str] = ("x",),
+    ) -> Callable[..., tuple[Tensor, ...]] | None:
+        """Return what was compiled as a function of some of its arguments.
 
         It checks nothing. None where the arguments are not recognised.
 
         Args:
             named: the other arguments by name; `tensors_0` is the first of `*tensors`.
-            size: the one size that was left open.
+            size: the size that the compiler knows nothing about.
+            varying: what the function takes; the size that was marked dynamic is the first's first.
         """
         made = self._made
-        if made is None or self._names[:1] != ["l_x_"]:
-            return None
-        given: list[Tensor | int] = []
-        for name in self._names[1:]:
-            # torch calls an argument l_<name>_ and an open size u<number>
-            tensor = named.get(name.removeprefix("l_").removesuffix("_"))
-            if isinstance(tensor, Tensor):
-                given.append(tensor)
-            elif name[:1] == "u" and name[1:].isdigit():
-                given.append(size)
-            else:
+        given: list[Any] = []
+        slots: list[tuple[int, int]] = []
+        lengths: list[int] = []
+        for place, called in enumerate(self._names):
+            # torch calls an argument l_<name>_, an open size u<number>, a dynamic one s<number>
+            name = called.removeprefix("l_").removesuffix("_")
+            open_size = name[:1] in ("u", "s") and name[1:].isdigit()
+            if name in varying:
+                slots.append((place, varying.index(name)))
+            elif open_size and name[0] == "s":
+                lengths.append(place)
+            elif not open_size and named.get(name) is None:
                 return None
-        rest = tuple(given)
-        return lambda x: tuple(made(x, *rest))
+            given.append(size if open_size else named.get(name))
+        if made is None or len(lengths) > 1:
+            return None
+        if slots == [(0, 0)] and not lengths:
+            rest = tuple(given[1:])
+            return lambda x: tuple(made(x, *rest))
 
-    def ordered(
-        self, arguments: Sequence[str]
-    ) -> tuple[Callable[..., Sequence[Tensor]], tuple[int, ...]]:
-        """Return what was compiled, and which of the arguments it takes in which place.
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            full = given.copy()
+            for place, which in slots:
+                full[place] = tensors[which]
+            for place in lengths:
+                full[place] = tensors[0].shape[0]
+            return tuple(made(*full))
 
-        It checks nothing.
-
-        Args:
-            arguments: names of the function's; after them comes the one size that was left open.
-
-        Raises:
-            ValueError: the arguments are not recognised.
-        """
-        places = {f"l_{name}_": place for place, name in enumerate(arguments)}
-        sizes = [name for name in self._names if name[:1] == "s" and name[1:].isdigit()]
-        if len(sizes) == 1:
-            places[sizes[0]] = len(arguments)
-        if self._made is None or any(name not in places for name in self._names):
-            raise ValueError(f"compiled with arguments {self._names}")
-        return self._made, tuple(places[name] for name in self._names)
+        return run
 
 
 def compiled(function: Callable[..., Any], name: str, backend: Inductor) -> Callable[..., Any]:

@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaconvert.kernels.reference import expert_ffn
-from adaconvert.modeling import adaptive_batch, adaptive_compiled
-from adaconvert.modeling.adaptive_execution import ExpertWeights, run_experts
+from adaconvert.modeling import adaptive_batch, adaptive_compiled, adaptive_decode
+from adaconvert.modeling.adaptive_execution import (
+    Decoder,
+    ExpertWeights,
+    run_experts,
+    run_routed,
+)
+from adaconvert.modeling.adaptive_layout import keep_rows
 from adaconvert.modeling.adaptive_routers import AnalyticRouter, ContributionRouter, LinearRouter
 from adaconvert.modeling.adaptive_select import select_experts
 
@@ -31,7 +37,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing compiled yet; even tiny matrices are."""
     monkeypatch.setenv("ADACONVERT_COMPILE", "1")
     torch._dynamo.reset()
-    monkeypatch.setattr(adaptive_batch, "_BATCHES", {})
+    for module in (adaptive_batch, adaptive_decode):
+        monkeypatch.setattr(module, "_BATCHES", {})
 
 
 @pytest.fixture
@@ -122,6 +129,12 @@ def test_a_gate_that_is_known_is_not_run_again_and_what_is_not_selected_may_be_i
     assert None not in adaptive_batch._BATCHES.values()
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Something runs in place of every compiled graph."""
+    monkeypatch.setattr(adaptive_batch, "compiled", lambda *_: lambda *_: None)
+    monkeypatch.setattr(adaptive_batch.BatchGraph, "bound", lambda *_: run)
+
+
 @pytest.mark.usefixtures("inference")
 @pytest.mark.parametrize("when", ["made", "run"])
 def test_a_graph_that_fails_costs_nothing_but_speed(
@@ -130,19 +143,14 @@ def test_a_graph_that_fails_costs_nothing_but_speed(
     def broken(*_: object) -> Any:
         raise RuntimeError("no compiler")
 
-    def made(*_: object) -> Any:
-        if when == "made":
-            broken()
-        calls: list[int] = []
-
-        def run(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
-            calls.append(1)
-            return expected(x, weights, mask).float() if len(calls) == 1 else broken()
-
-        return run
-
-    monkeypatch.setattr(adaptive_batch, "_made", made)
     weights = network(torch.float32)
+    calls: list[int] = []
+
+    def run(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        calls.append(1)
+        return (expected(x, weights, mask).float(),) if len(calls) == 1 else broken()
+
+    stand_in(monkeypatch, broken if when == "made" else run)
     x, mask = inputs(torch.float32, 5)
     for _ in range(3):
         out, _ = run_experts(x, weights, mask, path="dense")
@@ -153,7 +161,7 @@ def test_a_graph_that_fails_costs_nothing_but_speed(
 
 @pytest.mark.usefixtures("inference")
 def test_a_graph_with_another_output_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptive_batch, "_made", lambda x, *_: lambda *_: torch.zeros_like(x))
+    stand_in(monkeypatch, lambda x, mask: (torch.zeros_like(x),))
     weights = network(torch.float32)
     x, mask = inputs(torch.float32, 5)
     out, _ = run_experts(x, weights, mask, path="dense")
@@ -177,6 +185,90 @@ def test_gradients_are_recorded_uncompiled() -> None:
     out, _ = run_experts(x.requires_grad_(), weights, mask)
     assert out.requires_grad
     assert not adaptive_batch._BATCHES
+
+
+ROUTERS: dict[str, Any] = {
+    "linear": lambda: LinearRouter(HIDDEN, EXPERTS, normalised=False),
+    "contribution": lambda: ContributionRouter(HIDDEN, EXPERTS, width=8),
+}
+
+
+def routed(kind: str, weights: ExpertWeights) -> Decoder:
+    generator = torch.Generator().manual_seed(1)
+    router = ROUTERS[kind]()
+    for parameter in router.parameters():
+        parameter.data.normal_(generator=generator)
+    return Decoder(weights, router.requires_grad_(False))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("inference")
+@pytest.mark.parametrize(
+    ("kind", "rule", "name", "values", "lengths"),
+    [
+        ("linear", "top-k", "k", [3, 5], (2, 5, HIDDEN, 100)),
+        ("contribution", "dynamic-k", "tau", [0.2, 0.7], (5, 7)),
+    ],
+)
+def test_router_selection_and_network_are_one_graph(
+    kind: str, rule: str, name: str, values: list[float], lengths: tuple[int, ...]
+) -> None:
+    before = len(adaptive_compiled._STEPS)
+    for seed in range(2):
+        weights = network(torch.float32, seed, shared=2 * seed)
+        decoder = routed(kind, weights)
+        for value in values:
+            for tokens in lengths:
+                x, _ = inputs(torch.float32, tokens)
+                found = run_routed(x, decoder, rule, value)
+                assert found is not None, (value, tokens)
+                router = decoder._score
+                assert router is not None
+                scores = router(x, *decoder._tensors)
+                assert torch.equal(found[1], select_experts(scores, {"rule": rule, name: value}))
+                wanted = expected(x, weights, found[1])
+                assert (found[0].double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert len(adaptive_compiled._STEPS) == before + 2, "one for each width of the shared part"
+
+
+@pytest.mark.usefixtures("inference")
+@pytest.mark.parametrize(
+    ("rule", "number", "tokens"),
+    [("top-k", 1, 3), ("top-k", 2, 100), ("top-k", 1, 8), ("dynamic-k", 0.5, 8), ("top-p", 0.5, 6)],
+)
+def test_where_less_than_all_may_run_it_is_not_one_graph(
+    rule: str, number: float, tokens: int
+) -> None:
+    x, _ = inputs(torch.float32, tokens)
+    assert run_routed(x, routed("linear", network(torch.float32)), rule, number) is None
+    assert not adaptive_decode._BATCHES
+
+
+@pytest.mark.usefixtures("inference")
+def test_a_graph_that_fails_leaves_the_rest_to_the_caller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Any:
+        raise RuntimeError("no compiler")
+
+    stand_in(monkeypatch, broken)
+    decoder = routed("linear", network(torch.float32))
+    for _ in range(2):
+        assert run_routed(inputs(torch.float32, 5)[0], decoder, "top-k", 4) is None
+    assert caplog.text.count("no compiler") == 1
+
+
+def test_rows_of_a_matrix_written_behind_torch_s_back_are_dropped() -> None:
+    weights = network(torch.float32)
+    down = nn.Parameter(weights.down, requires_grad=False)
+    weights = dataclasses.replace(weights, down=down)
+    decoder = routed("linear", weights)
+    assert keep_rows(down)
+    down.data.add_(1)
+    with torch.no_grad():
+        run_routed(inputs(torch.float32, 5)[0], decoder, "top-k", 4)
+    assert keep_rows(down), "there was no copy any more"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

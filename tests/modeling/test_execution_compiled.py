@@ -350,6 +350,10 @@ def test_arguments_that_are_not_recognised_are_not_bound() -> None:
     assert bound(torch.zeros(1))[2] == 5
     assert backend.bound({"down": torch.ones(2)}, 5) is None
     backend._names = ["s7", "l_x_"]
+    several = backend.bound({}, 5)
+    assert several is not None
+    assert several(torch.zeros(3, 2))[0] == 3
+    backend._names = ["s7", "s8", "l_x_"]
     assert backend.bound({}, 5) is None
 
 

@@ -40,7 +40,7 @@ def test_decoding_follows_a_matrix_that_gets_other_memory(
     def step(x: Any, decoder: Any, rule: str, number: float) -> None:
         seen.append(decoder.weights)
 
-    monkeypatch.setattr(adaptive_ffn, "decode_step", step)
+    monkeypatch.setattr(adaptive_ffn, "run_routed", step)
     path, site = next(iter(model.adaptive_sites().items()))
     x = torch.ones(1, 1, site.adaptive_spec["hidden"])
     weight = site.gate_up_proj.weight
@@ -61,7 +61,7 @@ def test_an_adapter_that_goes_leaves_decoding_as_it_was(
     peft = pytest.importorskip("peft")
     model: Any = load_model(make_adaptive(dense, tmp_path / "adaptive"), dtype="float32")
     seen: list[Any] = []
-    monkeypatch.setattr(adaptive_ffn, "decode_step", lambda *a: seen.append(a))
+    monkeypatch.setattr(adaptive_ffn, "run_routed", lambda *a: seen.append(a))
     token = torch.tensor([[5]])
     with model.set_select("top-k", k=2), torch.no_grad():
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
