@@ -11,7 +11,7 @@ Shapes: T tokens, d hidden size, f neurons, E experts, m = neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,59 +22,19 @@ from transformers.pytorch_utils import Conv1D
 from .adaptive_context import Call, SiteAccount, current
 from .adaptive_costs import matrix_size
 from .adaptive_decode import RULES as DECODED
-from .adaptive_execution import Decoder, ExpertWeights, run_experts, run_routed
+from .adaptive_execution import (
+    Decoder,
+    ExpertWeights,
+    gathered_pairs,
+    run_experts,
+    run_routed,
+)
 from .adaptive_gather import unrecorded
 from .adaptive_knobs import neuron_flops
 from .adaptive_routers import Router, grouped, make_router
 from .adaptive_schema import RULES
 from .adaptive_select import runs_all, select_experts
-
-_PLAIN = (nn.Linear, Conv1D)
-
-
-def _is_untouched(child: nn.Module) -> bool:
-    """Return whether a module is a plain matrix whose weight says all it does: no adapter, no
-    quantisation, no hook, no forward of its own (offloading replaces it), and weights at hand."""
-    # `vars`: each look-up through a module costs microseconds, and every pass makes dozens of them
-    own = vars(child)
-    if type(child) not in _PLAIN or "forward" in own or "_hf_hook" in own:
-        return False
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
-        return False
-    weight: Any = own["_parameters"].get("weight")
-    return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-
-
-def _tensors_of(children: Iterable[nn.Module]) -> list[Any]:
-    """Return the weight and the bias of each, None where there is none."""
-    found: list[Any] = []
-    for child in children:
-        own = vars(child)["_parameters"]
-        found += [own.get("weight"), own.get("bias")]
-    return found
-
-
-class _Made:
-    """What was made of parameters, None where nothing could be, and the parameters.
-
-    It may hold views of them, which stay behind when a parameter gets other memory.
-    """
-
-    def __init__(self, made: Any, tensors: list[Any]) -> None:
-        self.made = made
-        self._tensors = tensors
-        self._pointers = self._places(tensors)
-
-    def holds(self, tensors: list[Any]) -> bool:
-        """Return whether these are those parameters, where they were."""
-        for one, other in zip(self._tensors, tensors, strict=True):
-            if one is not other:
-                return False
-        return self._pointers == self._places(tensors)
-
-    def _places(self, tensors: list[Any]) -> list[int]:
-        # where nothing was made nothing was read, and quantised tensors may have no address
-        return [] if self.made is None else [t.data_ptr() for t in tensors if t is not None]
+from .adaptive_tensors import Made, is_untouched, tensors_of
 
 
 class AdaptiveFFN(nn.Module):
@@ -131,11 +91,7 @@ class AdaptiveFFN(nn.Module):
             if found is not None:
                 out, chosen = found
                 if call.account is not None and not call.recomputing:
-                    spec = self.adaptive_spec
-                    pairs = len(x) * spec["intermediate"]
-                    if len(x) == 1:
-                        pairs = int(chosen.sum()) * spec["experts"]["width"] + spec.get("shared", 0)
-                    self._count(call, chosen, None, pairs)
+                    self._count(call, chosen, None, self._pairs(chosen))
                 return self._after(out).reshape(*hidden_states.shape[:-1], out.shape[-1])
         exact = select["rule"] == "top-k"
         gated, scores = self._scores(x, order_only=exact and not call.collected)
@@ -153,8 +109,13 @@ class AdaptiveFFN(nn.Module):
 
     def _in_one(self, x: Tensor, select: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """Return output and mask by one compiled graph; None where there is none."""
-        if self.router is None or select["rule"] not in DECODED or not x.is_cpu:
+        if select["rule"] not in DECODED or not x.is_cpu:
             return None
+        if self.router is None:
+            # a graph does not round activations to 16 bits, so it would choose other neurons
+            exact = x.dtype in (torch.float32, torch.float64)
+            if self.adaptive_spec["router"]["kind"] != "gate" or not exact:
+                return None
         if not unrecorded() or not self._all_untouched():
             return None
         decoder = self._decoder(self.router)
@@ -162,7 +123,15 @@ class AdaptiveFFN(nn.Module):
             return None
         return run_routed(x, decoder, select["rule"], select[str(RULES[select["rule"]])])
 
-    def _decoder(self, router: Router) -> Decoder | None:
+    def _pairs(self, chosen: Tensor) -> int:
+        """Return how many (token, neuron) pairs the graph of `_in_one` has computed."""
+        weights = self._weights()
+        if len(chosen) > 1 or weights is None:
+            return len(chosen) * int(self.adaptive_spec["intermediate"])
+        known = self.router is None
+        return gathered_pairs(weights, [int(chosen.sum())], gate_known=known)
+
+    def _decoder(self, router: Router | None) -> Decoder | None:
         """Return what compiles the step for the parameters as they are, None where nothing can."""
 
         def make() -> Decoder | None:
@@ -174,15 +143,15 @@ class AdaptiveFFN(nn.Module):
 
     def _kept(self, name: str, tensors: list[Any], make: Callable[[], Any]) -> Any:
         """Return what was made of some parameters, made again where they changed."""
-        kept: dict[str, _Made] = self.__dict__.setdefault("adaptive_kept", {})
+        kept: dict[str, Made] = self.__dict__.setdefault("adaptive_kept", {})
         known = kept.get(name)
         if known is None or not known.holds(tensors):
-            known = kept[name] = _Made(make(), tensors)
+            known = kept[name] = Made(make(), tensors)
         return known.made
 
     def _own_tensors(self) -> list[Any]:
         """Return the parameters a compiled step is made of, to notice when one is replaced."""
-        return [*_tensors_of(self._matrices()), *self._router_tensors()]
+        return [*tensors_of(self._matrices()), *self._router_tensors()]
 
     def _matrices(self) -> list[Any]:
         """Return the modules of the matrices that are this network's own."""
@@ -190,7 +159,7 @@ class AdaptiveFFN(nn.Module):
         return [own[name] for name in self.adaptive_spec["weights"].values()]
 
     def _all_untouched(self) -> bool:
-        return all(map(_is_untouched, self._matrices()))
+        return all(map(is_untouched, self._matrices()))
 
     def _scores(self, x: Tensor, *, order_only: bool = False) -> tuple[Tensor | None, Tensor]:
         """Return the activated gate where the router computes it, [T, f], and scores [T, E], or
@@ -234,7 +203,7 @@ class AdaptiveFFN(nn.Module):
         names = self.adaptive_spec["weights"]
         if "gate_up" in names:
             child = getattr(self, names["gate_up"])
-            if type(child) is nn.Linear and _is_untouched(child):
+            if type(child) is nn.Linear and is_untouched(child):
                 # up runs for the chosen neurons alone
                 weight, bias = child.weight.chunk(2)[0], child.bias
                 return nn.functional.linear(x, weight, None if bias is None else bias.chunk(2)[0])
@@ -272,7 +241,7 @@ class AdaptiveFFN(nn.Module):
         found = {}
         for role, name in self.adaptive_spec["weights"].items():
             child = getattr(self, name)
-            if not _is_untouched(child):
+            if not is_untouched(child):
                 return None
             weight = child.weight.T if type(child) is Conv1D else child.weight
             found[role] = (weight, child.bias)
@@ -283,9 +252,9 @@ class AdaptiveFFN(nn.Module):
         if "down" not in self.adaptive_spec["weights"]:
             return None
         children = self._matrices()
-        if not all(map(_is_untouched, children)):
+        if not all(map(is_untouched, children)):
             return None
-        found: ExpertWeights = self._kept("weights", _tensors_of(children), self._new_weights)
+        found: ExpertWeights = self._kept("weights", tensors_of(children), self._new_weights)
         return found
 
     def _new_weights(self) -> ExpertWeights:
@@ -316,7 +285,7 @@ class AdaptiveFFN(nn.Module):
         """Return the norm of each neuron's output column, [f]; ones where the down projection is no
         matrix at hand (quantised, offloaded), so that the oracle then knows hidden units alone."""
         down = self._down()
-        if down is None or not _is_untouched(down):
+        if down is None or not is_untouched(down):
             return torch.ones(self.adaptive_spec["intermediate"], device=device)
         weight: Any = down.weight if type(down) is nn.Linear else down.weight.T
         norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=0)
