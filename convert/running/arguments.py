@@ -65,12 +65,14 @@ class Training:
     Attributes:
         words: its budget.
         memory: bytes it needs.
+        kept: bytes on disk of checkpoints to resume from, while it runs.
         flops: of the whole of it.
         warning: why it will be refused on this machine, '' when nothing is known to be in the way.
     """
 
     words: str
     memory: int
+    kept: int
     flops: int
     warning: str
 
@@ -101,6 +103,7 @@ def training(stage: Stage, job: Job, where: str) -> Training:
         return Training(
             words=f"{words}, trains {', '.join(config.train)}",
             memory=planned.needed,
+            kept=planned.kept,
             flops=tokens * _passes(config) * forward(item, config.seq_len),
             warning=planned.warning,
         )

@@ -41,6 +41,7 @@ class StagePlan:
         status: `UNCHANGED`, `RESUME`, `TO_DO` or `SKIPPED`.
         does: what it will do, in a few words.
         disk: bytes it writes, 0 for next to none.
+        kept: bytes of checkpoints to resume from; they go when it is done.
         memory: bytes it needs, None when that is not known.
         flops: of its training, 0 when it trains nothing.
         exactness: of its result, '' when its verb promises none.
@@ -55,6 +56,7 @@ class StagePlan:
     status: str
     does: str
     disk: int = 0
+    kept: int = 0
     memory: int | None = None
     flops: int = 0
     exactness: str = ""
@@ -71,6 +73,7 @@ class StagePlan:
             "status": self.status,
             "does": self.does,
             "disk_bytes": self.disk,
+            "temporary_bytes": self.kept,
             "memory_bytes": self.memory,
             "training_flops": self.flops,
             "exactness": self.exactness or None,
@@ -83,6 +86,8 @@ class StagePlan:
         """Return the plan as text."""
         held = "has" if self.status == UNCHANGED else "writes"
         sizes = [f"{held} {human_bytes(self.disk)}"] if self.disk else []
+        if self.kept and self.status in (TO_DO, RESUME):
+            sizes += [f"keeps up to {human_bytes(self.kept)} to resume from"]
         sizes += [f"needs {human_bytes(self.memory)} of memory"] if self.memory else []
         sizes += [f"trains for {self.flops:.2g} FLOPs"] if self.flops else []
         sizes += [self.exactness] if self.exactness else []
@@ -122,6 +127,16 @@ class Outline:
         """Return the bytes that stages still to run write."""
         return sum(stage.disk for stage in self.stages if stage.status in (TO_DO, RESUME))
 
+    @property
+    def peak(self) -> int:
+        """Return the most bytes that are there at a time of what stages still to run write."""
+        written, most = 0, 0
+        for stage in self.stages:
+            if stage.status in (TO_DO, RESUME):
+                written += stage.disk
+                most = max(most, written + stage.kept)
+        return most
+
     def to_json(self) -> dict[str, object]:
         """Return the plan as JSON data."""
         return {
@@ -130,6 +145,7 @@ class Outline:
             "source": self.source,
             "destination": self.destination.name,
             "disk_bytes": self.disk,
+            "peak_bytes": self.peak,
             "free_bytes": self.free,
             "missing": list(self.missing),
             "stages": [stage.to_json() for stage in self.stages],
@@ -141,7 +157,8 @@ class Outline:
         free = "" if self.free is None else f"; {human_bytes(self.free)} are free"
         rows = [f"{name}: {title}", f"from {self.source} to {self.destination}", ""]
         rows += [line for stage in self.stages for line in stage.lines()]
-        rows += ["", f"writes {human_bytes(self.disk)} in {self.work}{free}"]
+        most = f", at most {human_bytes(self.peak)} at a time" if self.peak > self.disk else ""
+        rows += ["", f"writes {human_bytes(self.disk)} in {self.work}{most}{free}"]
         rows += [f"note: data.{name} is still to be given" for name in self.missing]
         return rows
 
@@ -293,6 +310,7 @@ class _Planner:
             made,
             disk=nbytes,
             does=found.words,
+            kept=found.kept,
             memory=found.memory,
             flops=found.flops,
             warnings=(found.warning,) if found.warning else (),

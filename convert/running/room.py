@@ -17,6 +17,7 @@ from adaconvert.train.config import FinetuneConfig
 from adaconvert.units import human_bytes
 
 if TYPE_CHECKING:
+    from adaconvert.train.memory import Need
     from adaconvert.train.memory_advice import Room
 
 
@@ -26,10 +27,12 @@ class PlannedMemory:
 
     Attributes:
         needed: bytes in each process.
+        kept: bytes on disk of the checkpoints to resume from, as many as there are at a time.
         warning: why that is more than there is, and which settings need less; '' when it fits.
     """
 
     needed: int
+    kept: int = 0
     warning: str = ""
 
 
@@ -48,7 +51,8 @@ def planned_memory(stage: Stage, item: Described, config: FinetuneConfig) -> Pla
     from adaconvert.train.sparsify import with_activation
 
     changed = with_activation(item.source.config, item.spec, config.sparsity.activation)
-    needed = need_for(item, config, changed=changed).total
+    need = need_for(item, config, changed=changed)
+    needed = need.total
     room = room_of(
         str(stage.options.get("device", FINETUNE["device"].default)),
         memory=stage.options.get("memory"),
@@ -64,7 +68,21 @@ def planned_memory(stage: Stage, item: Described, config: FinetuneConfig) -> Pla
             f"will be refused here: the model, {human_bytes(stored_bytes(item))}, is loaded "
             f"through this machine's memory, of which {human_bytes(room.host)} are free"
         )
-    return PlannedMemory(needed=needed, warning=warning)
+    return PlannedMemory(needed=needed, kept=_kept(need, config), warning=warning)
+
+
+def _kept(need: Need, config: FinetuneConfig) -> int:
+    """Return the bytes of the checkpoints to resume from: trained weights, which have the size of
+    their gradients, and the optimizer's state."""
+    from adaconvert.train.memory import spreads
+    from adaconvert.train.work import KEPT
+
+    if not config.save_steps:
+        return 0
+    one = sum(need.gradients.values()) + sum(need.optimizer.values())
+    one *= config.processes if spreads(config) else 1
+    # one more while the next is written
+    return one * min(KEPT + 1, config.total_steps // config.save_steps)
 
 
 def _advice(

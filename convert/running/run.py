@@ -71,16 +71,17 @@ def _final(job: Job, state: State) -> Path | None:
 
 
 def _check_room(planned: Outline) -> None:
-    """Return only when the disk holds what the stages will write.
+    """Return only when the disk holds what the stages will write, checkpoints to resume from
+    included.
 
     Raises:
         ResourceError: it does not.
     """
-    if planned.free is not None and planned.disk > planned.free:
+    if planned.free is not None and planned.peak > planned.free:
         raise not_enough_space(
             "the disk is too small for the stages of this recipe",
             escape(planned.work.name),
-            needed=planned.disk,
+            needed=planned.peak,
             free=planned.free,
             hint="Free some space, or name a folder on another disk with --work.",
         )

@@ -126,7 +126,7 @@ def _static(model: Any, config: FinetuneConfig, packed: Mapping[str, int], chose
     def add(kind: dict[str, int], part: str, count: int) -> None:
         kind[part] = kind.get(part, 0) + count
 
-    spread = config.processes if _spreads(config) else 1
+    spread = config.processes if spreads(config) else 1
     for name, parameter in model.named_parameters():
         part = part_of(plain_name(name), sites)
         size = parameter.numel() * parameter.element_size()
@@ -151,12 +151,13 @@ def _copies(model: Any, config: FinetuneConfig) -> int:
         size = parameter.numel() * parameter.element_size()
         if config.precision == "bf16" and parameter.requires_grad and parameter.dim() > 1:
             total += size // 2
-        if config.processes > 1 and parameter.requires_grad and not _spreads(config):
+        if config.processes > 1 and parameter.requires_grad and not spreads(config):
             total += size
-    return total + (max(_by_block(model).values(), default=0) if _spreads(config) else 0)
+    return total + (max(_by_block(model).values(), default=0) if spreads(config) else 0)
 
 
-def _spreads(config: FinetuneConfig) -> bool:
+def spreads(config: FinetuneConfig) -> bool:
+    """Return whether each process holds a part of what is trained."""
     return config.machine.sharded or config.machine.experts_over > 1
 
 
