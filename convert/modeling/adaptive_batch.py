@@ -11,14 +11,14 @@ Shapes: T tokens, d hidden size, f neurons, E experts.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .adaptive_compiled import agrees, choose, compile_wanted, facts, new_name, own_scores, report
-from .adaptive_gather import ExpertWeights, Run
+from .adaptive_gather import ExpertWeights, Run, observed
 from .adaptive_inductor import Inductor, compiled
 
 #: tokens of the batch a graph is traced with.
@@ -42,7 +42,7 @@ def batch(
         plainly: the same uncompiled, of the same arguments.
     """
     varying = [x, mask] if gated is None else [x, mask, gated]
-    if not all(tensor.is_contiguous() for tensor in varying):
+    if observed() or not all(tensor.is_contiguous() for tensor in varying):
         return plainly(x, weights, mask, gated)
     at_hand = weights.graphs
     case = (gated is None, torch.get_num_threads(), torch.is_inference_mode_enabled())
@@ -68,7 +68,7 @@ def _found(
             _BATCHES[key] = None
             if compile_wanted(weights):
                 graph = BatchGraph(weights, None, None)
-                if graph.right(x, weights, plainly, mask=mask, gated=gated):
+                if graph.right(weights, plainly, like={"x": x, "mask": mask, "gated": gated}):
                     _BATCHES[key] = graph
         graph_or_none = _BATCHES[key]
     if graph_or_none is None:
@@ -79,7 +79,8 @@ def _found(
 def layout(weights: ExpertWeights) -> tuple[object, ...]:
     """Return how the matrices lie in memory, which a graph is compiled for."""
     matrices = (weights.up if weights.gate is None else weights.gate, weights.up, weights.down)
-    return tuple(matrix.stride() for matrix in matrices)
+    # `down` may have more or fewer rows than tokens have numbers: a network in a projection's place
+    return tuple((matrix.shape, matrix.stride()) for matrix in matrices)
 
 
 class BatchGraph:
@@ -99,32 +100,30 @@ class BatchGraph:
 
     def right(
         self,
-        x: Tensor,
         weights: ExpertWeights,
         plainly: Run,
         *,
-        gated: Tensor | None = None,
-        mask: Tensor | None = None,
+        like: Mapping[str, Tensor | None],
         value: Tensor | None = None,
         tensors: Sequence[Tensor] = (),
     ) -> bool:
-        """Compile it, and return whether it gives what `plainly` does."""
-        # stand-ins, so that the graph does not depend on which batch was first
-        alike = [None if t is None else t.new_zeros(TRACED, t.shape[1]) for t in (x, gated, mask)]
-        for tensor in alike:
-            if tensor is not None:
-                torch._dynamo.decorators.mark_dynamic(tensor, 0)
-        given = {"x": x, "gated": gated, "mask": mask}
-        varying = [name for name, tensor in given.items() if tensor is not None]
+        """Compile it, and return whether it gives what `plainly` does.
+
+        Args:
+            like: "x", and "gated" and "mask" where they are given: random ones like them are
+                tried, so that nothing depends on which batch was first.
+        """
+        tried = {name: None if t is None else _stand_in(t) for name, t in like.items()}
+        varying = [name for name, tensor in tried.items() if tensor is not None]
+        x, gated, mask = (tried.get(name) for name in ("x", "gated", "mask"))
         try:
             with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-                self._step(alike[0], *_tensors(weights), *alike[1:], value, *tensors)
+                self._step(x, *_tensors(weights), gated, mask, value, *tensors)
             run = self.bound(weights, varying, value, tensors)
-            if run is None:
+            if run is None or x is None:
                 return False
-            out, *chosen = run(*[given[name] for name in varying])
-            own = mask if mask is not None else chosen[0]
-            return agrees(out, plainly(x, weights, own, gated))
+            out, *chosen = run(*[tried[name] for name in varying])
+            return agrees(out, plainly(x, weights, chosen[0] if mask is None else mask, gated))
         except Exception as error:
             report(error)
             return False
@@ -142,6 +141,15 @@ class BatchGraph:
         named |= {f"tensors_{i}": tensor for i, tensor in enumerate(tensors)}
         size = value.shape[0] if value is not None and value.dim() else 0
         return self._backend.bound(named, size, varying)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return random numbers like those of a tensor [T, n] for `TRACED` tokens, T left open."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(TRACED, tensor.shape[1], generator=generator)
+    made = drawn > 0 if tensor.dtype == torch.bool else drawn.to(tensor.dtype)
+    torch._dynamo.decorators.mark_dynamic(made, 0)
+    return made
 
 
 _WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")

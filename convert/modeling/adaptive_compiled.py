@@ -177,12 +177,27 @@ def _activation_key(activation: Activation) -> object:
     return activation if stateful else alike(activation)
 
 
+#: kinds of attributes that are equal where they do the same; gelu is a built-in function.
+_COMPARABLE = (int, float, str, types.FunctionType, types.BuiltinFunctionType)
+
+
+def _comparable(value: object) -> object:
+    """Return what is equal for attributes that do the same, None where that is not known."""
+    if isinstance(value, functools.partial):
+        # gelu's tanh form: every module has a partial of its own
+        settings = (*value.args, *sorted(value.keywords.items()))
+        known = (*value.args, *value.keywords.values())
+        return (value.func, settings) if all(isinstance(v, _COMPARABLE) for v in known) else None
+    return value if isinstance(value, _COMPARABLE) else None
+
+
 def alike(part: object) -> object:
     """Return what is equal for functions and modules that compute alike from their tensors."""
     if not isinstance(part, nn.Module):
         return part
-    own = {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
-    if not all(isinstance(v, (int, float, str, types.FunctionType)) for v in own.values()):
+    named = {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
+    own = {name: _comparable(value) for name, value in named.items()}
+    if None in own.values():
         return part
     children = tuple((name, alike(child)) for name, child in part.named_children())
     return (type(part), tuple(sorted(own.items())), children)

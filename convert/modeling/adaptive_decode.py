@@ -12,6 +12,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from .adaptive_compiled import (
     facts,
     report,
 )
-from .adaptive_gather import ExpertWeights, Run, plain, uncompiled, unrecorded
+from .adaptive_gather import ExpertWeights, Run, observed, plain, uncompiled, unrecorded
 from .adaptive_layout import find_rows
 from .adaptive_routers import Router
 
@@ -56,7 +57,9 @@ class Score:
         self._key = (alike(router), order_only)
         self._options = {"order_only": True} if order_only and isinstance(router, Router) else {}
         self._names = tuple(name for name, _ in _named(router))
-        self._router = copy.deepcopy(router).to("meta")
+        # tensors of `functional_call` may be no leaves, which cannot be copied
+        bare: dict[int, Any] = {id(t): t.detach().to("meta") for _, t in _named(router)}
+        self._router = copy.deepcopy(router, bare)
 
     def __call__(self, x: Tensor, *tensors: Tensor) -> Tensor:
         named = dict(zip(self._names, tensors, strict=True))
@@ -116,8 +119,11 @@ class Decoder:
         moved = [tensor.data_ptr() for tensor in self._watched] != self._pointers
         if self._rows is None:
             changed = find_rows(self.weights.down) is not None
-        else:
+        elif self._rows.sample is None:
             changed = not self._rows.hold(self.weights.down)
+        else:
+            # a copy that `check_rows` dropped looks as if it held still
+            changed = find_rows(self.weights.down) is not self._rows
         if moved or changed or len(self._steps) > _KEPT_STEPS:
             self._attach()
 
@@ -173,7 +179,8 @@ class Decoder:
                 _BATCHES[key] = None
                 if compile_wanted(self.weights):
                     graph = BatchGraph(self.weights, score, rule)
-                    if graph.right(x, self.weights, plainly, value=value, tensors=self._tensors):
+                    like, tensors = {"x": x}, self._tensors
+                    if graph.right(self.weights, plainly, like=like, value=value, tensors=tensors):
                         _BATCHES[key] = graph
             found = _BATCHES[key]
         return None if found is None else found.bound(self.weights, ("x",), value, self._tensors)
@@ -252,6 +259,8 @@ def batch_step(
 
 
 def _takes(decoder: Decoder, x: Tensor) -> bool:
+    if observed():
+        return False
     decoder.refresh()
     ordinary = type(x) is Tensor and x.is_cpu and x.is_contiguous() and x.dtype == decoder.dtype
     return ordinary and decoder.plain and unrecorded()

@@ -29,12 +29,12 @@ from .adaptive_execution import (
     run_experts,
     run_routed,
 )
-from .adaptive_gather import unrecorded
+from .adaptive_gather import observed, unrecorded
 from .adaptive_knobs import neuron_flops
 from .adaptive_routers import Router, grouped, make_router
 from .adaptive_schema import RULES
 from .adaptive_select import runs_all, select_experts
-from .adaptive_tensors import Made, is_untouched, tensors_of
+from .adaptive_tensors import Made, is_hooked, is_untouched, tensors_of
 
 
 class AdaptiveFFN(nn.Module):
@@ -116,7 +116,7 @@ class AdaptiveFFN(nn.Module):
             exact = x.dtype in (torch.float32, torch.float64)
             if self.adaptive_spec["router"]["kind"] != "gate" or not exact:
                 return None
-        if not unrecorded() or not self._all_untouched():
+        if not unrecorded() or observed() or not self._all_untouched():
             return None
         decoder = self._decoder(self.router)
         if decoder is None:
@@ -143,6 +143,9 @@ class AdaptiveFFN(nn.Module):
 
     def _kept(self, name: str, tensors: list[Any], make: Callable[[], Any]) -> Any:
         """Return what was made of some parameters, made again where they changed."""
+        if torch.compiler.is_compiling() or observed():
+            # stand-ins for parameters have no address
+            return make()
         kept: dict[str, Made] = self.__dict__.setdefault("adaptive_kept", {})
         known = kept.get(name)
         if known is None or not known.holds(tensors):
@@ -159,7 +162,8 @@ class AdaptiveFFN(nn.Module):
         return [own[name] for name in self.adaptive_spec["weights"].values()]
 
     def _all_untouched(self) -> bool:
-        return all(map(is_untouched, self._matrices()))
+        hooked = self.router is not None and is_hooked(self.router)
+        return not hooked and all(map(is_untouched, self._matrices()))
 
     def _scores(self, x: Tensor, *, order_only: bool = False) -> tuple[Tensor | None, Tensor]:
         """Return the activated gate where the router computes it, [T, f], and scores [T, E], or
@@ -253,6 +257,8 @@ class AdaptiveFFN(nn.Module):
             return None
         children = self._matrices()
         if not all(map(is_untouched, children)):
+            # what was made of matrices that are quantised or wrapped now would keep them alive
+            self.__dict__.pop("adaptive_kept", None)
             return None
         found: ExpertWeights = self._kept("weights", tensors_of(children), self._new_weights)
         return found

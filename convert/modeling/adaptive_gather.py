@@ -93,6 +93,15 @@ def unrecorded() -> bool:
     return not watched and not torch.is_autocast_enabled("cpu")
 
 
+def observed() -> bool:
+    """Return whether somebody looks at each operation: a dispatch mode (`FlopCounterMode`,
+    `make_fx`), `torch.jit.trace`, a transform of `torch.func` or forward derivatives. They do not
+    see into a compiled graph that is called without torch's wrapper."""
+    counted = torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    derived = torch.autograd.forward_ad._current_level >= 0
+    return counted or derived or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def selected_rows(mask: Tensor, width: int, shared: int) -> Tensor:
     """Return the rows of the shared neurons and of the selected experts' neurons, [E] -> [n]."""
     rows = mask.nonzero().view(-1)

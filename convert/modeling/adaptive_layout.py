@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 #: dtypes whose `linear` stays usable on a re-laid matrix; float16 loses a factor of 7 to 100.
 PACKED = (torch.float32, torch.bfloat16, torch.float64)
-#: rows and columns of a matrix whose crossings are looked at before several tokens run.
-SAMPLED = (4, 16)
+#: numbers of a matrix, along its diagonal, that are looked at before several tokens run.
+SAMPLED = 64
 
 
 def prepare(model: Any, *, in_place: bool = False) -> int:
@@ -110,8 +110,9 @@ def keep_rows(down: nn.Parameter) -> bool:
         return False
     with torch.no_grad():
         rows = down.detach().t().contiguous()
-    apart, first = -(-down.shape[0] // SAMPLED[0]), down.shape[1] // 2
-    seen = down.detach()[::apart, first : first + SAMPLED[1]]
+    # along the diagonal: a write to some rows or to some experts' columns alone meets it too
+    count = max(1, min(SAMPLED, *down.shape))
+    seen = down.detach()[:: down.shape[0] // count, :: down.shape[1] // count].diagonal()
     own = Rows(rows, down.data_ptr(), _version(down), (seen, seen.clone()))
     key = id(down)
     _KEPT[key] = (weakref.ref(down, lambda _: _KEPT.pop(key, None)), own)

@@ -16,12 +16,17 @@ def is_untouched(child: nn.Module) -> bool:
     quantisation, no hook, no forward of its own (offloading replaces it), and weights at hand."""
     # `vars`: each look-up through a module costs microseconds, and every pass makes dozens of them
     own = vars(child)
-    if type(child) not in _PLAIN or "forward" in own or "_hf_hook" in own:
-        return False
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+    if type(child) not in _PLAIN or is_hooked(child):
         return False
     weight: Any = own["_parameters"].get("weight")
     return isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether more or something else than the forward of its class runs."""
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+    return bool(hooks) or "forward" in own or "_hf_hook" in own
 
 
 def tensors_of(children: Iterable[nn.Module]) -> list[Any]:
@@ -46,6 +51,9 @@ class Made:
 
     def holds(self, tensors: list[Any]) -> bool:
         """Return whether these are those parameters, where they were."""
+        # a parametrised or adapted router has fewer of its own
+        if len(self._tensors) != len(tensors):
+            return False
         for one, other in zip(self._tensors, tensors, strict=True):
             if one is not other:
                 return False

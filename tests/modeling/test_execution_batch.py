@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.activations import ACT2FN
 
 from adaconvert.kernels.reference import expert_ffn
 from adaconvert.modeling import adaptive_batch, adaptive_compiled, adaptive_decode
@@ -291,3 +295,63 @@ def test_cheaper_numbers_order_experts_as_scores_do(router: Any, dtype: torch.dt
         select = {"rule": "top-k", "k": k}
         ranked = select_experts(router(x, order_only=True).detach(), select)
         assert torch.equal(ranked, select_experts(router(x).detach(), select))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("inference")
+def test_networks_with_other_outputs_do_not_share_a_graph() -> None:
+    for rows in (HIDDEN, HIDDEN // 2, 2 * HIDDEN):
+        weights = network(torch.float32)
+        generator = torch.Generator().manual_seed(rows)
+        down = torch.randn(rows, weights.down.shape[1], generator=generator)
+        weights = dataclasses.replace(weights, down=down)
+        x, mask = inputs(torch.float32, 6)
+        out, _ = run_experts(x, weights, mask, path="dense")
+        wanted = expected(x, weights, mask)
+        assert out.shape == wanted.shape
+        assert (out.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh"])
+def test_layers_with_an_activation_of_their_own_share_a_graph(name: str) -> None:
+    x, mask = inputs(torch.float32, 6)
+    with torch.no_grad():
+        for seed in range(2):
+            weights = dataclasses.replace(network(torch.float32, seed), activation=ACT2FN[name])
+            run_experts(x, weights, mask, path="dense")
+    assert len(adaptive_batch._BATCHES) == 1
+    assert None not in adaptive_batch._BATCHES.values()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_whoever_looks_at_operations_sees_them() -> None:
+    weights = network(torch.float32)
+    x, mask = inputs(torch.float32, 6)
+
+    def run(x: Tensor) -> Tensor:
+        return run_experts(x, weights, mask, path="dense")[0]
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as flops:
+            run(x)
+        return int(flops.get_total_flops())
+
+    with torch.no_grad():
+        assert counted() == 3 * 2 * len(x) * HIDDEN * EXPERTS * WIDTH
+        assert not adaptive_batch._BATCHES, "not given up for what looks on"
+        run(x)
+        assert None not in adaptive_batch._BATCHES.values()
+        assert counted() == 3 * 2 * len(x) * HIDDEN * EXPERTS * WIDTH
+        other = x.flip(0)
+        wanted = expected(other, weights, mask)
+        traced = make_fx(run)(x)(other)
+        assert (traced.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        both = torch.func.vmap(run)(torch.stack([x, other]))[1]
+        assert (both.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+        with forward_ad.dual_level():
+            found = run(forward_ad.make_dual(x, torch.ones_like(x)))
+            assert forward_ad.unpack_dual(found).tangent is not None

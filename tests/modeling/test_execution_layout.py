@@ -14,7 +14,7 @@ from torch import nn
 
 from adaconvert.modeling import adaptive_layout
 from adaconvert.modeling.adaptive_execution import ExpertWeights, pack, prepare, run_experts
-from adaconvert.modeling.adaptive_layout import keep_rows, neuron_major, rows_of
+from adaconvert.modeling.adaptive_layout import check_rows, keep_rows, neuron_major, rows_of
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
@@ -230,3 +230,13 @@ def test_prepared_models_compute_and_save_the_same(
         saved = safetensors.torch.load_file(tmp_path / "saved" / file.name)
         for name, value in safetensors.torch.load_file(file).items():
             assert torch.equal(saved[name], value), name
+
+
+@pytest.mark.parametrize("part", [0, 3, 7])
+def test_a_change_of_one_expert_through_data_is_noticed_when_many_tokens_run(part: int) -> None:
+    """As the adapter of a single expert is merged."""
+    down = nn.Parameter(torch.randn(96, 256))
+    assert keep_rows(down)
+    down.data[:, 32 * part : 32 * (part + 1)] += 1
+    check_rows(down)
+    assert rows_of(down) is None

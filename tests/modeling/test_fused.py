@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaconvert.modeling import adaptive_ffn
@@ -105,3 +106,29 @@ def test_several_tokens_follow_a_matrix_that_gets_other_memory(
         change(site.gate_up_proj.weight)
     with torch.no_grad(), other.set_select("top-k", k=2):
         assert torch.equal(found, other(ids).logits)
+
+
+class Turned(torch.nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the rows in the other order."""
+        return weight.flip(0)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_router_that_is_parametrised_later_is_followed(
+    dense: Path, tmp_path: Path, tokens: int
+) -> None:
+    folder = make_adaptive(dense, tmp_path / "adaptive")
+    ids = torch.arange(3, 3 + tokens)[None]
+    found = []
+    for used in (True, False):
+        model: Any = load_model(folder, dtype="float32")
+        with torch.no_grad(), model.set_select("top-k", k=2):
+            if used:
+                model(ids)
+            for site in model.adaptive_sites().values():
+                parametrize.register_parametrization(site.router, "weight", Turned())
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
