@@ -14,11 +14,14 @@ from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError
 from adaconvert.io.source import Source
+from adaconvert.layerwise.configs import load_config
 from adaconvert.layerwise.dense_view import dense_view
 from adaconvert.layerwise.ffn_data import FfnLayer, ffn_layers
 
 if TYPE_CHECKING:
     import torch
+
+    from adaconvert.data.tokens import TokenBlocks
 
 #: |a| below this fraction of the token's largest counts as small.
 FRACTIONS = (10, 100, 1000)
@@ -210,21 +213,32 @@ def measure_activations(
     where: str, data: str, options: ActivationOptions, *, progress: bool = False
 ) -> ActivationReport:
     """Return how sparse the activations of a model are on a text; see `api.inspect_activations`."""
+    source = dense_view(Source.open(where))
+    spec = describe(source.config, source.tensors)
+    tokens = _tokens(source, spec, data, options)
+    layers = ffn_layers(source, tokens, progress=progress)
+    return report_of(source.label, spec, [measure_layer(layer) for layer in layers], tokens.tokens)
+
+
+def _tokens(source: Source, spec: ModelSpec, data: str, options: ActivationOptions) -> TokenBlocks:
+    """Return the text, or the images, to run the model on."""
+    if spec.kind == "vision":
+        from adaconvert.data.images import image_blocks, read_images
+
+        images = read_images(
+            data, source.root, load_config(source), field=options.field, split=options.split
+        )
+        return image_blocks(images, max_tokens=options.max_tokens, seed=options.seed)
     from adaconvert.data.text import read_documents
     from adaconvert.data.tokens import token_blocks
 
-    documents = read_documents(data, field=options.field, split=options.split)
-    source = dense_view(Source.open(where))
-    spec = describe(source.config, source.tensors)
-    tokens = token_blocks(
-        documents,
+    return token_blocks(
+        read_documents(data, field=options.field, split=options.split),
         source.root,
         length=min(options.length, spec.max_positions or options.length),
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    layers = ffn_layers(source, tokens, progress=progress)
-    return report_of(source.label, spec, [measure_layer(layer) for layer in layers], tokens.tokens)
 
 
 def report_of(

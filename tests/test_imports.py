@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "arch": {"io"},
     "planning": {"io", "arch"},
     "modeling": {"kernels"},
-    "auto": {"arch", "modeling"},
+    "auto": {"arch", "kernels", "modeling"},
     "clustering": set(),
     "layerwise": {"io", "arch", "modeling"},
     "data": {"io", "layerwise"},

@@ -162,17 +162,18 @@ def verify(
 def inspect_activations(
     source: PathLike, data: PathLike, *, progress: bool = False, **options: Any
 ) -> ActivationReport:
-    """Return how sparse the activations of a dense model's feed-forward networks are on a text.
+    """Return how sparse the activations of a dense model's feed-forward networks are on a text,
+    or on images.
 
     Args:
-        source: a dense decoder checkpoint, or one that is split.
-        data: text file, folder or hub data set.
+        source: a dense decoder checkpoint or classifier of images, or one that is split.
+        data: text file, folder or hub data set; a folder of images or a file that lists them.
         progress: show a bar on a terminal.
         options: fields of `activations.ActivationOptions`.
 
     Raises:
-        OptionError: the model cannot be run on text, or an option is wrong (exit code 2).
-        DataError: the text is missing, damaged or does not fit the model (2).
+        OptionError: the model cannot be run on either, or an option is wrong (exit code 2).
+        DataError: the data are missing, damaged or do not fit the model (2).
         SourceError: the checkpoint is damaged, or computes NaN (3).
     """
     from adaconvert.activations import ActivationOptions, measure_activations

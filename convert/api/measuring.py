@@ -44,7 +44,8 @@ def calibrate(
 
     Args:
         checkpoint: folder of an adaptive checkpoint; updated as a whole or not at all.
-        data: text files, folders or hub data sets.
+        data: text files, folders or hub data sets; for a classifier of images, folders of images
+            or files that list them.
         destination: write a calibrated copy there and leave `checkpoint` as it is.
         overwrite: replace a destination adaconvert wrote.
         options: fields of `CalibrationSettings` and `Reading` in `adaconvert.evaluate`: `budget`,

@@ -97,7 +97,7 @@ def d2dmoe(source: PathLike, destination: PathLike, **settings: Any) -> D2dmoeRe
             about how it runs; with stage 1 also those of `stage_one.OPTIONS`, and `report`.
 
     Raises:
-        DataError: the text is missing, damaged or does not fit the model (2); otherwise as
+        DataError: text or images are missing, damaged or do not fit the model (2); otherwise as
             `convert`, and with stage 1 as `finetune`.
     """
     from adaconvert import stage_one

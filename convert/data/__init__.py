@@ -1,1 +1,1 @@
-"""Text and tokens for everything that measures, calibrates or trains."""
+"""Text, tokens and images for everything that measures, calibrates or trains."""

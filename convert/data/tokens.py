@@ -180,7 +180,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     config = load_object(folder / CONFIG_FILE, CONFIG_FILE, MAX_CONFIG_BYTES)
-    base = _base_type(config)
+    base = base_type(config)
     try:
         with quiet():
             known = {} if base is None else {"config": AutoConfig.for_model(base)}
@@ -209,7 +209,7 @@ def padding_id(tokenizer: Any, vocab: int) -> int:
     return 0
 
 
-def _base_type(config: Mapping[str, object]) -> str | None:
+def base_type(config: Mapping[str, object]) -> str | None:
     """Return the `model_type` of an adaptive checkpoint's dense source, None for others."""
     adaptive = config.get("adaptive")
     base = adaptive.get("base") if isinstance(adaptive, Mapping) else None

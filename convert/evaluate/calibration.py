@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from adaconvert.arch.calibration import config_digest
+from adaconvert.data.images import Images, read_images, takes_images
 from adaconvert.errors import OptionError
 from adaconvert.evaluate import calibration_output
 from adaconvert.evaluate.calibration_data import Reading, check_enough, read_data
@@ -23,11 +24,13 @@ from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.masking import is_masked
 from adaconvert.evaluate.risk import Floats
-from adaconvert.evaluate.sweep import is_classifier
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
+from adaconvert.io.source import Source
+from adaconvert.layerwise.configs import load_config
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
 _CLASS_LOSS: Final = "loss is that of the class the model chooses with every expert on"
@@ -48,7 +51,12 @@ def calibrate(
     calibration_output.check_whole(checkpoint)
     single, masked = _kind(checkpoint, settings)
     data = read_data(
-        settings.reading, checkpoint.folder, settings.shares, whole=single, masked=masked
+        settings.reading,
+        checkpoint.folder,
+        settings.shares,
+        whole=single,
+        masked=masked,
+        images=_images(checkpoint, settings.reading),
     )
     risk = settings.risk(single=single)
     if risk is not None:
@@ -101,8 +109,8 @@ def measure_matrix(
 
 
 def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, bool]:
-    """Return whether the model classifies texts, and whether it predicts hidden tokens; otherwise
-    it is a causal language model.
+    """Return whether the model classifies texts or images, and whether it predicts hidden tokens;
+    otherwise it is a causal language model.
 
     Raises:
         OptionError: it is none of these, or is asked for what it cannot promise.
@@ -113,20 +121,34 @@ def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, 
             raise OptionError(
                 "needs labels, which a classifier is not given here",
                 where="--max-loss-increase",
-                hint="Use --max-disagreement, the share of texts whose class changes.",
+                hint="Use --max-disagreement, the share of texts or images whose class changes.",
             )
         return True, False
     masked = is_masked(name)
     if not masked and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise OptionError(
-            "only language models and text classifiers can be calibrated",
+            "only language models and classifiers can be calibrated",
             where=escape(name, 80),
-            expected="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM or "
-            "...ForSequenceClassification",
+            expected="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM, "
+            "...ForSequenceClassification or ...ForImageClassification",
             hint="Measure settings of `model.set_select(...)` and `model.set_compute(...)` on data "
             "of your own.",
         )
     return False, masked
+
+
+def _images(checkpoint: Checkpoint, reading: Reading) -> Images | None:
+    """Return the images a classifier of images is calibrated on, None for a model of text."""
+    if not takes_images(str((checkpoint.config.get("architectures") or [""])[0])):
+        return None
+    return read_images(
+        reading.data,
+        checkpoint.folder,
+        load_config(Source.open(checkpoint.folder)),
+        field=reading.field,
+        split=reading.split,
+        max_documents=reading.max_documents,
+    )
 
 
 def _loaded(checkpoint: Checkpoint, settings: CalibrationSettings) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adaconvert.data.images import image_blocks
 from adaconvert.data.text import Documents, documents_of, read_documents
 from adaconvert.data.tokens import token_blocks
 from adaconvert.errors import DataError
@@ -19,6 +20,7 @@ from adaconvert.evaluate.risk import Floats, Risk
 from adaconvert.evaluate.testing_sequence import Integers, Splits, split, unit_losses
 
 if TYPE_CHECKING:
+    from adaconvert.data.images import Images
     from adaconvert.data.tokens import TokenBlocks
 
 
@@ -27,11 +29,11 @@ class Reading:
     """What is read, and how it is cut.
 
     Attributes:
-        data: files, folders or hub data sets, see `read_documents`.
-        field, split: where in the data the text is.
+        data: files, folders or hub data sets, see `read_documents`; of images, see `read_images`.
+        field, split: where in the data the text, or the path of an image, is.
         length: tokens of a block.
         max_tokens: tokens to calibrate on, None for all there are.
-        max_documents: documents to read of each of `data`, None for all.
+        max_documents: documents, or images, to read of each of `data`, None for all.
         unit: "document" or "block", see `testing_sequence`.
         seed: of the choice of blocks and of the splits.
         progress: show progress bars on a terminal.
@@ -117,6 +119,7 @@ def read_data(
     *,
     whole: bool = False,
     masked: bool = False,
+    images: Images | None = None,
 ) -> CalibrationData:
     """Return the data of a calibration.
 
@@ -129,18 +132,16 @@ def read_data(
         shares: of the splits.
         whole: each document is one text to classify, so only its first block is used.
         masked: the model predicts hidden tokens.
+        images: what is used instead of text; equal ones are used once.
 
     Raises:
         DataError: the data cannot be read, or hold fewer units than there are splits, or the
             tokenizer has no mask token.
         OptionError: a number is out of range.
     """
-    documents = _documents(reading)
-    blocks = token_blocks(
-        documents, folder, length=reading.length, seed=reading.seed, progress=reading.progress
-    )
+    blocks, sources = _blocks(reading, folder, images)
     by_document = reading.unit == "document"
-    if whole:
+    if whole and images is None:
         blocks = _first_blocks(blocks)
     kept = _breadth_first(blocks, reading.max_tokens, reading.seed, by_document)
     groups = blocks.document[kept] if by_document else kept
@@ -157,7 +158,7 @@ def read_data(
     parts = split(len(names), seed=reading.seed, shares=shares)
     return CalibrationData(
         blocks=blocks,
-        names=documents.names,
+        names=sources,
         unit=reading.unit,
         ordering=_part(kept, members, parts.ordering),
         testing=_part(kept, members, parts.testing),
@@ -165,6 +166,20 @@ def read_data(
         digest=_digest(blocks.digest, reading.unit, kept, members, parts),
         hidden=hide(blocks, folder, reading.seed) if masked else None,
     )
+
+
+def _blocks(
+    reading: Reading, folder: Path, images: Images | None
+) -> tuple[TokenBlocks, tuple[str, ...]]:
+    """Return what the model is run on, and where each document comes from."""
+    if images is not None:
+        unique = images.unique()
+        return image_blocks(unique), unique.names
+    documents = _documents(reading)
+    blocks = token_blocks(
+        documents, folder, length=reading.length, seed=reading.seed, progress=reading.progress
+    )
+    return blocks, documents.names
 
 
 def check_enough(data: CalibrationData, risk: Risk, shares: Sequence[float], where: str) -> None:

@@ -1,22 +1,23 @@
-"""Accuracy of sequence classifiers on labelled text.
+"""Accuracy of classifiers on labelled texts, or on labelled images.
 
-Shapes: D texts, B texts of a batch, C classes.
+Shapes: D texts or images, B of a batch, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from adaconvert.data.labels import check_single_label, label_of
 from adaconvert.data.rows import iter_rows
 from adaconvert.data.text import text_of
 from adaconvert.data.tokens import Limits, encode, load_tokenizer, padding_id
-from adaconvert.errors import DataError, OptionError, SourceError
+from adaconvert.errors import DataError, SourceError
 from adaconvert.evaluate.compute import Tally
 from adaconvert.evaluate.perplexity import Variant
-from adaconvert.io.names import escape, listing
+from adaconvert.io.names import escape
 from adaconvert.progress import bar
 
 if TYPE_CHECKING:
@@ -24,6 +25,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH = 16
+
+
+class Examples(Protocol):
+    """What a classifier is measured on: `Labelled` texts, or `adaconvert.data.images.Images`.
+
+    Attributes:
+        labels: the class of each.
+        names: where each comes from.
+        unit: what they are called, such as "texts".
+    """
+
+    @property
+    def labels(self) -> tuple[int, ...]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    def batches(self, size: int) -> Iterable[list[int]]:
+        """Return which of them run together."""
+
+    def inputs(self, model: Any, rows: Sequence[int]) -> Iterable[dict[str, Tensor]]:
+        """Return the arguments of the calls that run `model` on some of them, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +69,34 @@ class Labelled:
     names: tuple[str, ...]
     padding: int
     cut: int = 0
+
+    @property
+    def unit(self) -> str:
+        """Return what they are called in reports."""
+        return "texts"
+
+    def batches(self, size: int) -> Iterator[list[int]]:
+        """Yield indices of texts of similar length, the longest first."""
+        order = sorted(range(len(self.ids)), key=lambda index: -len(self.ids[index]))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def inputs(self, model: Any, rows: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """Yield the arguments of the calls that run `model` on some of the texts."""
+        import torch
+
+        groups = [list(rows)]
+        if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
+            # without a padding id a decoder takes the last position for the last token
+            groups = [[row] for row in rows]
+        for group in groups:
+            longest = max(len(self.ids[row]) for row in group)
+            ids = torch.full((len(group), longest), self.padding, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(group):
+                ids[place, : len(self.ids[row])] = torch.tensor(self.ids[row])
+                mask[place, : len(self.ids[row])] = 1
+            yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,7 +143,7 @@ def read_labelled(
         DataError: missing or empty data, a missing field, or a label the model does not have.
         OptionError: the model gives several labels at once, or a number.
     """
-    _check_single_label(config)
+    check_single_label(config)
     limits = Limits.of(folder)
     tokenizer = load_tokenizer(folder)
     room = min(n for n in (length, limits.positions, 1 << 30) if n)
@@ -101,7 +155,7 @@ def read_labelled(
         limits.check(tokens, tokenizer, row.name)
         cut += len(tokens) > room
         ids.append(tuple(tokens[:room]) or (padding_id(tokenizer, limits.vocab),))
-        labels.append(_label(row.values[1], config, f"{row.name} field '{escape(label_field)}'"))
+        labels.append(label_of(row.values[1], config, f"{row.name} field '{escape(label_field)}'"))
         names.append(row.name)
         if len(ids) == max_documents:
             break
@@ -118,29 +172,29 @@ def read_labelled(
 
 def score_labelled(
     variants: Sequence[Variant],
-    data: Labelled,
+    data: Examples,
     *,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> list[ClassScore]:
-    """Return what every variant makes of every text.
+    """Return what every variant makes of every text or image.
 
     Args:
         variants: at most one of them the reference, which is then the first.
-        data: the texts.
-        batch_size: texts of a batch.
+        data: the texts or images.
+        batch_size: how many run together.
         progress: show a progress bar on a terminal.
 
     Raises:
         SourceError: a model computes NaN; names the first text.
-        DataError: the reference has other classes.
+        DataError: an image cannot be read.
     """
     import torch
 
-    found = [_empty(len(data.ids)) for _ in variants]
-    shown = bar(len(data.ids) * len(variants), "evaluate", "texts", enabled=progress)
+    found = [_empty(len(data.names)) for _ in variants]
+    shown = bar(len(data.names) * len(variants), "evaluate", data.unit, enabled=progress)
     with torch.inference_mode(), shown:
-        for rows in _batches(data, batch_size or BATCH):
+        for rows in data.batches(batch_size or BATCH):
             for variant, score in zip(variants, found, strict=True):
                 logits = _logits(variant, data, rows, score.tally)
                 _add(score, logits, data, rows, variant.label)
@@ -149,31 +203,6 @@ def score_labelled(
         for score in found[1:]:
             score.agreeing = score.chosen == found[0].chosen
     return found
-
-
-def _check_single_label(config: Any) -> None:
-    kind = getattr(config, "problem_type", None)
-    if kind in ("regression", "multi_label_classification") or config.num_labels < 2:
-        raise OptionError(
-            "accuracy is measured on classifiers with one label a text",
-            where="config.json",
-            found=kind or f"{config.num_labels} labels",
-        )
-
-
-def _label(value: object, config: Any, where: str) -> int:
-    """Return the class a label means: a number, or a name the config lists."""
-    by_name: Mapping[str, int] = config.label2id or {}
-    if isinstance(value, str) and value in by_name:
-        return int(by_name[value])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < config.num_labels:
-        return value
-    raise DataError(
-        "is no label of the model",
-        where=where,
-        expected=f"0 to {config.num_labels - 1}, or one of {listing(list(by_name), 12)}",
-        found=escape(value, 60),
-    )
 
 
 def _padding(config: Any, tokenizer: Any, vocab: int) -> int:
@@ -192,45 +221,27 @@ def _empty(texts: int) -> ClassScore:
     )
 
 
-def _batches(data: Labelled, size: int) -> Iterator[list[int]]:
-    """Yield indices of texts of similar length, the longest first."""
-    order = sorted(range(len(data.ids)), key=lambda index: -len(data.ids[index]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def _logits(variant: Variant, data: Labelled, rows: Sequence[int], tally: Tally) -> Tensor:
+def _logits(variant: Variant, data: Examples, rows: Sequence[int], tally: Tally) -> Tensor:
     """Return logits [B, C]."""
     import torch
 
-    model = variant.model
-    groups = [list(rows)]
-    if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
-        # without a padding id a decoder takes the last position for the last token
-        groups = [[row] for row in rows]
-    found = []
-    for group in groups:
-        longest = max(len(data.ids[row]) for row in group)
-        ids = torch.full((len(group), longest), data.padding, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(group):
-            ids[place, : len(data.ids[row])] = torch.tensor(data.ids[row])
-            mask[place, : len(data.ids[row])] = 1
+    model, found = variant.model, []
+    for inputs in data.inputs(model, rows):
         with variant.setting.applied(model), tally.counting(model):
-            out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+            out = model(**inputs)
         found.append(out.logits.float().cpu())
     return torch.cat(found)
 
 
 def _add(
-    score: ClassScore, logits: Tensor, data: Labelled, rows: Sequence[int], label: str
+    score: ClassScore, logits: Tensor, data: Examples, rows: Sequence[int], label: str
 ) -> None:
     for row, values in zip(rows, logits, strict=True):
         if not bool(values.isfinite().all()):
             raise SourceError(
                 "the model computes NaN or an infinite logit",
                 where=escape(label, 80),
-                found=f"first in text {data.names[row]}",
+                found=f"first in {data.unit[:-1]} {data.names[row]}",
                 hint="Its weights or its dtype are at fault: try --dtype float32.",
             )
         score.chosen[row] = int(values.argmax())

@@ -19,7 +19,8 @@ class EvaluateOptions:
     """What to measure, on what, and how.
 
     Attributes:
-        data: text to measure on, see `read_documents`; None for tasks alone.
+        data: text to measure on, see `read_documents`, or images, see `read_images`; None for tasks
+            alone.
         field, label_field, split: where in the data text and label are.
         max_documents, max_tokens: where to stop, None for all of it.
         length: tokens of a block.
@@ -28,7 +29,7 @@ class EvaluateOptions:
         set_compute, select: settings to repeat everything at; none for as stored.
         device: torch name, None for the accelerator there is, else the CPU.
         dtype: torch name, "auto" for as stored.
-        batch_size: blocks, or texts, of a batch; None for what fits.
+        batch_size: blocks, texts or images of a batch; None for what fits.
         speed: measure tokens per second.
         tasks: of lm-evaluation-harness, by name or task file.
         task_limit: documents of each task, None for all.

@@ -113,7 +113,7 @@ class Evaluation:
     Attributes:
         checkpoint: hub id or folder name.
         architecture: name of the class.
-        kind: "causal" or "classifier".
+        kind: "causal", "classifier" or "image classifier".
         runtime: dtype, device and threads it ran with.
         data: what it was measured on, by name; empty without data.
         reference: the reference's own result, None without one.

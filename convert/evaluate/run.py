@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import AdaconvertError, OptionError, ResourceError
-from adaconvert.evaluate import classify, results, speed
+from adaconvert.evaluate import speed
 from adaconvert.evaluate.compute import Compute, estimated, relative_to
+from adaconvert.evaluate.loaded import Loaded, load
+from adaconvert.evaluate.measures import MEASURES, Measured
 from adaconvert.evaluate.options import EvaluateOptions
-from adaconvert.evaluate.perplexity import Variant, score_texts
+from adaconvert.evaluate.perplexity import Variant
 from adaconvert.evaluate.record import check_recordable, keep
 from adaconvert.evaluate.report import Evaluation, Result
 from adaconvert.evaluate.settings import STORED, check_settings, settings_of
 from adaconvert.evaluate.tasks import Tasks, find_tasks, run_tasks
-from adaconvert.io.names import escape
 from adaconvert.io.report_file import check_report, write_report
-from adaconvert.layerwise.quiet import quiet
 
 if TYPE_CHECKING:
-    from adaconvert.data.tokens import TokenBlocks
     from adaconvert.io.source import Source
 
 REFERENCE = "reference"
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-_CLASSIFIER = "ForSequenceClassification"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A checkpoint that is ready to run.
-
-    Attributes:
-        source: its files.
-        model: transformers model on its device.
-        kind: "causal" or "classifier".
-    """
-
-    source: Source
-    model: Any
-    kind: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What data gave.
-
-    Attributes:
-        results: one for each variant.
-        data: facts of the data, for the report.
-        sample: token ids to measure speed on.
-        lengths: length of a text -> how many were measured.
-        notes: what the reader should know.
-    """
-
-    results: list[Result]
-    data: dict[str, object]
-    sample: tuple[int, ...]
-    lengths: Mapping[int, int]
-    notes: tuple[str, ...] = ()
 
 
 def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation:
@@ -128,38 +90,6 @@ def _stale_notes(source: Source) -> tuple[str, ...]:
     return tuple(f"the calibration table does not hold: {reason}" for reason in reasons)
 
 
-def load(where: str, options: EvaluateOptions, device: str) -> Loaded:
-    """Return a checkpoint ready to run; no code of it runs.
-
-    Raises:
-        OptionError: it is of a kind that is not measured.
-        SourceError: it is damaged.
-    """
-    from adaconvert.io.source import Source
-    from adaconvert.modeling.loading import load_model
-
-    source = Source.open(where, revision=options.revision)
-    kind = _kind(source.raw_config)
-    with quiet():
-        model = load_model(source.root, dtype=options.dtype, device=device, use_safetensors=True)
-    return Loaded(source=source, model=model, kind=kind)
-
-
-def _kind(config: Mapping[str, object]) -> str:
-    names = config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else _CAUSAL[0]
-    if name.endswith(_CAUSAL):
-        return "causal"
-    if name.endswith(_CLASSIFIER):
-        return "classifier"
-    raise OptionError(
-        "models of this kind are not measured",
-        where="config.json: architectures",
-        expected=f"...{', ...'.join((*_CAUSAL, _CLASSIFIER))}",
-        found=escape(name, 80),
-    )
-
-
 def _reference(options: EvaluateOptions, loaded: Loaded, device: str) -> Loaded | None:
     if options.reference is None:
         return None
@@ -185,14 +115,13 @@ def _measure(
     if reference is not None:
         first = Variant(label=REFERENCE, model=reference.model, setting=STORED, is_reference=True)
         every.insert(0, first)
-    measure = _measure_texts if loaded.kind == "causal" else _measure_labelled
-    measured = measure(options, loaded, reference, every)
+    measured = MEASURES[loaded.kind](options, loaded, reference, every)
     shapes = {
         id(one.model): _shape_costs(one, measured.lengths) for one in _both(loaded, reference)
     }
     costed = _with_costs(measured.results, [shapes[id(v.model)] for v in every])
     if options.speed:
-        costed = _with_speed(costed, every, measured.sample, loaded.kind, options.progress)
+        costed = _with_speed(costed, every, measured, loaded.kind, options.progress)
     return replace(measured, results=costed)
 
 
@@ -200,115 +129,6 @@ def _both(loaded: Loaded, reference: Loaded | None) -> Iterator[Loaded]:
     yield loaded
     if reference is not None:
         yield reference
-
-
-def _measure_texts(
-    options: EvaluateOptions,
-    loaded: Loaded,
-    reference: Loaded | None,
-    variants: Sequence[Variant],
-) -> Measured:
-    from adaconvert.data.text import read_documents
-    from adaconvert.data.tokens import token_blocks
-
-    assert options.data is not None
-    documents = read_documents(
-        options.data,
-        field=options.field,
-        split=options.split,
-        max_documents=options.max_documents,
-    )
-
-    def cut(folder: Path, progress: bool) -> TokenBlocks:
-        return token_blocks(
-            documents,
-            folder,
-            length=options.length,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
-            progress=progress,
-        )
-
-    blocks = cut(loaded.source.root, options.progress)
-    if reference is not None and not _same_tokens(cut(reference.source.root, False), blocks):
-        raise OptionError(
-            "cuts the text into other tokens than the checkpoint",
-            where="--reference",
-            hint="Compare with the model this checkpoint was made from.",
-        )
-    scores = score_texts(
-        variants,
-        blocks,
-        documents.names,
-        batch_size=options.batch_size,
-        progress=options.progress,
-    )
-    lengths = blocks.weights.sum(1)
-    return Measured(
-        results=results.of_texts(variants, scores, documents.names),
-        data={
-            "name": _name(options.data),
-            "documents": len(set(blocks.document.tolist())),
-            "tokens": blocks.tokens,
-            "blocks": len(blocks),
-            "length": blocks.length,
-            "digest": documents.digest,
-        },
-        sample=_sample(blocks),
-        lengths=Counter(lengths.tolist()),
-    )
-
-
-def _same_tokens(one: TokenBlocks, other: TokenBlocks) -> bool:
-    """Return whether blocks hold the same tokens, whatever stands where there are none."""
-    if one.weights.tolist() != other.weights.tolist():
-        return False
-    return bool((one.ids[one.weights] == other.ids[other.weights]).all())
-
-
-def _measure_labelled(
-    options: EvaluateOptions,
-    loaded: Loaded,
-    reference: Loaded | None,
-    variants: Sequence[Variant],
-) -> Measured:
-    assert options.data is not None
-    data = classify.read_labelled(
-        options.data,
-        loaded.source.root,
-        loaded.model.config,
-        field=options.field,
-        label_field=options.label_field,
-        split=options.split,
-        max_documents=options.max_documents,
-        length=options.length,
-    )
-    if (
-        reference is not None
-        and reference.model.config.num_labels != loaded.model.config.num_labels
-    ):
-        raise OptionError("has another number of classes", where="--reference")
-    scores = classify.score_labelled(
-        variants, data, batch_size=options.batch_size, progress=options.progress
-    )
-    tokens = sum(len(ids) for ids in data.ids)
-    return Measured(
-        results=results.of_labelled(variants, scores, data.names),
-        data={"name": _name(options.data), "documents": len(data.ids), "tokens": tokens},
-        sample=max(data.ids, key=len),
-        lengths=Counter(map(len, data.ids)),
-        notes=(f"{data.cut} texts were cut to fit the model",) if data.cut else (),
-    )
-
-
-def _name(data: object) -> str:
-    return escape(str(data).rstrip("/").rsplit("/", 1)[-1])
-
-
-def _sample(blocks: TokenBlocks) -> tuple[int, ...]:
-    """Return the real tokens of the longest block."""
-    row = int(blocks.weights.sum(1).argmax())
-    return tuple(int(i) for i in blocks.ids[row][blocks.weights[row]])
 
 
 def _shape_costs(loaded: Loaded, lengths: Mapping[int, int]) -> Compute | None:
@@ -332,11 +152,17 @@ def _with_costs(found: Sequence[Result], shapes: Sequence[Compute | None]) -> li
 def _with_speed(
     found: Sequence[Result],
     variants: Sequence[Variant],
-    sample: Sequence[int],
+    measured: Measured,
     kind: str,
     progress: bool,
 ) -> list[Result]:
-    speeds = speed.measure(variants, sample, decode=kind == "causal", progress=progress)
+    speeds = speed.measure(
+        variants,
+        measured.sample,
+        pixels=measured.pixels,
+        decode=kind == "causal",
+        progress=progress,
+    )
     return [replace(result, speed=one) for result, one in zip(found, speeds, strict=True)]
 
 

@@ -75,6 +75,7 @@ def measure(
     variants: Sequence[Variant],
     ids: Sequence[int],
     *,
+    pixels: Tensor | None = None,
     decode: bool = True,
     rounds: int = ROUNDS,
     progress: bool = False,
@@ -84,6 +85,7 @@ def measure(
     Args:
         variants: measured in turn, in every second round the other way round.
         ids: tokens of one block; decoding is fed them too, so that all variants do the same.
+        pixels: an image of as many positions as `ids` has, [1, C, H, W], to run on instead.
         decode: the models decode with a cache.
         rounds: measurements of each variant.
         progress: show a progress bar on a terminal.
@@ -102,7 +104,7 @@ def measure(
             for index in _turns(len(variants), turn):
                 variant = variants[index]
                 with variant.setting.applied(variant.model):
-                    prefill = _prefill(variant.model, ids)
+                    prefill = _prefill(variant.model, ids, pixels)
                     decoded = _decode(variant.model, ids, prompt, steps) if can_decode else 0.0
                 shown.update()
                 if turn:
@@ -123,8 +125,11 @@ def _turns(count: int, turn: int) -> list[int]:
     return list(range(count))[:: -1 if turn % 2 else 1]
 
 
-def _prefill(model: Any, ids: Sequence[int]) -> float:
+def _prefill(model: Any, ids: Sequence[int], pixels: Tensor | None) -> float:
     """Return the tokens per second of whole passes over `ids`, as the start of generating."""
+    if pixels is not None:
+        image = pixels.to(model.device)
+        return _rate(model, lambda: model(pixel_values=image), len(ids), _PASSES)
     given = _tensor(model, ids)
     # generation needs the logits of the last token alone
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}

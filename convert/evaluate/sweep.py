@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from adaconvert.data.images import ImageBlocks
 from adaconvert.errors import OptionError, SourceError
+from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.risk import Floats
 from adaconvert.progress import Bar, Silent
 
@@ -74,17 +76,12 @@ class Measured:
     compute: float
 
 
-def is_classifier(architecture: str) -> bool:
-    """Return whether a model of this class makes one prediction of a whole text."""
-    return architecture.endswith("ForSequenceClassification")
-
-
 class Measurer:
     """Runs a model on blocks; what the reference did is remembered.
 
     A causal language model predicts each next token, a masked one those that are hidden. A
-    sequence classifier makes one prediction of a block; there are no labels, so its loss is that of
-    the class the reference chooses.
+    classifier makes one prediction of a text or an image; there are no labels, so its loss is that
+    of the class the reference chooses.
 
     Args:
         model: an adaptive model of one of these kinds, in evaluation mode.
@@ -117,7 +114,8 @@ class Measurer:
         room = _LOGITS // (int(getattr(config, "vocab_size", 1) or 1) * blocks.length)
         if self._classifies:
             # decoders find the token they classify at by the padding after it
-            room = 16 if getattr(config, "pad_token_id", None) is not None else 1
+            alone = getattr(config, "pad_token_id", None) is None
+            room = 1 if alone and not isinstance(blocks, ImageBlocks) else 16
         self._batch = batch or max(1, room)
         self._real = np.ones((len(blocks), 1), dtype=bool)
         if not self._classifies:
@@ -138,8 +136,8 @@ class Measurer:
                 self._check(REFERENCE, part, losses)
                 self._reference_loss[part] = losses
                 self._reference_top[part, : tops.shape[1]] = tops
-        zero = np.zeros(len(chosen))
-        return Measured(loss=self._reference_loss[chosen], changed=zero, compute=1.0)
+        loss = self._reference_loss[chosen]
+        return Measured(loss=loss, changed=np.zeros(len(chosen)), compute=1.0)
 
     def measure(self, setting: Setting, chosen: Integers) -> Measured:
         """Return what a setting does on the blocks `chosen`.
@@ -169,9 +167,8 @@ class Measurer:
         rng = np.random.default_rng(seed)
         kept: dict[str, list[Any]] = {}
         tokens = np.cumsum(self.blocks.weights[chosen].sum(axis=1))
-        enough = int(np.searchsorted(tokens, _SCORE_TOKENS)) + 1
-        chosen = chosen[:enough]
-        total = int(tokens[min(enough, len(tokens)) - 1])
+        chosen = chosen[: int(np.searchsorted(tokens, _SCORE_TOKENS)) + 1]
+        total = int(tokens[len(chosen) - 1])
         with applied(self.model, ALL), self.model.collect("router_scores") as got:
             # one block at a time: with single neurons as experts its scores are as large as its
             # hidden states in every layer together.
@@ -200,16 +197,19 @@ class Measurer:
             if hides is not None:
                 places = torch.from_numpy(hides.places[part, :longest]).to(device)
                 fed = ids.masked_fill(places, hides.token)
+            given = {"input_ids": fed, "attention_mask": mask.long(), **own}
+            if isinstance(self.blocks, ImageBlocks):
+                given = {"pixel_values": self.blocks.pixels(part).to(device)}
             with torch.inference_mode():
-                logits = self.model(input_ids=fed, attention_mask=mask.long(), **own).logits
+                logits = self.model(**given).logits
                 if hides is not None:
                     pairs = [_filled(logits[i], ids[i], places[i]) for i in range(len(part))]
                 elif self._classifies:
                     pairs = [self._class(logits[i], block) for i, block in enumerate(part)]
                 else:
                     pairs = [_tokens(logits[i], ids[i], mask[i]) for i in range(len(part))]
-            losses = np.array([loss for loss, _ in pairs])
-            yield part, losses, torch.stack([top for _, top in pairs]).cpu().numpy()
+            tops = torch.stack([top for _, top in pairs]).cpu().numpy()
+            yield part, np.array([loss for loss, _ in pairs]), tops
 
     def _class(self, logits: Tensor, block: int) -> tuple[float, Tensor]:
         """Return the loss of the class the reference chose, and the class chosen now, [1]."""

@@ -69,14 +69,27 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    return _class_in(MODEL_FOR_CAUSAL_LM_MAPPING, config, "is no language model: it has no logits")
+
+
+def image_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that classifies images, as `causal_class` does.
+
+    Raises:
+        OptionError: the family has none.
+    """
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    return _class_in(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, config, "classifies no images")
+
+
+def _class_in(mapping: Any, config: PreTrainedConfig, otherwise: str) -> type[PreTrainedModel]:
     is_adaptive = getattr(config, "adaptive", None) is not None
     stock = type(config).__bases__[0] if is_adaptive else type(config)
     try:
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock]
+        found: Any = mapping[stock]
     except KeyError:
-        raise OptionError(
-            f"model_type {escape(config.model_type)} is no language model: it has no logits"
-        ) from None
+        raise OptionError(f"model_type {escape(config.model_type)} {otherwise}") from None
     chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     if not is_adaptive:
         return chosen
@@ -132,7 +145,7 @@ def load(
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of transformer blocks of a decoder.
+    """Return the list of transformer blocks of a decoder or of a vision model.
 
     Raises:
         OptionError: its backbone does not hold exactly one list of that length.

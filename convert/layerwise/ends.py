@@ -29,6 +29,10 @@ class Seam:
         """Let the head side receive `hidden` [B, S, H] from now on."""
         self._replacement = hidden
 
+    def clear(self) -> None:
+        """Let the head side receive what the embedding side sends again."""
+        self._replacement = None
+
     def taken(self) -> torch.Tensor:
         """Return what the embedding side sent last, [B, S, H]."""
         assert self._arrived is not None, "the model has not run"

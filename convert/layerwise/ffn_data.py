@@ -25,6 +25,7 @@ from adaconvert.layerwise.ffn_weights import FfnWeights, ffn_path, ffn_weights
 from adaconvert.layerwise.runner import Block, LayerwiseModel
 from adaconvert.layerwise.states import (
     IN_MEMORY,
+    Pixels,
     States,
     Tokens,
     check_finite,
@@ -33,6 +34,7 @@ from adaconvert.layerwise.states import (
     run_block,
 )
 from adaconvert.layerwise.states import run_digest as run_digest
+from adaconvert.layerwise.vision import LayerwiseVision
 from adaconvert.layerwise.work import WorkFolder
 from adaconvert.progress import Bar, bar
 
@@ -90,7 +92,7 @@ def ffn_layers(
     An adaptive checkpoint runs as the dense model it was made of, its neurons in their new order.
 
     Args:
-        where: a dense or adaptive decoder checkpoint.
+        where: a dense or adaptive checkpoint: a decoder, or a classifier of images.
         tokens: what to run it on.
         layers: blocks to yield; all when None. Blocks behind the last are not run.
         work: where hidden states are kept and a killed run goes on; blocks before
@@ -101,18 +103,20 @@ def ffn_layers(
         progress: show a bar on a terminal.
 
     Raises:
-        OptionError: the model is no dense decoder, or the tokens do not fit it.
+        OptionError: the model is neither, or the tokens do not fit it.
         SourceError: the checkpoint cannot be read, or its hidden states are not finite.
         ResourceError: the states need more than `memory` and there is no work folder.
     """
-    model = LayerwiseModel(dense_view(where), dtype=dtype)
-    spec = decoder_of(model.source, "feed-forward networks")
+    images = tokens if isinstance(tokens, Pixels) else None
+    kind = LayerwiseModel if images is None else LayerwiseVision
+    model = kind(dense_view(where), dtype=dtype)
+    spec = decoder_of(model.source, "feed-forward networks", on_images=images is not None)
     ids, kept = checked(tokens, spec)
     wanted = sorted(set(range(spec.layers)) if layers is None else set(layers))
     if not wanted or (work is not None and work.next_block > wanted[-1]):
         return
     states = States(ids, kept, spec.hidden, dtype, work, memory, device)
-    start = states.begin(model)
+    start = states.begin(model, images)
     todo = range(start, wanted[-1] + 1)
     with bar(len(todo) * len(states), "layers", "blocks", enabled=progress) as shown:
         for block in model.blocks(start):

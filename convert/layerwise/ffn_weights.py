@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.base import ModelSpec, TensorSpec
+from adaconvert.arch.sites import ffn_site
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
 
@@ -128,11 +129,22 @@ def _stored(module: nn.Module, spec: ModelSpec, index: int) -> dict[str, torch.T
     for tensor in spec.tensors:
         if tensor.layer != index or tensor.role not in _ROLES:
             continue
-        weight = parameters.get(inside_block(tensor.name, index))
+        weight = parameters.get(_in_memory(spec, tensor, index))
         if weight is not None:
             value = weight.detach().float()
             found[tensor.role] = value.T if tensor.transposed else value
     return found
+
+
+def _in_memory(spec: ModelSpec, tensor: TensorSpec, index: int) -> str:
+    """Return the name of a tensor of the network inside its loaded block; transformers loads some
+    families' networks under other names than the stored ones."""
+    site = ffn_site(spec, index)
+    role = tensor.role.removesuffix("_bias")
+    if role not in site.weights:
+        return inside_block(tensor.name, index)
+    kind = tensor.name.rsplit(".", 1)[1]
+    return f"{ffn_path(spec, index)}.{site.weights[role]}.{kind}"
 
 
 def inside_block(name: str, index: int) -> str:
@@ -142,7 +154,7 @@ def inside_block(name: str, index: int) -> str:
 
 def ffn_path(spec: ModelSpec, index: int) -> str:
     """Return the FFN module's path inside its block, "mlp" in most families."""
-    return inside_block(spec.ffn_rows(index)["up"].tensor, index).rsplit(".", 2)[0]
+    return inside_block(ffn_site(spec, index).path, index)
 
 
 def activation_of(spec: ModelSpec) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -38,7 +38,7 @@ from adaconvert.layerwise.stored import ReadCount, StoredRows, stored_tensors
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 #: rows of the embedding and the head of a model that is built for a block alone.
 _FEW_ROWS = 8
@@ -71,8 +71,12 @@ class Block:
 
         seen: list[torch.Tensor] = []
         with _replaced_input(self.module, hidden, seen), torch.no_grad():
-            self._backbone(inputs_embeds=hidden, use_cache=False)
+            self._backbone(**self._inputs(hidden))
         return seen[0]
+
+    def _inputs(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """Return what the backbone is called with, so that its block runs on `hidden`."""
+        return {"inputs_embeds": hidden, "use_cache": False}
 
 
 @contextmanager
@@ -116,6 +120,9 @@ class LayerwiseModel:
         OptionError: it is no language model.
     """
 
+    _class_of = staticmethod(causal_class)
+    _block_class = Block
+
     def __init__(self, where: Path | Source, *, dtype: str = "float32") -> None:
         if not isinstance(where, Source):
             where = Source.open(where, ignore_unindexed=True)
@@ -124,7 +131,7 @@ class LayerwiseModel:
         self.dtype = dtype
         self.count = ReadCount()
         self.keys = KeyReport()
-        self._class = causal_class(self.config)
+        self._class = self._class_of(self.config)
 
     @property
     def num_blocks(self) -> int:
@@ -150,7 +157,7 @@ class LayerwiseModel:
         """
         model, keys = load(
             self._class,
-            one_block(self.config, index, vocab_size=_FEW_ROWS),
+            self._config_of(index),
             stored_tensors(
                 self.source,
                 self.count,
@@ -160,9 +167,13 @@ class LayerwiseModel:
             dtype=self.dtype,
         )
         self._note(_in_block(keys, index), index)
-        loaded = Block(index, model)
+        loaded = self._block_class(index, model)
         check_likeness(loaded.module, find_blocks(self._skeleton)[index], index)
         return loaded
+
+    def _config_of(self, index: int) -> PreTrainedConfig:
+        """Return the configuration of the model that is built for one block."""
+        return one_block(self.config, index, vocab_size=_FEW_ROWS)
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """Yield the blocks from `start` on, in order; each is dropped before the next is loaded."""

@@ -10,9 +10,9 @@ Shapes: N sequences, L positions, T unpadded tokens, H hidden size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.registry import describe
@@ -54,6 +54,15 @@ class Tokens(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+
+@runtime_checkable
+class Pixels(Tokens, Protocol):
+    """Images to run a model on, each a block of positions; `adaconvert.data.images.ImageBlocks` is
+    one. Their ids mean nothing."""
+
+    def pixels(self, rows: Iterable[int]) -> torch.Tensor:
+        """Return pixel values of some of them, [B, C, P, Q]."""
 
 
 def run_digest(source: Source, tokens: Tokens, *facts: object) -> str:
@@ -119,8 +128,13 @@ class States:
         step = max(BATCH_TOKENS // self._shape[1], 1)
         return [slice(i, i + step) for i in range(0, self._shape[0], step)]
 
-    def begin(self, model: LayerwiseModel) -> int:
-        """Return the first block to run, whose inputs are now at hand."""
+    def begin(self, model: LayerwiseModel, images: Pixels | None = None) -> int:
+        """Return the first block to run, whose inputs are now at hand.
+
+        Args:
+            model: what is run.
+            images: what it is run on; tokens when None.
+        """
         start = self._work.next_block if self._work else 0
         if start and self._work and self._work.has(f"hidden.{start}", self._nbytes):
             self.arriving = self._tensor(f"hidden.{start}")
@@ -132,9 +146,17 @@ class States:
             )
         else:
             self.arriving = self._tensor("hidden.0")
-            self.arriving.copy_(model.embed(self.ids))
+            self._embed(model, images)
         self.leaving = self._tensor(f"hidden.{start + 1}")
         return start
+
+    def _embed(self, model: LayerwiseModel, images: Pixels | None) -> None:
+        if images is None:
+            self.arriving.copy_(model.embed(self.ids))
+            return
+        for batch in self.batches():
+            rows = range(*batch.indices(self._shape[0]))
+            self.arriving[batch] = model.embed(images.pixels(rows))
 
     def advance(self, block: int) -> None:
         """What `block` gave is what the next one receives."""
@@ -229,17 +251,20 @@ def check_finite(states: States, index: int) -> None:
             )
 
 
-def decoder_of(source: Source, what: str) -> ModelSpec:
-    """Return the description of a dense decoder.
+def decoder_of(source: Source, what: str, *, on_images: bool = False) -> ModelSpec:
+    """Return the description of a dense decoder, or of a model of images.
 
     Args:
         source: the checkpoint.
         what: its parts that are to be run, for the message.
+        on_images: they are run on images.
 
     Raises:
-        OptionError: it is an encoder, a vision model or a mixture of experts.
+        OptionError: it is an encoder, a vision model to be run on text, or a mixture of experts.
     """
     spec = describe(source.config, source.tensors)
+    if on_images and spec.kind == "vision":
+        return spec
     if spec.kind != "decoder" or spec.num_experts:
         kinds = {"encoder": "is an encoder", "vision": "is a vision model"}
         kind = kinds.get(spec.kind, "is a mixture of experts")
@@ -265,6 +290,8 @@ def checked(tokens: Tokens, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor
     where = "calibration data"
     if ids.ndim != 2 or ids.shape != kept.shape or not bool(kept.any()):
         raise OptionError("holds no tokens", where=where)
+    if spec.kind == "vision":
+        return ids, kept
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= spec.vocab:
         raise OptionError(

@@ -181,7 +181,8 @@ def make(
 ) -> Path:
     """Return `folder`, which now holds a tiny checkpoint as `save_pretrained` writes it.
 
-    Beside the model there are a tokenizer, a chat template and a generation config.
+    Beside the model there are a tokenizer, a chat template and a generation config, or an image
+    processor.
 
     Args:
         family: a model_type, or one of VARIANTS.
@@ -201,7 +202,9 @@ def make(
     model = build(family, values, architecture=architecture, seed=seed, dtype=dtype)
     with _no_progress_bar():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if family != "vit":
+    if family == "vit":
+        _write_image_processor(folder, model.config)
+    else:
         save_tokenizer(folder)
     if model.can_generate():
         _write_generation_config(folder)
@@ -282,3 +285,19 @@ def _write_generation_config(folder: Path) -> None:
         "temperature": 0.7,
     }
     (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_image_processor(folder: Path, config: Any) -> None:
+    # by hand, as transformers needs Pillow to write it
+    values = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "ViTImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")

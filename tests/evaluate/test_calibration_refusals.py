@@ -143,29 +143,35 @@ def test_weights_that_compute_nan_are_refused(copy: Path, text: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_only_adaptive_models_of_text(trained: Path, text: Path, tmp_path: Path) -> None:
+def test_only_adaptive_models_that_predict_or_classify(
+    trained: Path, text: Path, tmp_path: Path
+) -> None:
     with pytest.raises(OptionError, match="is not an adaptive checkpoint"):
         api.calibrate(trained.with_name("dense"), text, budget=0.5)
     with pytest.raises(OptionError, match="is no folder"):
         api.calibrate(tmp_path / "nowhere", text, budget=0.5)
-    images = tmp_path / "images"
+    classes = tmp_path / "classes"
+    source = tiny_models.make(
+        "bert", tmp_path / "bert", architecture="BertForTokenClassification", num_labels=3
+    )
     api.convert(
-        tiny_models.make("vit", tmp_path / "vit"),
-        destination=images,
+        source,
+        destination=classes,
         method="moefy",
         num_experts=8,
         router="similarity",
         verify=False,
     )
     expected = (
-        r"AdaptiveViTForImageClassification: only language models and text classifiers can be "
-        r"calibrated; expected \.\.\.ForCausalLM, \.\.\.LMHeadModel, \.\.\.ForMaskedLM or "
-        r"\.\.\.ForSequenceClassification\. Measure settings of `model\.set_select"
+        r"AdaptiveBertForTokenClassification: only language models and classifiers can be "
+        r"calibrated; expected \.\.\.ForCausalLM, \.\.\.LMHeadModel, \.\.\.ForMaskedLM, "
+        r"\.\.\.ForSequenceClassification or \.\.\.ForImageClassification\. Measure settings of "
+        r"`model\.set_select"
     )
     with pytest.raises(OptionError, match=expected):
-        api.calibrate(images, text, destination=tmp_path / "out", budget=0.5, **OPTIONS)
+        api.calibrate(classes, text, destination=tmp_path / "out", budget=0.5, **OPTIONS)
     with pytest.raises(OptionError, match=r"ForSequenceClassification.*"):
-        api.evaluate(images, data=text)
+        api.evaluate(classes, data=text)
 
 
 def test_destinations_that_may_not_be_written(

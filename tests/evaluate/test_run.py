@@ -212,7 +212,7 @@ def test_bad_input(root: Path, tmp_path: Path) -> None:
     masked = tiny_models.make("bert", tmp_path / "bert")
     refused(OptionError, "of this kind are not measured; .* found BertForM", masked, data=data)
     image = tiny_models.make("vit", tmp_path / "vit")
-    refused(OptionError, "are not measured; .* found ViTForImageCl", image, data=data)
+    refused(DataError, "data.jsonl line 1: there is no field 'image'", image, data=data)
     refused(
         OptionError,
         "--reference: is another kind",
@@ -283,12 +283,12 @@ def test_nan_in_the_weights_names_document_and_checkpoint(root: Path, tmp_path: 
 
 def test_out_of_memory_says_what_helps(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adaconvert.errors import ResourceError
-    from adaconvert.evaluate import run
+    from adaconvert.evaluate import measures
 
     def fail(*args: object, **kwargs: object) -> Evaluation:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(run, "score_texts", fail)
+    monkeypatch.setattr(measures, "score_texts", fail)
     refused(
         ResourceError, "out of memory. Lower --batch-size", root / "dense", data=root / "data.jsonl"
     )

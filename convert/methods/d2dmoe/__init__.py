@@ -22,8 +22,10 @@ from adaconvert.arch import adaptive
 from adaconvert.arch.adaptive import Partition
 from adaconvert.arch.runtimes import verdicts
 from adaconvert.arch.sites import ffn_site
+from adaconvert.data.images import Images, read_images
 from adaconvert.data.text import Documents, read_documents
 from adaconvert.errors import OptionError
+from adaconvert.layerwise.configs import load_config
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
 from adaconvert.methods.d2dmoe.fit import Fits, fit, kept_layers
 from adaconvert.methods.d2dmoe.projection_fit import fit_networks, network_lines
@@ -55,11 +57,11 @@ def prepare(config: D2dmoeConfig, described: Sequence[Described]) -> Prepared:
 
     Raises:
         OptionError: the options do not fit the model.
-        DataError: the text cannot be read.
+        DataError: the text, or the images, cannot be read.
     """
     item = described[0]
     changes = edits(config, item)
-    documents = _documents(config)
+    documents = _documents(config, item)
     plan = _plan(config, item, None if documents is None else documents.digest)
     is_split = item.spec.adaptive is not None
     planned = PlainPlan(
@@ -77,7 +79,7 @@ def prepare(config: D2dmoeConfig, described: Sequence[Described]) -> Prepared:
         if sizes and (config.fits or not is_split):
             text = documents if config.fits else None
             found = fit(item, config, sizes, text, progress=progress)
-        if documents is not None and any(change.fitted() for change in changes):
+        if isinstance(documents, Documents) and any(change.fitted() for change in changes):
             arrays, found.networks = fit_networks(
                 item, config, changes, documents, progress=progress
             )
@@ -111,9 +113,17 @@ def replan(options: Mapping[str, object], described: Sequence[Described]) -> Pla
     return _plan(D2dmoeConfig(**given), described[0], given.get("data"))
 
 
-def _documents(config: D2dmoeConfig) -> Documents | None:
+def _documents(config: D2dmoeConfig, item: Described) -> Documents | Images | None:
     if config.data is None:
         return None
+    if item.spec.kind == "vision":
+        return read_images(
+            config.data,
+            item.source.root,
+            load_config(item.source),
+            field=config.data_field,
+            split=config.data_split,
+        )
     return read_documents(config.data, field=config.data_field, split=config.data_split)
 
 

@@ -58,8 +58,8 @@ class D2dmoeConfig:
         tau: an expert runs when its score is at least tau times the highest one of the token; 0
             runs every expert, 1 the best alone. The official code states 1 - tau. None for 0, so
             that the result is exact until `calibrate` or the user turns it down.
-        data: text the routers are fitted on: file, folder or hub id.
-        data_field, data_split: see `data.text.read_documents`.
+        data: text the routers are fitted on: file, folder or hub id; of a ViT, images.
+        data_field, data_split: see `data.text.read_documents` and `data.images.read_images`.
         data_tokens: tokens of it that are used.
         device: torch device, or "auto" for the accelerator if there is one.
         work: folder for hidden states and finished layers, from which a killed run goes on; None

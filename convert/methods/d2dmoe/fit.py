@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.data.images import Images, image_blocks
 from adaconvert.data.text import Documents
 from adaconvert.errors import DataError, OptionError, SourceError
 from adaconvert.io.names import escape
@@ -73,7 +74,7 @@ def fit(
     item: Described,
     config: D2dmoeConfig,
     sizes: Mapping[int, Sizes],
-    documents: Documents | None,
+    documents: Documents | Images | None,
     *,
     progress: bool = False,
 ) -> Fits:
@@ -83,7 +84,7 @@ def fit(
         item: the source; one that is split already keeps its order.
         config: the options.
         sizes: of every block to convert.
-        documents: text to fit routers on; None when none are fitted.
+        documents: text or images to fit routers on; None when none are fitted.
         progress: show a bar on a terminal.
 
     Raises:
@@ -118,7 +119,7 @@ class _Run:
         item: Described,
         config: D2dmoeConfig,
         sizes: Mapping[int, Sizes],
-        documents: Documents,
+        documents: Documents | Images,
     ) -> None:
         self._source, self._device = item.source, device_of(config.device)
         self._tokens = tokens_of(item, config, documents)
@@ -161,14 +162,16 @@ class _Run:
             self._work.discard_states()
 
 
-def tokens_of(item: Described, config: D2dmoeConfig, documents: Documents) -> TokenBlocks:
-    """Return the text cut into blocks of tokens, as many as the options allow.
+def tokens_of(item: Described, config: D2dmoeConfig, documents: Documents | Images) -> TokenBlocks:
+    """Return the text cut into blocks of tokens, or images as blocks, as many as the options allow.
 
     Raises:
         DataError: the text does not fit the model.
     """
     from adaconvert.data.tokens import token_blocks
 
+    if isinstance(documents, Images):
+        return image_blocks(documents, max_tokens=config.data_tokens, seed=config.seed)
     return token_blocks(
         documents,
         item.source.root,
@@ -190,7 +193,7 @@ def check_enough(tokens: int) -> None:
             where="--data",
             expected=f"{LEAST} tokens or more, and tens of thousands for good routers",
             found=tokens,
-            hint="Give more text, or raise --data-tokens.",
+            hint="Give more data, or raise --data-tokens.",
         )
 
 

@@ -1,0 +1,172 @@
+"""The expert modules of transformers' mixture-of-experts models, run by `grouped_ffn`.
+
+transformers is not imported: a module is known by the attributes that its decorator
+`use_experts_implementation` sets, and by the classes of its parts. What is not known is refused
+with a reason, and the caller runs something else.
+
+T tokens, K slots per token, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaconvert.kernels import grouped_gemm
+from adaconvert.kernels.expert_activations import Activation
+from adaconvert.kernels.grouped import grouped_ffn
+from adaconvert.kernels.plan import route_plan
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "act_fn")
+#: classes of transformers.activations; the four of "gelu_tanh" are one function.
+_OF_TRANSFORMERS: dict[str, Activation] = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "ReLUSquaredActivation": "relu2",
+}
+_OF_TORCH: dict[type, Activation] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+_OF_GELU: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+_OF_FUNCTIONS: dict[Callable[..., Tensor], Activation] = {
+    functional.silu: "silu",
+    functional.gelu: "gelu",
+    functional.relu: "relu",
+}
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Return the experts' output, [T, d], for a call that `refuses` lets pass.
+
+    As in transformers' own implementations the input takes the dtype of the weights, the output
+    that of the input.
+
+    Args:
+        module: the experts.
+        hidden_states: [T, d].
+        top_k_index: [T, K]; below 0 or from `num_experts` on (expert parallelism): no expert.
+        top_k_weights: [T, K].
+    """
+    first, down = _matrices(module)
+    name = "gate_up" if module.has_gate else "up"
+    given: dict[str, Any] = {name: first, "down": down}
+    if module.has_bias:
+        given[f"{name}_bias"] = getattr(module, f"{name}_proj_bias")
+        given["down_bias"] = module.down_proj_bias
+    activation = _activation(module.act_fn)
+    assert activation is not None
+    # before transformers 5.23 the module does not say whether slots can be without an expert
+    may_drop = getattr(module, "_is_expert_parallel", True)
+    out = grouped_ffn(
+        hidden_states.to(down.dtype),
+        top_k_weights,
+        route_plan(top_k_index, module.num_experts, may_drop=may_drop),
+        **given,
+        activation=activation,
+        glu=module.has_gate,
+    )
+    return out.to(hidden_states.dtype)
+
+
+def refuses(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> str | None:
+    """Return why `experts_forward` cannot run this call, None when it can."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    reason = _refuses_module(module)
+    if reason is not None:
+        return reason
+    first, down = _matrices(module)
+    calls = (hidden_states, top_k_weights, first, down)
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in calls):
+        return "tensors are not plain tensors"
+    if any(tensor.dtype not in _DTYPES or tensor.is_meta for tensor in calls):
+        return "tensors are not of floats"
+    return _refuses_shapes(module, hidden_states, top_k_index, top_k_weights)
+
+
+def refuses_grouped_mm(module: Any) -> str | None:
+    """Return why torch's grouped_mm cannot run the module's matrices, None when it can.
+
+    Weights that are not plain tensors, and a call that torch.compile traces, are let pass:
+    transformers' implementation by grouped_mm has its own ways for those.
+    """
+    first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+    down = getattr(module, "down_proj", None)
+    if first is None or down is None:
+        return "the module has no matrices of the usual names"
+    plain = {type(first), type(down)} <= {Tensor, nn.Parameter}
+    if torch.compiler.is_compiling() or not plain:
+        return None
+    return grouped_gemm.refuses(down, first, down)
+
+
+def _refuses_module(module: Any) -> str | None:
+    missing = [name for name in _MARKS if not hasattr(module, name)]
+    if missing:
+        return f"the module has no {missing[0]}"
+    if module.has_gate and not module.is_concatenated:
+        return "gate and up are interleaved"
+    if getattr(module, "has_post_expert_norm", False):
+        return "experts end in a norm"
+    if module.has_gate and not _gates_as_usual(module):
+        return f"{type(module).__name__} has a gate of its own"
+    if _activation(module.act_fn) is None:
+        return f"the activation {_name(module.act_fn)} is not known"
+    return None
+
+
+def _refuses_shapes(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> str | None:
+    first, down = _matrices(module)
+    experts, hidden, width = down.shape
+    wide = 2 * width if module.has_gate else width
+    if experts != module.num_experts or first.shape != (experts, wide, hidden):
+        return f"the matrices are {list(first.shape)} and {list(down.shape)}"
+    slots = top_k_index.shape
+    if len(slots) != 2 or top_k_weights.shape != slots or hidden_states.shape != (slots[0], hidden):
+        return "the shapes of the call are not [T, d], [T, K], [T, K]"
+    return None
+
+
+def _matrices(module: Any) -> tuple[Tensor, Tensor]:
+    """Return gate over up, or up, and down, as [E, outputs, inputs]."""
+    first: Tensor = module.gate_up_proj if module.has_gate else module.up_proj
+    down: Tensor = module.down_proj
+    return (first.transpose(1, 2), down.transpose(1, 2)) if module.is_transposed else (first, down)
+
+
+def _gates_as_usual(module: Any) -> bool:
+    """Whether the gate is the decorator's: activation of the first half times the second."""
+    gate = getattr(getattr(module, "_apply_gate", None), "__func__", None)
+    found = (getattr(gate, "__module__", None), getattr(gate, "__qualname__", None))
+    return found == ("transformers.integrations.moe", "_default_apply_gate")
+
+
+def _activation(function: Any) -> Activation | None:
+    """Return the name of an activation; None when unknown, or hooked, so that more would happen."""
+    if not isinstance(function, nn.Module):
+        return _OF_FUNCTIONS.get(function)
+    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+        return None
+    kind = type(function)
+    if isinstance(function, nn.GELU):
+        return _OF_GELU.get(function.approximate) if kind is nn.GELU else None
+    if kind.__module__ == "transformers.activations":
+        return _OF_TRANSFORMERS.get(kind.__name__)
+    return _OF_TORCH.get(kind)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
