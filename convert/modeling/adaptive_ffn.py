@@ -142,14 +142,16 @@ class AdaptiveFFN(nn.Module):
         return found
 
     def _kept(self, name: str, tensors: list[Any], make: Callable[[], Any]) -> Any:
-        """Return what was made of some parameters, made again where they changed."""
+        """Return what was made of some parameters, made again where they or the split changed."""
         if torch.compiler.is_compiling() or observed():
             # stand-ins for parameters have no address
             return make()
-        kept: dict[str, Made] = self.__dict__.setdefault("adaptive_kept", {})
-        known = kept.get(name)
+        kept: dict[tuple[object, ...], Made] = self.__dict__.setdefault("adaptive_kept", {})
+        # the same network is measured in several splits by giving it another `adaptive_spec`
+        key = (name, self.adaptive_spec["experts"]["width"], self.adaptive_spec.get("shared", 0))
+        known = kept.get(key)
         if known is None or not known.holds(tensors):
-            known = kept[name] = Made(make(), tensors)
+            known = kept[key] = Made(make(), tensors)
         return known.made
 
     def _own_tensors(self) -> list[Any]:

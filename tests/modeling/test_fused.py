@@ -132,3 +132,21 @@ def test_a_router_that_is_parametrised_later_is_followed(
                 parametrize.register_parametrization(site.router, "weight", Turned())
             found.append(model(ids).logits)
     assert torch.equal(*found)
+
+
+def test_a_network_that_is_split_otherwise_runs_as_split(dense: Path, tmp_path: Path) -> None:
+    folders = [make_adaptive(dense, tmp_path / str(n), router="gate", experts=n) for n in (16, 64)]
+    coarse, fine = (load_model(folder, dtype="float32") for folder in folders)
+    model: Any = coarse
+    sites = model.adaptive_sites()
+    wanted: Any = fine
+    for ids in (torch.arange(3, 12)[None], torch.tensor([[5]])):
+        with torch.no_grad():
+            for own in (True, False):
+                for path, other in wanted.adaptive_sites().items():
+                    kept = sites[path].adaptive_spec
+                    sites[path].adaptive_spec = kept if own else other.adaptive_spec
+                with model.set_select("top-k", k=8):
+                    found = model(ids).logits
+            with wanted.set_select("top-k", k=8):
+                assert torch.equal(found, wanted(ids).logits)
