@@ -65,8 +65,9 @@ GATHER_TOKENS = 4
 GATHER_LIMIT = (COMPILED_LIMIT, 0.4)
 #: (tokens at least, share of the experts touched at most) for which the union wins.
 UNION = ((64, 0.4), (8, 0.2))
-#: share of the (token, expert) pairs, tokens and width for which grouped float32 products win.
-GROUPED_LIMIT, GROUPED_TOKENS, GROUPED_WIDTH = 0.25, 64, 16
+#: share of the (token, expert) pairs, on one thread and on several, tokens and width for which
+#: grouped float32 products win.
+GROUPED_LIMIT, GROUPED_TOKENS, GROUPED_WIDTH = (0.25, 0.15), 64, 16
 
 
 def run_experts(
@@ -161,7 +162,7 @@ def _runs_whole(tokens: int, weights: ExpertWeights, rule: str, number: float) -
         return tokens * neurons > GATHER_LIMIT[0] * weights.up.shape[0]
     least = max([most for start, most in UNION if tokens >= start], default=0.0)
     if tokens >= GROUPED_TOKENS:
-        least = max(least, GROUPED_LIMIT)
+        least = max(least, _grouped_limit())
     return int(number) > least * weights.count
 
 
@@ -228,7 +229,7 @@ def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor, selected: int |
     tokens, experts = mask.shape
     if tokens < UNION[-1][0]:
         return "dense"
-    if selected is not None and selected > experts * max(GROUPED_LIMIT, UNION[0][1]):
+    if selected is not None and selected > experts * max(_grouped_limit(), UNION[0][1]):
         return "dense"
     # largest values of bytes are many times faster than `any` of booleans
     touched = int(torch.count_nonzero(mask.view(torch.uint8).amax(dim=0))) / experts
@@ -237,7 +238,11 @@ def _batch_path(x: Tensor, weights: ExpertWeights, mask: Tensor, selected: int |
     if tokens < GROUPED_TOKENS or not _groupable(x, weights):
         return "dense"
     share = int(torch.count_nonzero(mask)) / mask.numel()
-    return "grouped" if share <= GROUPED_LIMIT else "dense"
+    return "grouped" if share <= _grouped_limit() else "dense"
+
+
+def _grouped_limit() -> float:
+    return GROUPED_LIMIT[torch.get_num_threads() > 1]
 
 
 def _groupable(x: Tensor, weights: ExpertWeights) -> bool:
