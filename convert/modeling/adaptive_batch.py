@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .adaptive_compiled import agrees, choose, compile_wanted, facts, new_name, own_scores, report
+from .adaptive_compiled import (
+    agrees,
+    arguments,
+    choose,
+    compile_wanted,
+    facts,
+    new_name,
+    own_scores,
+    report,
+)
 from .adaptive_gather import ExpertWeights, Run, observed
 from .adaptive_inductor import Inductor, compiled
 
@@ -118,7 +127,7 @@ class BatchGraph:
         x, gated, mask = (tried.get(name) for name in ("x", "gated", "mask"))
         try:
             with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-                self._step(x, *_tensors(weights), gated, mask, value, *tensors)
+                self._step(x, *arguments(weights, by_rows=False), gated, mask, value, *tensors)
             run = self.bound(weights, varying, value, tensors)
             if run is None or x is None:
                 return False
@@ -137,7 +146,9 @@ class BatchGraph:
     ) -> Callable[..., tuple[Tensor, ...]] | None:
         """Return what was compiled as a function of `varying`, see `Inductor.bound`: to the output,
         and the mask [T, E] unless that is given."""
-        named = dict(zip(_WEIGHTS, _tensors(weights), strict=True)) | {"value": value}
+        named = dict(zip(_WEIGHTS, arguments(weights, by_rows=False), strict=True)) | {
+            "value": value
+        }
         named |= {f"tensors_{i}": tensor for i, tensor in enumerate(tensors)}
         size = value.shape[0] if value is not None and value.dim() else 0
         return self._backend.bound(named, size, varying)
@@ -153,11 +164,6 @@ def _stand_in(tensor: Tensor) -> Tensor:
 
 
 _WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-
-
-def _tensors(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
-    biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
-    return (weights.gate, weights.up, weights.down, *biases)
 
 
 def _make_step(

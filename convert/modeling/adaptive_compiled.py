@@ -229,9 +229,13 @@ def new_name(kind: str) -> str:
     return _STEPS[-1]
 
 
-def arguments(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
-    """Return the graph's view of the weights: down by rows [f, d] where it has them."""
-    rows = rows_of(weights.down)
+def arguments(weights: ExpertWeights, *, by_rows: bool = True) -> tuple[Tensor | None, ...]:
+    """Return a graph's view of the weights, in the order of `_ARGUMENTS`.
+
+    Args:
+        by_rows: down by rows [f, d] where it has them; [d, f] otherwise.
+    """
+    rows = rows_of(weights.down) if by_rows else None
     down = weights.down if rows is None else rows
     biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
     return (weights.gate, weights.up, down, *biases)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import shutil
 import weakref
 from typing import Any
 
@@ -16,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaconvert.modeling.adaptive_execution import prepare
 from adaconvert.modeling.loading import load_model
+from adaconvert.testing.compilers import has_compiler
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+        not has_compiler(),
         reason="torch.compile needs a C++ compiler here",
     ),
 ]

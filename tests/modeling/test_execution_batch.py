@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +26,10 @@ from adaconvert.modeling.adaptive_execution import (
 from adaconvert.modeling.adaptive_layout import keep_rows
 from adaconvert.modeling.adaptive_routers import AnalyticRouter, ContributionRouter, LinearRouter
 from adaconvert.modeling.adaptive_select import select_experts
+from adaconvert.testing.compilers import has_compiler
 
 needs_compiler = pytest.mark.skipif(
-    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    not has_compiler(),
     reason="torch.compile needs a C++ compiler here",
 )
 HIDDEN, EXPERTS, WIDTH = 24, 6, 4

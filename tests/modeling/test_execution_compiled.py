@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,9 +32,10 @@ from adaconvert.modeling.adaptive_routers import (
     grouped,
 )
 from adaconvert.modeling.adaptive_select import select_experts
+from adaconvert.testing.compilers import has_compiler
 
 needs_compiler = pytest.mark.skipif(
-    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
+    not has_compiler(),
     reason="torch.compile needs a C++ compiler here",
 )
 HIDDEN, EXPERTS = 24, 6
@@ -221,6 +220,7 @@ def test_without_a_compiler_decoding_works(tmp_path: Path) -> None:
 import logging, torch
 logging.basicConfig(level=logging.WARNING)
 from torch.nn import functional
+from adaconvert.testing.compilers import has_compiler
 from adaconvert.modeling.adaptive_execution import Decoder, ExpertWeights, decode_step, run_experts
 up, down = torch.randn(8, 4), torch.randn(4, 8)
 weights = ExpertWeights(None, up, down, None, None, None, functional.relu, 2)
