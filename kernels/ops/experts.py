@@ -10,6 +10,7 @@ T tokens, K slots per token, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,8 +82,6 @@ def refuses(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> str | None:
     """Return why `experts_forward` cannot run this call, None when it can."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
     reason = _refuses_module(module)
     if reason is not None:
         return reason
@@ -90,7 +89,7 @@ def refuses(
     calls = (hidden_states, top_k_weights, first, down)
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in calls):
         return "tensors are not plain tensors"
-    if any(tensor.dtype not in _DTYPES or tensor.is_meta for tensor in calls):
+    if any(tensor.dtype not in _DTYPES for tensor in calls):
         return "tensors are not of floats"
     return _refuses_shapes(module, hidden_states, top_k_index, top_k_weights)
 
@@ -149,9 +148,15 @@ def _matrices(module: Any) -> tuple[Tensor, Tensor]:
 
 def _gates_as_usual(module: Any) -> bool:
     """Whether the gate is the decorator's: activation of the first half times the second."""
-    gate = getattr(getattr(module, "_apply_gate", None), "__func__", None)
-    found = (getattr(gate, "__module__", None), getattr(gate, "__qualname__", None))
-    return found == ("transformers.integrations.moe", "_default_apply_gate")
+    if "_apply_gate" in module.__dict__:
+        return False
+    # the function of the class and these two of its attributes, read plainly: torch.compile (2.13)
+    # has no function of a bound method, finds __qualname__ unequal to anything, and answers a
+    # getattr that has a default with the default
+    gate = getattr(type(module), "_apply_gate", None)
+    if not isinstance(gate, FunctionType) or gate.__name__ != "_default_apply_gate":
+        return False
+    return gate.__module__ == "transformers.integrations.moe"
 
 
 def _activation(function: Any) -> Activation | None:

@@ -2,6 +2,7 @@
 
 One autograd function over grouped GEMMs. It keeps its inputs, the pre-activations and the plan;
 everything else is computed again in the backward, and the outputs of the experts are never needed.
+Where torch.compile traces, the same is one operator of the graph (`grouped_ops`).
 
 T tokens, K slots per token, E experts, d hidden size, i intermediate size of one expert.
 
@@ -11,17 +12,19 @@ al. 2025, arXiv 2512.14080, section 3.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adaconvert.kernels import grouped_gemm
+from adaconvert.kernels import grouped_ops
 from adaconvert.kernels.expert_activations import ACTIVATIONS, Activation
-from adaconvert.kernels.grouped_gemm import Backend
+from adaconvert.kernels.grouped_backend import ASKED, Asked, choose_backend, kind_of
 from adaconvert.kernels.grouped_steps import Gradients, Inputs, Kind, run_backward, run_forward
 from adaconvert.kernels.plan import RoutePlan
+
+__all__ = ["choose_backend", "grouped_ffn"]
 
 
 def grouped_ffn(
@@ -37,7 +40,7 @@ def grouped_ffn(
     gate_up_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
-    backend: Backend | Literal["auto"] = "auto",
+    backend: Asked = "auto",
 ) -> Tensor:
     """Return each token's weighted sum of its experts' outputs, [T, d], of the dtype of x.
 
@@ -55,12 +58,14 @@ def grouped_ffn(
         gate_up_bias: [E, 2i].
         up_bias: [E, i].
         down_bias: [E, d].
-        backend: "auto" is what `choose_backend` says.
+        backend: "auto" is what `choose_backend` says, with Triton's kernels where `dispatch.select`
+            has them; "triton" insists on those.
 
     Raises:
         ValueError: shapes disagree, tensors of the other form of expert are given, the activation
             is unknown, or the backend asked for cannot run this.
         TypeError: x and the weights differ in dtype.
+        RuntimeError: ADACONVERT_KERNELS is "triton", `backend` "auto", and they cannot run this.
     """
     first, first_bias = (gate_up, gate_up_bias) if glu else (up, up_bias)
     unused = (up, up_bias) if glu else (gate_up, gate_up_bias)
@@ -68,24 +73,13 @@ def grouped_ffn(
         raise ValueError(f"experts {'with' if glu else 'without'} a gate need {_NEEDS[glu]}")
     asked = Inputs(x, weights_of, first, down, first_bias, down_bias)
     given = _in_compute_dtypes(asked)
-    _check(given, plan, activation, glu)
-    kind = Kind(activation=activation, glu=glu, backend=_backend(given, backend))
+    _check(given, plan, activation, glu, backend)
+    if torch.compiler.is_compiling() or x.is_meta:
+        return grouped_ops.grouped_ffn(given, plan, activation, glu, backend).to(x.dtype)
+    grad = torch.is_grad_enabled()
+    kind = kind_of(given, backend, activation, glu=glu, grad=grad, compact=True)
     out: Tensor = _GroupedFFN.apply(plan, kind, *given)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
-
-
-def choose_backend(x: Tensor, first: Tensor, down: Tensor) -> tuple[Backend, str]:
-    """Return the backend for these tensors, and why.
-
-    On a CPU both take the same time (measured with torch 2.13, float32 and bfloat16, 8 and 64
-    experts), so the one that takes any size and dtype runs.
-    """
-    if x.device.type == "cpu":
-        return "loop", "on cpu it is as fast as grouped_mm and takes every size"
-    reason = grouped_gemm.refuses(x, first, down)
-    if reason is None:
-        return "grouped_mm", "it runs these tensors"
-    return "loop", reason
 
 
 class _GroupedFFN(torch.autograd.Function):
@@ -128,19 +122,9 @@ def _in_compute_dtypes(inputs: Inputs) -> Inputs:
     return inputs._replace(weights_of=inputs.weights_of.to(wide))
 
 
-def _backend(inputs: Inputs, asked: Backend | Literal["auto"]) -> Backend:
-    if asked == "auto":
-        return choose_backend(inputs.x, inputs.first, inputs.down)[0]
-    if asked == "grouped_mm":
-        reason = grouped_gemm.refuses(inputs.x, inputs.first, inputs.down)
-        if reason is not None:
-            raise ValueError(f"grouped_mm cannot run this: {reason}")
-    elif asked != "loop":
-        raise ValueError(f"backend {asked!r}; expected auto, loop or grouped_mm")
-    return asked
-
-
-def _check(inputs: Inputs, plan: RoutePlan, activation: str, glu: bool) -> None:
+def _check(inputs: Inputs, plan: RoutePlan, activation: str, glu: bool, backend: str) -> None:
+    if backend not in ASKED:
+        raise ValueError(f"backend {backend!r}; expected one of {', '.join(ASKED)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
     (tokens, slots), (experts,) = plan.places.shape, plan.ends.shape

@@ -46,8 +46,9 @@ def outer(backend: Backend, left: Tensor, right: Tensor, ends: Tensor) -> Tensor
     """Return each expert's left [R, m] transposed times right [R, n]: [E, m, n], 0 for no rows."""
     if backend == "grouped_mm" and left.shape[0]:
         return functional.grouped_mm(left.t(), right, offs=ends)
-    out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
-    for expert, mine in _spans(ends):
+    out = left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
+    for expert, mine in _spans(ends, idle=True):
+        # 0 for no rows
         torch.mm(left[mine].t(), right[mine], out=out[expert])
     return out
 
@@ -99,10 +100,10 @@ def _misaligned(weight: Tensor) -> str | None:
     return None
 
 
-def _spans(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield the experts that have rows, with their rows."""
+def _spans(ends: Tensor, *, idle: bool = False) -> Iterator[tuple[int, slice]]:
+    """Yield the experts that have rows, with `idle` the others too, with their rows."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        if end > start:
+        if idle or end > start:
             yield expert, slice(start, end)
         start = end

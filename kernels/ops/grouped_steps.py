@@ -1,9 +1,10 @@
 """Forward and backward of the grouped expert feed-forward, as functions of tensors.
 
 T tokens, K slots per token, E experts, P = T*K pairs, d hidden size, i intermediate size,
-R rows that are computed: the live pairs where their number is known without waiting (CPU), else P.
+R rows that are computed: the live pairs where their number is known without waiting (CPU) and may
+be the size of a tensor (`Kind.compact`), else P.
 
-Rows of dropped pairs on an accelerator are never initialised. Two things leave the order of the
+Rows of dropped pairs that are among the R are never initialised. Two things leave the order of the
 plan, the sums over slots and the gradient of the routing weights; both leave those rows out.
 """
 
@@ -24,11 +25,22 @@ from adaconvert.kernels.plan import RoutePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What experts compute and who computes it."""
+    """What experts compute and who computes it.
+
+    Attributes:
+        activation: between the two matrices.
+        glu: the experts have a gate.
+        backend: of the GEMMs.
+        triton: Triton's kernels run the gather, the first GEMM and the activation as one.
+        compact: R is the number of live pairs on a CPU. Not in a compiled graph, where sizes that
+            depend on values would break it.
+    """
 
     activation: Activation
     glu: bool
     backend: Backend
+    triton: bool = False
+    compact: bool = True
 
 
 class Inputs(NamedTuple):
@@ -67,18 +79,30 @@ def run_forward(inputs: Inputs, plan: RoutePlan, kind: Kind) -> tuple[Tensor, Te
 
     The routing weights are multiplied into the hidden values, so that combining only adds up.
     """
-    rows = _rows(plan)
+    rows = _rows(plan, kind)
     shares = inputs.weights_of.reshape(-1)[plan.pairs[:rows]]
+    pre, hidden = _through_activation(inputs, plan, kind, shares)
+    out = grouped_gemm.times_transposed(kind.backend, hidden, plan.ends, inputs.down)
+    if inputs.down_bias is not None:
+        out += _bias_of_rows(inputs.down_bias, plan, rows).to(shares.dtype) * shares[:, None]
+    return combine(out, plan), pre
+
+
+def _through_activation(
+    inputs: Inputs, plan: RoutePlan, kind: Kind, shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the pre-activations and the weighted hidden values [R, i]."""
+    rows = shares.shape[0]
+    if kind.triton:
+        from adaconvert.kernels import triton_grouped
+
+        return triton_grouped.run(inputs, plan, kind, rows)
     gathered = inputs.x.index_select(0, plan.tokens[:rows])
     pre = grouped_gemm.times_transposed(kind.backend, gathered, plan.ends, inputs.first)
     del gathered
     if inputs.first_bias is not None:
         pre += _bias_of_rows(inputs.first_bias, plan, rows)
-    hidden = expert_activations.forward(pre, shares, kind.activation, glu=kind.glu)
-    out = grouped_gemm.times_transposed(kind.backend, hidden, plan.ends, inputs.down)
-    if inputs.down_bias is not None:
-        out += _bias_of_rows(inputs.down_bias, plan, rows).to(shares.dtype) * shares[:, None]
-    return combine(out, plan), pre
+    return pre, expert_activations.forward(pre, shares, kind.activation, glu=kind.glu)
 
 
 def run_backward(
@@ -90,16 +114,33 @@ def run_backward(
         grad: [T, d], of the output, of any strides.
         pre: what `run_forward` returned.
     """
-    rows = _rows(plan)
+    rows = _rows(plan, kind)
     shares = inputs.weights_of.reshape(-1)[plan.pairs[:rows]]
     at_rows = grad.index_select(0, plan.tokens[:rows])
-    at_hidden = grouped_gemm.times(kind.backend, at_rows, plan.ends, inputs.down)
-    inner = expert_activations.backward(pre, shares, at_hidden, kind.activation, glu=kind.glu)
+    inner = _at_activation(grad, at_rows, pre, shares, inputs, plan, kind)
     found = _after_activation(at_rows, shares, inner, inputs, plan, kind, needs)
     at_pre = inner.pre
     # freed before the rows of x are gathered again
-    del at_rows, at_hidden, inner
+    del at_rows, inner
     return _before_activation(at_pre, inputs, plan, kind, needs, found)
+
+
+def _at_activation(
+    grad: Tensor,
+    at_rows: Tensor,
+    pre: Tensor,
+    shares: Tensor,
+    inputs: Inputs,
+    plan: RoutePlan,
+    kind: Kind,
+) -> expert_activations.Gradients:
+    """Return the gradients between the two matrices."""
+    if kind.triton:
+        from adaconvert.kernels import triton_grouped_backward
+
+        return triton_grouped_backward.run(grad, pre, inputs, plan, kind)
+    at_hidden = grouped_gemm.times(kind.backend, at_rows, plan.ends, inputs.down)
+    return expert_activations.backward(pre, shares, at_hidden, kind.activation, glu=kind.glu)
 
 
 def _after_activation(
@@ -181,8 +222,8 @@ def _bias_of_rows(bias: Tensor, plan: RoutePlan, rows: int) -> Tensor:
     return bias.index_select(0, grouped_gemm.expert_of_rows(plan.ends, rows))
 
 
-def _rows(plan: RoutePlan) -> int:
+def _rows(plan: RoutePlan, kind: Kind) -> int:
     """Return R; looks at the plan only where that does not stall a device."""
-    if plan.dropped and plan.ends.device.type == "cpu":
+    if kind.compact and plan.dropped and plan.ends.device.type == "cpu":
         return int(plan.ends[-1])
     return plan.pairs.shape[0]

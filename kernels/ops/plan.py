@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adaconvert.kernels import dispatch
+
+Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutePlan:
@@ -55,6 +59,24 @@ def route_plan(experts_of: Tensor, experts: int, *, may_drop: bool = True) -> Ro
         ValueError: it is not [T, K], or E is not positive.
     """
     _check(experts_of, experts)
+    if torch.compiler.is_compiling() or experts_of.is_meta:
+        found = torch.ops.adaconvert.route_plan(experts_of, experts)
+    else:
+        found = _plan(experts_of, experts)
+    pairs, tokens, ends, places, live = found
+    return RoutePlan(
+        pairs=pairs,
+        tokens=tokens,
+        ends=ends,
+        places=places,
+        live=live,
+        slots=experts_of.shape[1],
+        dropped=_drops(ends, experts_of.numel(), may_drop),
+    )
+
+
+def sort_pairs(experts_of: Tensor, experts: int) -> Fields:
+    """Return pairs, tokens, ends, places and live of the plan, in plain torch."""
     # int64, because E need not fit in the type of the indices
     flat = experts_of.reshape(-1).to(torch.int64)
     known = (flat >= 0) & (flat < experts)
@@ -62,14 +84,37 @@ def route_plan(experts_of: Tensor, experts: int, *, may_drop: bool = True) -> Ro
     bounds = torch.arange(experts, device=flat.device)
     ends = torch.searchsorted(ordered, bounds, right=True, out_int32=True)
     order = torch.arange(flat.numel(), device=flat.device)
-    return RoutePlan(
-        pairs=pairs,
-        tokens=pairs // max(experts_of.shape[1], 1),
-        ends=ends,
-        places=torch.empty_like(pairs).scatter_(0, pairs, order).view(experts_of.shape),
-        live=order < ends[-1],
-        slots=experts_of.shape[1],
-        dropped=_drops(ends, flat.numel(), may_drop),
+    tokens = pairs // max(experts_of.shape[1], 1)
+    places = torch.empty_like(pairs).scatter_(0, pairs, order).view(experts_of.shape)
+    return pairs, tokens, ends, places, order < ends[-1]
+
+
+def _plan(experts_of: Tensor, experts: int) -> Fields:
+    """Return what `sort_pairs` does, by the kernel where one is selected."""
+    # a CPU has a kernel in Triton's interpreter alone, which nobody runs unasked
+    if experts_of.device.type == "cpu" and dispatch.wanted() != "triton":
+        return sort_pairs(experts_of, experts)
+    tokens, slots = experts_of.shape
+    kernel = dispatch.select(
+        "route_plan",
+        device=experts_of.device.type,
+        dtype=experts_of.dtype,
+        tokens=tokens,
+        slots=slots,
+        experts=experts,
+    )
+    found: Fields = (kernel or sort_pairs)(experts_of, experts)
+    return found
+
+
+def _fake_plan(experts_of: Tensor, experts: int) -> Fields:
+    pairs = experts_of.numel()
+    return (
+        experts_of.new_empty(pairs, dtype=torch.int64),
+        experts_of.new_empty(pairs, dtype=torch.int64),
+        experts_of.new_empty(experts, dtype=torch.int32),
+        experts_of.new_empty(experts_of.shape, dtype=torch.int64),
+        experts_of.new_empty(pairs, dtype=torch.bool),
     )
 
 
@@ -87,3 +132,16 @@ def _drops(ends: Tensor, pairs: int, may_drop: bool) -> bool:
     if ends.device.type != "cpu" or torch.compiler.is_compiling():
         return may_drop
     return int(ends[-1]) < pairs
+
+
+def _register() -> None:
+    op = torch.library.custom_op(
+        "adaconvert::route_plan",
+        _plan,
+        mutates_args=(),
+        schema="(Tensor experts_of, int experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    op.register_fake(_fake_plan)
+
+
+_register()

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from adaconvert.kernels.routing import Normalise, Routing, Scores
+from adaconvert.kernels.routing import Routing
+from adaconvert.kernels.routing_steps import Normalise, Scores
 
 
 def router_select(

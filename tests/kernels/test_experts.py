@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from adaconvert import auto
 from adaconvert.kernels import experts
+from adaconvert.modeling import stock_experts
 
 SMALL = {
     "vocab_size": 64,
@@ -261,7 +264,7 @@ LEFT = [
 def test_what_is_not_known_is_left_to_transformers(
     change: Any, dtype: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    auto._tell.cache_clear()
+    stock_experts._tell.cache_clear()
     seen = calls_of(monkeypatch)
     module = module_of(dtype=dtype)
     change(module)
@@ -269,7 +272,9 @@ def test_what_is_not_known_is_left_to_transformers(
         got, wanted = both(module)
         both(module)
     assert not seen
-    said = [record.getMessage() for record in caplog.records if record.name == auto.__name__]
+    said = [
+        record.getMessage() for record in caplog.records if record.name == stock_experts.__name__
+    ]
     assert said == [f"MyExperts runs by transformers' own experts implementation: {reason}"]
     assert max(error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-5
 
@@ -286,8 +291,11 @@ def test_layouts_that_are_refused() -> None:
         other = copy.copy(module)
         setattr(other, *change)
         assert experts.refuses(other, *call) == reason
+    other = copy.copy(module)
+    other._apply_gate = module._apply_gate
+    assert experts.refuses(other, *call) == "MyExperts has a gate of its own"
     assert "[T, d], [T, K]" in str(experts.refuses(module, call[0][None], *call[1:]))
-    assert experts.refuses(module.to("meta"), *call) == "tensors are not of floats"
+    assert experts.refuses(module.to(torch.complex64), *call) == "tensors are not of floats"
     assert experts.refuses(nn.Linear(2, 2), *call) == "the module has no num_experts"
 
 
@@ -317,20 +325,56 @@ def test_autocast_and_mixed_dtypes() -> None:
     assert torch.equal(cast, out)
 
 
-def test_compiled_models_use_what_transformers_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = calls_of(monkeypatch)
+def graphs_of(function: Any) -> tuple[Any, list[str]]:
+    """Return the function compiled as one graph, and the list of the operators of its graphs."""
+    called: list[str] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    return torch.compile(function, backend=backend, fullgraph=True), called
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_compiled_models_run_our_operators(name: str) -> None:
+    model = made(name)
+    wanted, wanted_grads = step(model, "adaconvert")
+    stock, stock_grads = step(model, "eager")
+    model.set_experts_implementation("adaconvert")
+    forward, called = model.forward, None
+    model.forward, called = graphs_of(forward)
+    try:
+        got, grads = step(model, "adaconvert")
+    finally:
+        model.forward = forward
+    for op in ("grouped_ffn", "grouped_ffn_backward", "route_plan"):
+        assert called.count(f"adaconvert.{op}.default") == 2
+    assert not any("grouped_mm" in op for op in called)
+    assert error(got, wanted) < 1e-6
+    assert error(got, stock) < 1e-5
+    assert grads.keys() == wanted_grads.keys()
+    assert max(error(grads[key], grad) for key, grad in wanted_grads.items() if grad.any()) < 1e-6
+    assert max(error(grads[key], grad) for key, grad in stock_grads.items() if grad.any()) < 1e-5
+
+
+@pytest.mark.parametrize("change", [hooked, own_gate, of_a_subclass])
+def test_compiled_modules_that_are_not_known_are_left_to_transformers(change: Any) -> None:
     module = module_of()
+    change(module)
     x, weights = torch.randn(6, 8), torch.rand(6, 2)
     index = torch.rand(6, 4).topk(2).indices
     wanted = module(x, index, weights)
-    assert len(seen) == 1
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    compiled, called = graphs_of(module)
     assert error(compiled(x, index, weights), wanted) < 1e-5
-    assert len(seen) == 1
+    assert not any("adaconvert" in op for op in called)
+    assert any("grouped_mm" in op for op in called)
 
 
 def test_registered_once_and_again() -> None:
     auto.register()
-    assert ALL_EXPERTS_FUNCTIONS[auto.EXPERTS] is auto._experts_forward
+    assert ALL_EXPERTS_FUNCTIONS[auto.EXPERTS] is stock_experts.experts_forward
     with pytest.raises(ValueError, match="adaconvertt"):
         made("Mixtral").set_experts_implementation("adaconvertt")

@@ -210,7 +210,7 @@ def test_what_grouped_mm_refuses() -> None:
         ({"glu": False}, ValueError, "without a gate need up and take no gate_up"),
         ({"up_bias": torch.zeros(E, WIDTH)}, ValueError, "take no up"),
         ({"activation": "mish"}, ValueError, "'mish'; expected one of silu, gelu"),
-        ({"backend": "cuda"}, ValueError, "'cuda'; expected auto, loop or grouped_mm"),
+        ({"backend": "cuda"}, ValueError, "'cuda'; expected one of auto, loop, grouped_mm, triton"),
         ({"gate_up": torch.zeros(E, WIDTH, D)}, ValueError, r"first is \[4, 24, 16\]; expected"),
         ({"down": torch.zeros(E + 1, D, WIDTH)}, ValueError, r"down is \[5, 16, 24\]"),
         ({"weights_of": torch.zeros(K, T)}, ValueError, r"weights_of is \[2, 32\]"),

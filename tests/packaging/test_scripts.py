@@ -38,7 +38,7 @@ def test_every_dependency_is_pinned_at_or_above_its_floor() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     pins = {normal(name): version for name, version in PINS.items()}
     for text in wanted:
-        name, floor = text.split(">=")
+        name, floor = text.partition(";")[0].split(">=")
         assert normal(name) in pins, f"{name} is not in constraints.txt"
         pinned = [int(part) for part in pins[normal(name)].split(".")[:2]]
         assert pinned >= [int(part) for part in floor.split(".")[:2]], name
@@ -53,6 +53,19 @@ def test_the_pinned_set_is_the_one_promised() -> None:
 def test_constraints_name_no_place_and_no_build() -> None:
     for version in PINS.values():
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), version
+
+
+def test_the_oldest_environment_holds_the_oldest_that_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        text.partition(";")[0].split(">=")[0]: text.partition(";")[0].split(">=")[1]
+        for text in [*project["dependencies"], *extras["triton"]]
+    }
+    check = (ROOT / "scripts" / "check.sh").read_text()
+    asked = dict(re.findall(r"--(transformers|triton) ([0-9.]+)", check))
+    assert asked == {name: f"{declared[name]}.0" for name in ("transformers", "triton")}
+    assert extras["triton"][0] in extras["test"]
 
 
 def test_torch_is_installed_first_and_alone() -> None:
@@ -72,6 +85,7 @@ def test_ci_runs_the_check_and_nothing_else() -> None:
     [
         (["scripts/env.sh", "--colour"], "env.sh: unknown option --colour"),
         (["scripts/env.sh", "--transformers"], "--transformers needs a version"),
+        (["scripts/env.sh", "--triton"], "--triton needs a version"),
         (["scripts/check.sh", "everything"], "check.sh: no step 'everything'"),
     ],
 )
