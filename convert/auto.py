@@ -8,27 +8,17 @@ harmless.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from adaconvert.arch.registry import FAMILIES
-from adaconvert.kernels import experts
-from adaconvert.modeling import modeling_adaptive
+from adaconvert.modeling import modeling_adaptive, stock_experts
 from adaconvert.modeling.configuration_adaptive import made_config
+from adaconvert.modeling.stock_experts import EXPERTS
 
 __all__ = ["EXPERTS", "register"]
-
-logger = logging.getLogger(__name__)
-
-#: the name of our experts implementation in transformers.
-EXPERTS = "adaconvert"
 
 _AUTO_CLASSES = (
     "AutoModel",
@@ -42,7 +32,7 @@ _AUTO_CLASSES = (
 
 def register() -> None:
     """Register the adaptive classes of every dense family, and the experts implementation."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_forward)
+    stock_experts.register()
     for family in FAMILIES.values():
         for architecture in family.architectures:
             _register(architecture)
@@ -69,34 +59,6 @@ def _classes_of(config_class: Any) -> Iterator[str]:
             found = found[0]
         if found is not None:
             yield str(found.__name__)
-
-
-def _experts_forward(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """Return the experts' output; transformers' own where ours does not know the module."""
-    call = (hidden_states, top_k_index, top_k_weights)
-    reason = experts.refuses(module, *call)
-    if reason is None:
-        return experts.experts_forward(module, *call)
-    if not torch.compiler.is_compiling():
-        _tell(type(module).__name__, reason)
-    out: Tensor = _stock_forward(module)(module, *call)
-    return out
-
-
-def _stock_forward(module: Any) -> Any:
-    """Return transformers' grouped_mm where it runs the module's weights, else its eager loop."""
-    if experts.refuses_grouped_mm(module) is None:
-        return grouped_mm_experts_forward
-    forwards: Iterator[Any] = (kind.__dict__.get("forward") for kind in type(module).__mro__)
-    return next(found.__wrapped__ for found in forwards if hasattr(found, "__wrapped__"))
-
-
-@cache
-def _tell(name: str, reason: str) -> None:
-    """Say once why a class does not run by our kernels."""
-    logger.warning("%s runs by transformers' own experts implementation: %s", name, reason)
 
 
 register()

@@ -100,16 +100,16 @@ def run_experts(
     whole = mask is None and weights_per_expert is None
     if mask is None:
         mask = x.new_ones(x.shape[0], weights.count, dtype=torch.bool)
-    kernel = _kernel(x, weights, mask)
+    kernel = _kernel(x, weights, mask, selected)
     if kernel is not None and path is None:
         named = {field.name: getattr(weights, field.name) for field in fields(weights)}
         out = kernel(x, mask, gated=gated, weights_per_expert=weights_per_expert, **named)
-        return out, _neurons(weights, mask.sum(dim=1).tolist())
+        return out, _neurons(weights, _counts(mask, selected))
     simple = weights_per_expert is None and _inference(x, weights)
     if simple and x.shape[0] > 1:
         check_rows(weights.down)
     if path == "gather" or (path is None and simple and 0 < x.shape[0] <= GATHER_TOKENS):
-        counts: list[int] = mask.sum(dim=1).tolist() if selected is None else [selected] * len(x)
+        counts = _counts(mask, selected)
         if path == "gather" or _gather_pays(x, weights, counts, gated):
             out = _gather(x, weights, mask, gated)
             return out, gathered_pairs(weights, counts, gate_known=gated is not None)
@@ -166,7 +166,7 @@ def _runs_whole(tokens: int, weights: ExpertWeights, rule: str, number: float) -
     return int(number) > least * weights.count
 
 
-def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:
+def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor, selected: int | None) -> Any:
     """Return an installed kernel for this call; none on the CPU, whose paths are in this file."""
     if x.device.type == "cpu" or _installed is None or _installed.API_VERSION != KERNELS_API:
         return None
@@ -183,7 +183,9 @@ def _kernel(x: Tensor, weights: ExpertWeights, mask: Tensor) -> Any:
         experts=mask.shape[1],
         width=weights.width,
         shared=weights.shared,
+        selected=selected,
         glu=weights.gate is not None,
+        activation=weights.activation,
         grad=torch.is_grad_enabled(),
     )
 
@@ -193,6 +195,11 @@ def _inference(x: Tensor, weights: ExpertWeights) -> bool:
     if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not unrecorded():
         return False
     return weights.up.dtype == x.dtype and weights.ordinary
+
+
+def _counts(mask: Tensor, selected: int | None) -> list[int]:
+    """Return how many experts each token runs; waits for a device where that is not known."""
+    return mask.sum(dim=1).tolist() if selected is None else [selected] * len(mask)
 
 
 def _neurons(weights: ExpertWeights, counts: list[int]) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adaconvert.errors import OptionError
+from adaconvert.modeling import stock_experts
 from adaconvert.train.adapt import attach, targets_of
 from adaconvert.train.adapt_quantised import pack, packable
 from adaconvert.train.config import FinetuneConfig
@@ -58,6 +59,7 @@ def prepare(model: Any, config: FinetuneConfig, *, device: Any = "cpu") -> Prepa
     _check_rates(model, config)
     adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
     set_precision(model, config.precision)
+    stock_experts.use(model)
     return Prepared(
         chosen=replace(chosen, frozen=counted - chosen.trained + adapters),
         tuner=tuner,
@@ -110,9 +112,6 @@ def set_precision(model: Any, precision: str) -> None:
             _widen(parameter, torch.float64)
         elif parameter.dtype in _HALVES and (parameter.requires_grad or precision != "bf16"):
             _widen(parameter, torch.float32)
-    if precision == "fp64" and getattr(model.config, "_experts_implementation", None) is not None:
-        # transformers' grouped products know no float64
-        model.config._experts_implementation = "eager"
 
 
 def _widen(parameter: nn.Parameter, dtype: torch.dtype) -> None:

@@ -240,6 +240,7 @@ class Session:
 
     def _teacher(self, device: Any) -> Any:
         """Return the dense teacher on the device of the student, None without distillation."""
+        from adaconvert.modeling import stock_experts
         from adaconvert.train.prepare import set_precision
 
         if not (self.config.distill or self.config.distill_hidden):
@@ -266,6 +267,7 @@ class Session:
             teacher.set_select("all")
         teacher.requires_grad_(False)
         set_precision(teacher, self.config.precision)
+        stock_experts.use(teacher)
         return teacher
 
 

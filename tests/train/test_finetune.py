@@ -200,6 +200,25 @@ def test_native_mixtures_keep_their_names_on_disk(tune: Tune, tmp_path: Path) ->
     assert any("block_sparse_moe.experts.3.w2" in name for name in after)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_experts_of_a_stock_mixture_run_by_our_kernels(
+    precision: str, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaconvert.modeling import stock_experts
+
+    seen: list[str] = []
+    ours = stock_experts.experts.experts_forward
+    monkeypatch.setattr(
+        stock_experts.experts,
+        "experts_forward",
+        lambda module, *call: (seen.append(str(call[0].dtype)), ours(module, *call))[1],
+    )
+    tune(tiny_models.make("mixtral", tmp_path / "src"), steps=1, precision=precision)
+    assert "torch.float64" in seen if precision == "fp64" else "torch.float32" in seen
+    # stock transformers, which does not know the name, loads what was written
+    assert "experts_implementation" not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_distillation_holds_the_student_to_its_teacher(dense: Path, tune: Tune) -> None:
     alone = tune(dense, "alone", distill=1e-6)
     held = tune(dense, "held", lm=0.0, distill=1.0)

@@ -14,6 +14,7 @@ from adaconvert.errors import OptionError, ResourceError
 from adaconvert.io.available import available_memory
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.sources import open_source
+from adaconvert.modeling import stock_experts
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.train.checkpoints import ResumableTrainer
@@ -102,6 +103,7 @@ def test_activations_are_estimated(family: str, tmp_path: Path) -> None:
     with quiet():
         estimate = need_of(load_model(folder, device_map="meta"), config).activations
         model: Any = load_model(folder).float().train()
+        stock_experts.use(model)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, Any] = {}
 
