@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the CPU execution of experts: feed-forward networks alone, and whole models at batch 1.
 
-    scripts/bench_decode.py ffn     [--threads 1 2] [--seconds 4]
+    scripts/bench_decode.py ffn     [--threads 1 2] [--seconds 4] [--fractions 0.5 0.25]
     scripts/bench_decode.py prefill [--threads 1 2] [--seconds 4]
     scripts/bench_decode.py decode  [--model FOLDER] [--threads 1 2] [--rounds 40]
     scripts/bench_decode.py prompt  [--model FOLDER] [--threads 1 2] [--rounds 40]
@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ def main() -> None:
     parser.add_argument("--name", help="what to call it in the rows; its folder's name otherwise")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="of networks"
+    )
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, help="of ffn")
     parser.add_argument("--seconds", type=float, default=4.0, help="per case of ffn and prefill")
     parser.add_argument("--rounds", type=int, default=40, help="of whole models")
     parser.add_argument("--csv", type=Path, default=SCRIPTS / "bench" / "decode.csv")
@@ -178,25 +182,29 @@ class Layers:
 def ffn_cases(arguments: argparse.Namespace) -> Iterator[Row]:
     for threads, name, dtype, layers in networks(arguments):
         with torch.inference_mode():
-            calls = ffn_calls(layers, torch.randn(1, layers.hidden).to(dtype))
+            x = torch.randn(1, layers.hidden).to(dtype)
+            calls = ffn_calls(layers, x, arguments.fractions)
             found = measured(calls, arguments.seconds, layers.count)
         yield from rows(found, name, dtype, threads, 1)
 
 
-def ffn_calls(layers: Layers, x: Tensor) -> dict[str, Call]:
+def ffn_calls(layers: Layers, x: Tensor, fractions: Iterable[float]) -> dict[str, Call]:
     whole = torch.ones(1, layers.experts, dtype=torch.bool)
     calls: dict[str, Call] = {
         "stock": lambda i: layers.run_stock(x, i),
         "own dense": lambda i: run_experts(x, layers.weights[i], whole, path="gather"),
         "dense, re-laid": lambda i: run_experts(x, layers.re_laid[i], None),
     }
-    for fraction in FRACTIONS:
-        masks, k = layers.masks(1, fraction), round(layers.experts * fraction)
+    for fraction in fractions:
+        masks, k = layers.masks(1, fraction), max(1, round(layers.experts * fraction))
         calls[f"gather {fraction}"] = lambda i, m=masks: run_experts(x, layers.weights[i], m[i])
         calls[f"uncompiled {fraction}"] = lambda i, m=masks: by_copies(
             x, layers.weights[i], m[i][0], None
         )
-        calls[f"fused {fraction}"] = lambda i, k=k: decode_step(x, layers.decoders[i], "top-k", k)
+        if decode_step(x, layers.decoders[0], "top-k", k) is not None:
+            calls[f"fused {fraction}"] = lambda i, k=k: decode_step(
+                x, layers.decoders[i], "top-k", k
+            )
     return calls
 
 
@@ -226,7 +234,8 @@ def networks(
 ) -> Iterator[tuple[int, str, torch.dtype, Layers]]:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for name, (hidden, neurons) in SIZES.items():
+        for name in arguments.sizes:
+            hidden, neurons = SIZES[name]
             for label in arguments.dtypes:
                 dtype = getattr(torch, label)
                 yield threads, name, dtype, Layers(hidden, neurons, dtype)
