@@ -89,12 +89,12 @@ def rest(tokens: int, dtype: torch.dtype, vocabulary: int) -> list[Cell]:
 
 
 CPU = [
-    ffn(1024, 576, 1536, 8, 2, FLOAT),
+    ffn(512, 576, 1536, 8, 2, FLOAT),
     *(decode(*HOSTS["1B"], 32, share, FLOAT) for share in SHARES),
     *plans(16384),
     ffn(512, 768, 256, 64, 8, FLOAT),
     *rest(512, FLOAT, 8192),
-    ffn(512, 960, 2560, 8, 2, FLOAT),
+    ffn(256, 960, 2560, 8, 2, FLOAT),
     *(decode(*HOSTS["135M"], 32, share, FLOAT) for share in SHARES),
     ffn(1024, 576, 1536, 8, 2, BFLOAT),
     *(decode(*HOSTS["1B"], 32, share, BFLOAT) for share in SHARES),

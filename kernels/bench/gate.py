@@ -28,8 +28,8 @@ FILES: dict[str, tuple[str, ...]] = {
         # on a CPU the adaptive runtime decodes
         *("../modeling/test_execution.py", "../modeling/test_execution_compiled.py"),
     ),
-    "lora": ("test_lora.py",),
-    "cross_entropy": ("test_cross_entropy.py",),
+    "lora": ("test_lora.py", "test_lora_use.py"),
+    "cross_entropy": ("test_cross_entropy.py", "test_cross_entropy_use.py"),
     "token_rows": ("test_token_rows.py",),
 }
 #: seconds after which tests count as red.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adaconvert.kernels import decode_steps
 from adaconvert.kernels.decode_steps import Call
 from adaconvert.kernels.expert_activations import Activation
-from adaconvert.kernels.experts import _activation as activation_of
+from adaconvert.kernels.experts import activation_of
 from adaconvert.kernels.reference import expert_ffn as expert_ffn_by_torch
 
 #: experts whose numbers one program lists.

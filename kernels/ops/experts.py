@@ -63,7 +63,7 @@ def experts_forward(
     if module.has_bias:
         given[f"{name}_bias"] = getattr(module, f"{name}_proj_bias")
         given["down_bias"] = module.down_proj_bias
-    activation = _activation(module.act_fn)
+    activation = activation_of(module.act_fn)
     assert activation is not None
     # before transformers 5.23 the module does not say whether slots can be without an expert
     may_drop = getattr(module, "_is_expert_parallel", True)
@@ -120,7 +120,7 @@ def _refuses_module(module: Any) -> str | None:
         return "experts end in a norm"
     if module.has_gate and not _gates_as_usual(module):
         return f"{type(module).__name__} has a gate of its own"
-    if _activation(module.act_fn) is None:
+    if activation_of(module.act_fn) is None:
         return f"the activation {_name(module.act_fn)} is not known"
     return None
 
@@ -159,7 +159,7 @@ def _gates_as_usual(module: Any) -> bool:
     return gate.__module__ == "transformers.integrations.moe"
 
 
-def _activation(function: Any) -> Activation | None:
+def activation_of(function: Any) -> Activation | None:
     """Return the name of an activation; None when unknown, or hooked, so that more would happen."""
     if not isinstance(function, nn.Module):
         return _OF_FUNCTIONS.get(function)

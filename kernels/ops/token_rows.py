@@ -97,6 +97,9 @@ class _ScatterAdd(torch.autograd.Function):
             return out
         added = rows if gate is None else rows * gate[:, None]
         at, added, source = _without_no_token(flat, added, x.shape[0])
+        if source is None and added.dtype == x.dtype:
+            # each row once, so nothing is added in an order
+            return out.index_add_(0, at, added)
         # read, add and write in place of adding atomically
         sums = (x.index_select(0, at) + added).to(x.dtype)
         if source is not None:
@@ -122,6 +125,8 @@ def _take(x: Tensor, flat: Tensor) -> Tensor:
     tokens = x.shape[0]
     if not tokens:
         return x.new_zeros(flat.shape[0], x.shape[1])
+    if _all_known(flat < tokens):
+        return x.index_select(0, flat)
     rows = x.index_select(0, flat.clamp(max=tokens - 1))
     return rows.masked_fill_((flat == tokens)[:, None], 0)
 
@@ -135,11 +140,18 @@ def _without_no_token(
     adds 0 to the last token.
     """
     known = flat < tokens
-    if flat.device.type == "cpu" and not torch.compiler.is_compiling() and bool(known.all()):
+    if _all_known(known):
         return flat, added, None
     places = torch.arange(flat.shape[0], device=flat.device)
     source = torch.where(known, places, known.to(torch.int8).argmax())
     return flat.clamp(max=tokens - 1), added.masked_fill(~known[:, None], 0), source
+
+
+def _all_known(known: Tensor) -> bool:
+    """Return whether each place is of a token, where looking does not stall; else False."""
+    if known.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(known.all())
 
 
 def _flat_indices(x: Tensor, indices: Tensor) -> Tensor:
