@@ -56,6 +56,16 @@ TOLERANCE = {
 _log = logging.getLogger(__name__)
 
 
+def is_small(weights: ExpertWeights) -> bool:
+    """Return whether the compiled form is faster than `linear` with every expert on."""
+    return weights.up.numel() * weights.up.element_size() <= ANY_BYTES
+
+
+def gather_limit(weights: ExpertWeights) -> float:
+    """Return the share of the neurons up to which the compiled form is faster than `linear`."""
+    return 1.0 if is_small(weights) else COMPILED_LIMIT
+
+
 def gather(x: Tensor, weights: ExpertWeights, mask: Tensor, gated: Tensor | None) -> Tensor:
     """Return one token's output from its selected experts: [1, d], [E] -> [1, d].
 

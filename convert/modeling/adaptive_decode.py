@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from .adaptive_batch import BatchGraph, layout
 from .adaptive_compiled import (
-    ANY_BYTES,
-    COMPILED_LIMIT,
     Graph,
     agrees,
     alike,
     arguments,
     compile_wanted,
     facts,
+    gather_limit,
+    is_small,
     report,
 )
 from .adaptive_gather import ExpertWeights, Run, observed, plain, uncompiled, unrecorded
@@ -197,9 +197,9 @@ class Decoder:
         weights = self.weights
         if rule == "top-k":
             share = (weights.shared + number * weights.width) / weights.up.shape[0]
-            return share <= COMPILED_LIMIT
+            return share <= gather_limit(weights)
         # how much is selected shows only afterwards
-        return weights.up.numel() * weights.up.element_size() <= ANY_BYTES
+        return is_small(weights)
 
     def _graph(self, x: Tensor, rule: str, number: float) -> Graph | None:
         """Return the graph of all layers that compute alike, once it gave a right output."""

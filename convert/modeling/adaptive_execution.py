@@ -37,7 +37,7 @@ else:
     _installed = dispatch
 
 from .adaptive_batch import batch
-from .adaptive_compiled import COMPILED_LIMIT, compiles, gather
+from .adaptive_compiled import COMPILED_LIMIT, compiles, gather, gather_limit, is_small
 from .adaptive_decode import Decoder, batch_step, decode_step
 from .adaptive_gather import (
     ExpertWeights,
@@ -61,7 +61,8 @@ __all__ = [
 KERNELS_API = 1
 #: tokens that are run one by one; with more of them the matrices are read once for all.
 GATHER_TOKENS = 4
-#: share of the matrices, summed over the tokens, up to which gathering wins: compiled, uncompiled.
+#: share of the matrices, summed over the tokens, up to which gathering wins: compiled (one token of
+#: a small network has a higher limit, `gather_limit`), uncompiled.
 GATHER_LIMIT = (COMPILED_LIMIT, 0.4)
 #: (tokens at least, share of the experts touched at most) for which the union wins.
 UNION = ((64, 0.4), (8, 0.2))
@@ -227,7 +228,8 @@ def _gather_pays(
     matrices = (weights.up, weights.up if weights.gate is None else weights.gate)
     if any(matrix.stride(1) != 1 for matrix in matrices):
         return False
-    if share > GATHER_LIMIT[0] or weights.count in counts:
+    limit = gather_limit(weights) if len(counts) == 1 else GATHER_LIMIT[0]
+    if share > limit or (weights.count in counts and not is_small(weights)):
         return False
     return share <= GATHER_LIMIT[1] or compiles(x, weights, gated)
 

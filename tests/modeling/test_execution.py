@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaconvert.kernels.reference import expert_ffn
-from adaconvert.modeling import adaptive_execution, adaptive_gather
+from adaconvert.modeling import adaptive_compiled, adaptive_execution, adaptive_gather
 from adaconvert.modeling.adaptive_execution import ExpertWeights, run_experts
 from adaconvert.modeling.adaptive_layout import neuron_major
 
@@ -368,6 +368,22 @@ def test_kept_buffers_serve_every_mode_and_thread() -> None:
         worker.join()
     assert len(found) == 83
     assert all(error(out, expected) <= LIMITS[torch.float32] for out in found)
+
+
+@pytest.mark.parametrize(("tokens", "bytes_"), [(1, 1 << 20), (1, 0), (2, 1 << 20)])
+def test_only_one_token_of_a_small_network_gathers_everything(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, bytes_: int
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(adaptive_compiled, "ANY_BYTES", bytes_)
+    monkeypatch.setattr(adaptive_execution, "compiles", lambda *arguments: True)
+    monkeypatch.setattr(
+        adaptive_execution, "_gather", lambda x, *others: (seen.append(len(x)), x)[1]
+    )
+    weights, x = make(major=True), torch.randn(tokens, 24)
+    with torch.inference_mode():
+        run_experts(x, weights, torch.ones(tokens, 6, dtype=torch.bool))
+    assert seen == ([1] if tokens == 1 and bytes_ else [])
 
 
 def test_limits_are_ordered() -> None:

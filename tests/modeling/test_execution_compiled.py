@@ -361,6 +361,7 @@ def test_arguments_that_are_not_recognised_are_not_bound() -> None:
 
 def test_decode_step_declines_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, lambda *arguments: pytest.fail("ran"))
+    monkeypatch.setattr(adaptive_compiled, "ANY_BYTES", 0)
     weights, x = make(torch.float32), torch.randn(1, HIDDEN)
     decoder = Decoder(weights, None)
     assert decode_step(x, decoder, "top-k", 2) is None  # gradients
