@@ -22,7 +22,7 @@ from adaconvert.kernels.experts import activation_of
 from adaconvert.kernels.reference import expert_ffn as expert_ffn_by_torch
 
 #: experts whose numbers one program lists.
-MOST_EXPERTS = 32768
+MOST_EXPERTS = 4096
 
 
 class Neurons(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaconvert.kernels import dispatch
+from adaconvert.kernels import dispatch, triton_support
 from adaconvert.kernels.expert_activations import ACTIVATIONS
 
 
@@ -123,7 +123,7 @@ def facts_of(call: Call) -> dict[str, Any]:
     return {
         "device": device.type,
         "dtype": call.x.dtype,
-        "capability": torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        "capability": triton_support.capability_on(device),
         "grad": False,
         "glu": call.gate is not None,
         **{"tokens": call.x.shape[0], "hidden": hidden, "experts": experts, "width": width},

@@ -116,12 +116,13 @@ def select(op: str, **facts: Any) -> Callable[..., Any] | None:
         KeyError: unknown operation.
         ValueError: ADACONVERT_KERNELS is not one of `CHOICES`.
         RuntimeError: ADACONVERT_KERNELS is "triton" and no kernel can run this, though one is made
-            for such calls.
+            for such calls. Not while torch.compile traces, where only operators have kernels.
     """
     # reasons are made of sizes, which a graph may leave open
     tracing = torch.compiler.is_compiling()
     kernel, reason = (None, "torch.compile is tracing") if tracing else _decide(op, facts)
-    if kernel is None and wanted() == "triton" and not _outside(op, facts):
+    insists = wanted() == "triton" and not tracing
+    if kernel is None and insists and not _outside(op, facts):
         raise RuntimeError(f"{VARIABLE}=triton, but {op} cannot: {reason}")
     return None if kernel is None else kernel.call
 

@@ -64,7 +64,7 @@ def grouped_ffn(
     Raises:
         ValueError: shapes disagree, tensors of the other form of expert are given, the activation
             is unknown, or the backend asked for cannot run this.
-        TypeError: x and the weights differ in dtype.
+        TypeError: x and the weights differ in dtype, and autocast is off.
         RuntimeError: ADACONVERT_KERNELS is "triton", `backend` "auto", and they cannot run this.
     """
     first, first_bias = (gate_up, gate_up_bias) if glu else (up, up_bias)
@@ -72,8 +72,8 @@ def grouped_ffn(
     if first is None or any(tensor is not None for tensor in unused):
         raise ValueError(f"experts {'with' if glu else 'without'} a gate need {_NEEDS[glu]}")
     asked = Inputs(x, weights_of, first, down, first_bias, down_bias)
+    _check(asked, plan, activation, glu, backend)
     given = _in_compute_dtypes(asked)
-    _check(given, plan, activation, glu, backend)
     if torch.compiler.is_compiling() or x.is_meta:
         return grouped_ops.grouped_ffn(given, plan, activation, glu, backend).to(x.dtype)
     grad = torch.is_grad_enabled()
@@ -112,14 +112,20 @@ _NEEDS = {True: "gate_up and take no up", False: "up and take no gate_up"}
 
 
 def _in_compute_dtypes(inputs: Inputs) -> Inputs:
-    """Return the inputs in the dtype of autocast where it is on; routing weights in float32."""
-    device, dtype = inputs.x.device.type, inputs.x.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
-        cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
-        inputs = Inputs(*cast)._replace(weights_of=inputs.weights_of)  # type: ignore[arg-type]
+    """Return the inputs with x in the dtype of autocast where it is on; routing weights in float32.
+
+    The matrices stay what they are, so that no copy of them is kept for the backward.
+    """
+    dtype = inputs.x.dtype
+    if _is_cast(inputs.x) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(inputs.x.device.type)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return inputs._replace(weights_of=inputs.weights_of.to(wide))
+    return inputs._replace(x=inputs.x.to(dtype), weights_of=inputs.weights_of.to(wide))
+
+
+def _is_cast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check(inputs: Inputs, plan: RoutePlan, activation: str, glu: bool, backend: str) -> None:
@@ -139,5 +145,5 @@ def _check(inputs: Inputs, plan: RoutePlan, activation: str, glu: bool, backend:
             continue
         if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(shape)}")
-        if name != "weights_of" and tensor.dtype != inputs.x.dtype:
+        if name != "weights_of" and tensor.dtype != inputs.x.dtype and not _is_cast(inputs.x):
             raise TypeError(f"{name} is {tensor.dtype}, x is {inputs.x.dtype}")

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import Tensor
 
-from adaconvert.kernels import dispatch, grouped_gemm
+from adaconvert.kernels import dispatch, grouped_gemm, triton_support
 from adaconvert.kernels.expert_activations import Activation
 from adaconvert.kernels.grouped_gemm import Backend
 from adaconvert.kernels.grouped_steps import Inputs, Kind
@@ -71,7 +70,7 @@ def facts_of(inputs: Inputs, activation: str, *, glu: bool, grad: bool) -> dict[
     return {
         "device": device.type,
         "dtype": inputs.x.dtype,
-        "capability": torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        "capability": triton_support.capability_on(device),
         "grad": grad,
         "activation": activation,
         "glu": glu,

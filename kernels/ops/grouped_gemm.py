@@ -83,12 +83,17 @@ def refuses(rows: Tensor, *weights: Tensor) -> str | None:
         return f"no grouped_mm for {rows.dtype} on {device}"
     if device == "cuda" and torch.cuda.get_device_capability(rows.device) < (8, 0):
         return "grouped_mm needs compute capability 8.0"
-    return next((reason for weight in weights if (reason := _misaligned(weight))), None)
+    each = ALIGNMENT_BYTES // rows.element_size()
+    return next((reason for weight in weights if (reason := _misaligned(weight, each))), None)
 
 
-def _misaligned(weight: Tensor) -> str | None:
-    """Return how a stored matrix breaks the 16-byte rules of grouped_mm, None if it does not."""
-    each = ALIGNMENT_BYTES // weight.element_size()
+def _misaligned(weight: Tensor, each: int) -> str | None:
+    """Return how a stored matrix breaks the 16-byte rules of grouped_mm, None if it does not.
+
+    Args:
+        weight: [E, m, n].
+        each: values in 16 bytes.
+    """
     if any(size % each for size in weight.shape[1:]):
         return f"sizes {list(weight.shape[1:])} are not multiples of {each}"
     outer_stride, *inner = weight.stride()

@@ -57,8 +57,8 @@ def _backward(grad: Tensor, pre: Tensor, needs: list[bool], *call: Any) -> list[
     """Return the gradients of the inputs whose `needs` is true, in their order."""
     asked = zip(Gradients._fields, needs, strict=True)
     names = frozenset(name for name, needed in asked if needed)
-    found = run_backward(grad, pre, *_read(call), names)
-    return [each.contiguous() for each in found if each is not None]
+    found = zip(run_backward(grad, pre, *_read(call), names), call, strict=False)
+    return [each.to(given.dtype).contiguous() for each, given in found if each is not None]
 
 
 def _fake_backward(grad: Tensor, pre: Tensor, needs: list[bool], *call: Any) -> list[Tensor]:

@@ -49,7 +49,8 @@ class Inputs(NamedTuple):
     Attributes:
         x: [T, d].
         weights_of: [T, K] float32 or float64.
-        first: [E, 2i, d] gate over up with a gate, [E, i, d] up without.
+        first: [E, 2i, d] gate over up with a gate, [E, i, d] up without; as `down` and the biases
+            of any dtype, they are computed in that of x.
         down: [E, d, i].
         first_bias: [E, 2i] or [E, i].
         down_bias: [E, d].
@@ -79,6 +80,7 @@ def run_forward(inputs: Inputs, plan: RoutePlan, kind: Kind) -> tuple[Tensor, Te
 
     The routing weights are multiplied into the hidden values, so that combining only adds up.
     """
+    inputs = _in_dtype_of_x(inputs)
     rows = _rows(plan, kind)
     shares = inputs.weights_of.reshape(-1)[plan.pairs[:rows]]
     pre, hidden = _through_activation(inputs, plan, kind, shares)
@@ -108,12 +110,13 @@ def _through_activation(
 def run_backward(
     grad: Tensor, pre: Tensor, inputs: Inputs, plan: RoutePlan, kind: Kind, needs: frozenset[str]
 ) -> Gradients:
-    """Return the gradients of the inputs that `needs` names.
+    """Return the gradients of the inputs that `needs` names, in the dtype of x.
 
     Args:
         grad: [T, d], of the output, of any strides.
         pre: what `run_forward` returned.
     """
+    inputs = _in_dtype_of_x(inputs)
     rows = _rows(plan, kind)
     shares = inputs.weights_of.reshape(-1)[plan.pairs[:rows]]
     at_rows = grad.index_select(0, plan.tokens[:rows])
@@ -188,6 +191,15 @@ def _before_activation(
         at_gathered = grouped_gemm.times(kind.backend, at_pre, plan.ends, inputs.first)
         found = found._replace(x=combine(at_gathered, plan))
     return found
+
+
+def _in_dtype_of_x(inputs: Inputs) -> Inputs:
+    """Return the inputs with matrices and biases in the dtype of x.
+
+    Under autocast they differ; cast here, the copies are gone when forward or backward is over.
+    """
+    cast = [None if tensor is None else tensor.to(inputs.x.dtype) for tensor in inputs]
+    return Inputs(*cast)._replace(weights_of=inputs.weights_of)  # type: ignore[arg-type]
 
 
 def combine(rows: Tensor, plan: RoutePlan) -> Tensor:

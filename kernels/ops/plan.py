@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaconvert.kernels import dispatch
+from adaconvert.kernels import dispatch, triton_support
 
 Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -98,6 +98,7 @@ def _plan(experts_of: Tensor, experts: int) -> Fields:
     kernel = dispatch.select(
         "route_plan",
         device=experts_of.device.type,
+        capability=triton_support.capability_on(experts_of.device),
         dtype=experts_of.dtype,
         tokens=tokens,
         slots=slots,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaconvert.kernels import dispatch, routing_steps
+from adaconvert.kernels import dispatch, routing_steps, triton_support
 from adaconvert.kernels.routing_steps import Rule
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -66,6 +66,7 @@ def _kernel(logits: Tensor, rule: Rule) -> Callable[..., Any] | None:
     return dispatch.select(
         "router_select",
         device=logits.device.type,
+        capability=triton_support.capability_on(logits.device),
         dtype=logits.dtype,
         tokens=tokens,
         experts=columns,

@@ -268,6 +268,7 @@ def compact(
             bytes_of, given, ids, counts, ids if found is None else found, experts,
             *bytes_of.stride(), *given.stride(),
             BLOCK=triton.next_power_of_2(experts), HAS_WEIGHTS=found is not None, REVERSE=reverse,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return ids, counts, found
 
@@ -288,7 +289,7 @@ def _launch(call: Call, reverse: bool, shares: int | None) -> Tensor:
     _launch_output(call, hidden, parts, shares, reverse)
     block = _block(width, _DOWN_COLUMNS)
     _sum_kernel[(triton.cdiv(width, block), tokens)](
-        parts, out, D=width, BLOCK=block, SHARES=shares, REVERSE=reverse
+        parts, out, D=width, BLOCK=block, SHARES=shares, REVERSE=reverse, enable_fp_fusion=True
     )
     return out
 
@@ -312,6 +313,7 @@ def _launch_hidden(call: Call, hidden: Tensor, reverse: bool) -> None:
         HAS_SHARED_GATE_BIAS=call.shared_gate_bias is not None,
         HAS_SHARED_UP_BIAS=call.shared_up_bias is not None,
         ACC=triton_support.accumulator(call.x.dtype), REVERSE=reverse, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -327,7 +329,7 @@ def _launch_output(call: Call, hidden: Tensor, parts: Tensor, shares: int, rever
         D=width, S=down.shape[1], C=_shared(call), ROWS=_DOWN_ROWS, BLOCK=block, SHARES=shares,
         HAS_WEIGHTS=call.weights_of is not None, HAS_DOWN_BIAS=call.down_bias is not None,
         HAS_OUT_BIAS=call.out_bias is not None, ACC=triton_support.accumulator(call.x.dtype),
-        REVERSE=reverse, num_warps=4,
+        REVERSE=reverse, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 

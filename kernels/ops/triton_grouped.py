@@ -28,9 +28,7 @@ from adaconvert.kernels.plan import RoutePlan
 from adaconvert.kernels.triton_activations import activated
 from adaconvert.kernels.triton_tiles import (
     add_product,
-    capability_of,
     constants_of,
-    contiguous_rows,
     grid_of,
     load_rows,
     load_weights,
@@ -64,17 +62,18 @@ def run(inputs: Inputs, plan: RoutePlan, kind: Kind, rows: int) -> tuple[Tensor,
     Args:
         rows: R.
     """
-    x, first, down = contiguous_rows(inputs.x), inputs.first, inputs.down
+    x, first, down = inputs.x.contiguous(), inputs.first, inputs.down
     (_, wide, hidden), width = first.shape, down.shape[2]
     pre, out = x.new_empty(rows, wide), x.new_empty(rows, width)
     if not rows:
         return pre, out
-    tiles = tiles_of(x.dtype, capability_of(x), inner=hidden, columns=width, matrices=wide // width)
+    capability = triton_support.capability_on(x.device)
+    tiles = tiles_of(x.dtype, capability, inner=hidden, columns=width, matrices=wide // width)
     table = table_of(plan.ends, rows, tiles)
     biased = inputs.first_bias is not None
     arguments = (
         *(x, first, inputs.first_bias.contiguous() if inputs.first_bias is not None else first),
-        *(inputs.weights_of.reshape(-1), plan.pairs, plan.tokens, plan.ends),
+        *(inputs.weights_of.reshape(-1).contiguous(), plan.pairs, plan.tokens, plan.ends),
         *(table.experts, table.rows, table.count, pre, out),
     )
     strides = ("STRIDE_TOKEN", "STRIDE_EXPERT", "STRIDE_COLUMN", "STRIDE_INNER")
@@ -82,9 +81,10 @@ def run(inputs: Inputs, plan: RoutePlan, kind: Kind, rows: int) -> tuple[Tensor,
         first_matrix[grid_of(table, tiles, width)](
             *arguments,
             **constants_of(tiles, x, hidden=hidden, width=width, kind=kind),
-            **dict(zip(strides, (x.stride(0), *first.stride()), strict=True)),
+            **dict(zip(strides, (hidden, *first.stride()), strict=True)),
             BIAS=biased,
             num_warps=tiles.warps,
+            enable_fp_fusion=True,
             num_stages=tiles.stages,
         )
     return pre, out
@@ -162,6 +162,10 @@ def first_matrix(
         gate += tl.load(at_bias, mask=inside, other=0.0).to(ACC)[None, :]
         if GLU:
             up += tl.load(at_bias + WIDTH, mask=inside, other=0.0).to(ACC)[None, :]
+    if pre.dtype.element_ty == tl.float16:
+        # what is stored as infinite must be infinite here too, as the backward knows that alone
+        gate = gate.to(tl.float16).to(ACC)
+        up = up.to(tl.float16).to(ACC)
     tl.store(at_pre, gate.to(pre.dtype.element_ty), mask=stored)
     values = activated(gate, ACTIVATION)
     if GLU:

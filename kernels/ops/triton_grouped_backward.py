@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adaconvert.kernels import triton_support
 from adaconvert.kernels.expert_activations import Gradients
 from adaconvert.kernels.grouped_steps import Inputs, Kind
 from adaconvert.kernels.plan import RoutePlan
@@ -28,9 +29,7 @@ from adaconvert.kernels.triton_activations import activated, derived
 from adaconvert.kernels.triton_tiles import (
     Tiles,
     add_product,
-    capability_of,
     constants_of,
-    contiguous_rows,
     grid_of,
     load_rows,
     load_weights,
@@ -48,15 +47,16 @@ def run(grad: Tensor, pre: Tensor, inputs: Inputs, plan: RoutePlan, kind: Kind) 
         grad: [T, d], of the output.
         pre: [R, 2i] or [R, i].
     """
-    grad, down = contiguous_rows(grad), inputs.down
+    grad, down, weights = grad.contiguous(), inputs.down, inputs.weights_of.reshape(-1)
     (_, hidden, width), rows = down.shape, pre.shape[0]
-    tiles = tiles_of_backward(grad.dtype, capability_of(grad), inner=hidden, columns=width)
+    capability = triton_support.capability_on(grad.device)
+    tiles = tiles_of_backward(grad.dtype, capability, inner=hidden, columns=width)
     at_pre, out = torch.empty_like(pre), pre.new_empty(rows, width)
     parts = pre.new_empty(rows, triton.cdiv(width, tiles.columns), dtype=inputs.weights_of.dtype)
     if rows:
         table = table_of(plan.ends, rows, tiles)
         arguments = (
-            *(grad, down, inputs.weights_of.reshape(-1), plan.pairs, plan.tokens, plan.ends),
+            *(grad, down, weights.contiguous(), plan.pairs, plan.tokens, plan.ends),
             *(table.experts, table.rows, table.count, pre, at_pre, out, parts),
         )
         strides = ("STRIDE_TOKEN", "STRIDE_EXPERT", "STRIDE_INNER", "STRIDE_COLUMN")
@@ -64,8 +64,9 @@ def run(grad: Tensor, pre: Tensor, inputs: Inputs, plan: RoutePlan, kind: Kind) 
             down_and_activation[grid_of(table, tiles, width)](
                 *arguments,
                 **constants_of(tiles, grad, hidden=hidden, width=width, kind=kind),
-                **dict(zip(strides, (grad.stride(0), *down.stride()), strict=True)),
+                **dict(zip(strides, (hidden, *down.stride()), strict=True)),
                 num_warps=tiles.warps,
+                enable_fp_fusion=True,
                 num_stages=tiles.stages,
             )
     return Gradients(at_pre, parts.sum(1), out)

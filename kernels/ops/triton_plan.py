@@ -33,8 +33,9 @@ _BLOCK = 128
 def _experts(experts_of, pairs, total, EXPERTS: tl.constexpr):
     """Return the expert of each pair, EXPERTS for one of none or beyond the last pair."""
     # compared in int64, because EXPERTS need not fit in the type of the indices
-    found = tl.load(experts_of + pairs, mask=pairs < total, other=-1).to(tl.int64)
-    return tl.where((found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
+    inside = pairs < total
+    found = tl.load(experts_of + pairs, mask=inside, other=0).to(tl.int64)
+    return tl.where(inside & (found >= 0) & (found < EXPERTS), found, EXPERTS).to(tl.int32)
 
 
 @triton.jit
@@ -139,6 +140,7 @@ def route_plan(
         "REVERSE": reverse,
         "BLOCK": _BLOCK,
         "BINS": triton.next_power_of_2(experts + 1),
+        "enable_fp_fusion": True,
     }
     with torch.cuda.device_of(flat):
         _count[(blocks,)](flat, counts, total, **constants)

@@ -71,6 +71,11 @@ def capability_of(facts: dict[str, Any]) -> tuple[int, int] | None:
     return _capability(torch.cuda.current_device())
 
 
+def capability_on(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a device, None where it has none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 @functools.cache
 def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

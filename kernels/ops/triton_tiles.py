@@ -120,6 +120,7 @@ def table_of(ends: Tensor, rows: int, tiles: Tiles, *, reverse: bool = False) ->
             BM=tiles.rows,
             BLOCK=_TABLE_BLOCK,
             REVERSE=reverse,
+            enable_fp_fusion=True,
         )
     return table
 
@@ -139,16 +140,6 @@ def constants_of(tiles: Tiles, x: Tensor, *, hidden: int, width: int, kind: Kind
 def grid_of(table: Table, tiles: Tiles, columns: int) -> tuple[int]:
     """Return the number of programs: every tile that there may be times the tiles of columns."""
     return (table.experts.shape[0] * triton.cdiv(columns, tiles.columns),)
-
-
-def contiguous_rows(rows: Tensor) -> Tensor:
-    """Return the rows with neighbouring values, whatever the distance of rows."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def capability_of(x: Tensor) -> tuple[int, int] | None:
-    """Return the compute capability of the tensor's device, None for the interpreter's CPU."""
-    return torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
 
 
 def _fitting(size: int, most: int) -> int:

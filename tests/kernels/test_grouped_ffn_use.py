@@ -56,8 +56,11 @@ def saved_bytes(call: Any, *, leave_out: set[int]) -> int:
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_at_most_half_of_what_transformers_keeps(dtype: torch.dtype, backend: str) -> None:
+def test_at_most_half_of_what_transformers_keeps(
+    dtype: torch.dtype, autocast: bool, backend: str
+) -> None:
     config = MixtralConfig(
         hidden_size=96, intermediate_size=256, num_local_experts=8, num_experts_per_tok=2
     )
@@ -73,10 +76,12 @@ def test_at_most_half_of_what_transformers_keeps(dtype: torch.dtype, backend: st
 
     def ours() -> Tensor:
         tensors = {"x": x, "weights_of": weights_of, **weights}
-        return run(tensors, route_plan(experts_of, 8), backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return run(tensors, route_plan(experts_of, 8), backend=backend)
 
     def stock() -> Tensor:
-        return experts(x, experts_of, weights_of.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return experts(x, experts_of, weights_of.to(dtype))
 
     torch.testing.assert_close(ours(), stock(), rtol=0.05, atol=0.05)
     kept = saved_bytes(ours, leave_out=parameters), saved_bytes(stock, leave_out=parameters)

@@ -219,7 +219,7 @@ def test_the_selection_is_asked_with_the_facts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dispatch, "select", select)
     route_plan(torch.zeros(5, 2, dtype=torch.int32), 4)
     router_select(torch.zeros(5, 4), top_k=2, normalise="selected")
-    sizes = {"device": "cpu", "tokens": 5, "slots": 2, "experts": 4}
+    sizes = {"device": "cpu", "capability": None, "tokens": 5, "slots": 2, "experts": 4}
     assert asked["route_plan"] == sizes | {"dtype": torch.int32}
     assert asked["router_select"] == sizes | {"dtype": torch.float32}
 

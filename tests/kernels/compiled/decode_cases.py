@@ -102,6 +102,13 @@ def _by_columns() -> list[Case]:
     ]
 
 
+def _most() -> list[Case]:
+    """The list of the most experts that one program makes."""
+    mask = torch.zeros(1, decode.MOST_EXPERTS, dtype=torch.bool)
+    factors = torch.ones(1, decode.MOST_EXPERTS, dtype=torch.bfloat16)
+    return cases("decode-most", triton_decode, lambda: triton_decode.compact(mask, factors))
+
+
 CASES = [
     *_runtime("decode-1b", 2048, 8192, dtype=torch.bfloat16),
     *_runtime("decode-7b-128", 4096, 14336, dtype=torch.float16, width=128),
@@ -109,4 +116,5 @@ CASES = [
     *_experts("decode-experts-glu", "gelu_tanh", glu=True),
     *_experts("decode-experts-plain", "relu2", glu=False),
     *_by_columns(),
+    *_most(),
 ]

@@ -22,8 +22,6 @@ from typing import Any
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     sys.exit("run.py: TRITON_INTERPRET is set; nothing would be compiled")
-# what Triton does up to 3.9 when it is unset, without its warning
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 from addresses import complaints

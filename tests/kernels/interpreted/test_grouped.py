@@ -217,6 +217,40 @@ def test_strided_inputs_give_the_same_result() -> None:
     assert wrong(case.results(), case.reference(), torch.float32) == []
 
 
+@pytest.mark.parametrize(
+    ("tokens", "weights_of"),
+    [
+        (6, torch.tensor(0.5).expand(6, 2)),
+        (6, torch.linspace(0, 1, 6)[:, None].expand(6, 2)),
+        (6, torch.linspace(0, 1, 30).view(6, 5)[:, :1].expand(6, 1)),
+        (1, torch.linspace(0, 1, 8).view(2, 4)[:1, ::2]),
+    ],
+)
+def test_routing_weights_of_any_strides(tokens: int, weights_of: torch.Tensor) -> None:
+    slots = weights_of.shape[1]
+    found = []
+    for given in (weights_of, weights_of.contiguous()):
+        torch.manual_seed(0)
+        case = Case((tokens, slots, 3, 8, 12), backend="triton")
+        case.tensors["weights_of"] = given.detach().requires_grad_()
+        found.append(case.results())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_float32_is_rounded_to_tf32_only_where_torch_is_told_to() -> None:
+    kind = grouped_steps.Kind(activation="silu", glu=True, backend="loop", triton=True)
+    tiles = triton_tiles.tiles_of(torch.float32, (9, 0), inner=8, columns=12, matrices=2)
+    matmul, x = torch.backends.cuda.matmul, torch.zeros(6, 8)
+    before = matmul.fp32_precision
+    try:
+        for setting, expected in (("none", "ieee"), ("ieee", "ieee"), ("tf32", "tf32")):
+            matmul.fp32_precision = setting
+            found = triton_tiles.constants_of(tiles, x, hidden=8, width=12, kind=kind)
+            assert found["PRECISION"] == expected
+    finally:
+        matmul.fp32_precision = before
+
+
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name, module in (("forward", triton_grouped), ("backward", triton_grouped_backward)):

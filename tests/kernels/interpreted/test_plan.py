@@ -51,6 +51,11 @@ def test_plan_is_the_stable_order_of_the_live_pairs(data: st.DataObject) -> None
     check(route_plan(experts_of, experts), experts_of, experts)
 
 
+def test_indices_without_a_sign() -> None:
+    experts_of = torch.tensor([[0], [3], [255], [7]], dtype=torch.uint8)
+    check(route_plan(experts_of, 300), experts_of, 300)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("experts", [1, 2, 7, 8, 64, 300])
 @pytest.mark.parametrize(
