@@ -24,6 +24,12 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def in_compute_dtypes(self) -> Head:
+        """Return all of it in the dtype of autocast where it is on."""
+        bias = None if self.bias is None else _in_compute_dtype(self.bias)
+        hiddens = tuple(_in_compute_dtype(each) for each in self.hiddens)
+        return Head(hiddens, _in_compute_dtype(self.weight), bias)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
@@ -139,21 +145,6 @@ class Divergence:
         return losses.mul_(self.temperature**2)
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherHead:
-    """A teacher of hidden states [T, d'], whose logits are made chunk by chunk."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    logits: Logits
-
-    def __call__(self, start: int, stop: int) -> Tensor:
-        """Return the logits of the tokens from start to stop."""
-        bias = None if self.bias is None else self.bias.detach()
-        return self.logits.of(self.hidden[start:stop].detach(), self.weight.detach(), bias)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What is computed of the heads.
@@ -178,7 +169,7 @@ class Work:
 
 
 def losses(head: Head, work: Work) -> Tensor:
-    """Return each head's weighted loss, [H] float32 or float64."""
+    """Return each head's weighted loss, [H] float32 or float64, of tensors of one dtype."""
     if not torch.compiler.is_compiling():
         return _losses(head, work)
     # the loop over chunks is as long as the batch, and a compiled graph of it would be too. Not a
@@ -188,11 +179,10 @@ def losses(head: Head, work: Work) -> Tensor:
 
 
 def _losses(head: Head, work: Work) -> Tensor:
-    hiddens = tuple(in_compute_dtype(each) for each in head.hiddens)
-    bias = None if head.bias is None else in_compute_dtype(head.bias)
-    given = (in_compute_dtype(head.weight), bias, *hiddens)
     with torch.autocast(head.weight.device.type, enabled=False):
-        out: Tensor = _HeadLosses.apply(work, *given)  # type: ignore[no-untyped-call]
+        out: Tensor = _HeadLosses.apply(  # type: ignore[no-untyped-call]
+            work, head.weight, head.bias, *head.hiddens
+        )
     return out
 
 
@@ -201,13 +191,16 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def in_compute_dtype(tensor: Tensor) -> Tensor:
-    """Return the tensor in the dtype of autocast where it is on."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return tensor
-    on = torch.is_autocast_enabled(device)
-    return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of autocast, None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _in_compute_dtype(tensor: Tensor) -> Tensor:
+    dtype = None if tensor.dtype == torch.float64 else autocast_dtype(tensor.device.type)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 class _Gradients(NamedTuple):
@@ -361,12 +354,27 @@ def _add(
     of_hidden = found.hiddens[0]
     if of_hidden is not None:
         of_hidden[place] = narrow @ weight
-    if found.weight is None:
+    if found.weight is None or not found.weight.numel():
         return
     if found.weight.dtype == narrow.dtype:
         found.weight.addmm_(narrow.t(), hidden)
+    elif narrow.dtype == torch.float16:
+        _add_float16(found.weight, narrow, hidden)
     else:
         found.weight.add_(narrow.t() @ hidden)
+
+
+def _add_float16(total: Tensor, narrow: Tensor, hidden: Tensor) -> None:
+    """Add narrow [c, V] transposed times hidden [c, d] to the float32 total [V, d].
+
+    The sum over a chunk may leave float16 where the mean does not: where the largest numbers allow
+    that, it is made of hidden states divided by a power of two.
+    """
+    norm = torch.linalg.vector_norm
+    most = norm(narrow, torch.inf).float() * norm(hidden, torch.inf) * narrow.shape[0]
+    # 2^-24 is the smallest number of float16
+    power = (most / 2**15).log2().ceil().clamp(0, 24)
+    total.addcmul_(narrow.t() @ (hidden * (-power).exp2()), power.exp2())
 
 
 def _select(tensor: Tensor, rows: Tensor | None) -> Tensor:

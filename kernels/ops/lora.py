@@ -57,13 +57,14 @@ def grouped_lora(
             tensors, else the loop. A rank it cannot take is filled up with zeros.
 
     Raises:
-        ValueError: shapes disagree, the form or backend is unknown, or the backend cannot run this.
+        ValueError: shapes disagree, the rank is 0, the form or backend is unknown, or the backend
+            cannot run this.
     """
     _check(Inputs(x, weights_of, a, b), base_out, plan, scaling)
     inputs = _in_compute_dtypes(x, weights_of, a, b)
     inputs = inputs._replace(weights_of=_scaled(inputs.weights_of, scaling, plan))
     how = _how(inputs, plan, form, backend)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta:
         order = (plan.pairs, plan.tokens, plan.ends, plan.places, plan.live)
         out, _ = lora_ops.forward(*inputs, base_out, *order, plan.slots, plan.dropped, *how)
     else:
@@ -148,6 +149,8 @@ def _check(inputs: Inputs, base: Tensor | None, plan: RoutePlan, scaling: float 
     if inputs.a.dim() != 3 or inputs.b.dim() != 3:
         raise ValueError("a and b hold one matrix per adapter; expected [E, r, n] and [E, m, r]")
     (_, rank, width), outputs = inputs.a.shape, inputs.b.shape[1]
+    if not rank:
+        raise ValueError("a is of rank 0; expected at least 1")
     expected = {
         **{"x": (inputs.x, (tokens, width)), "weights_of": (inputs.weights_of, (tokens, slots))},
         **{"a": (inputs.a, (experts, rank, width)), "b": (inputs.b, (experts, outputs, rank))},

@@ -160,7 +160,7 @@ def _sorted_backward(
 
 def _all_forward(inputs: Inputs, base: Tensor | None, plan: RoutePlan) -> tuple[Tensor, Tensor]:
     low = inputs.x @ inputs.a.flatten(0, 1).t()
-    weighted = _each(low, _dense_weights(inputs.weights_of, plan))
+    weighted = _each(low, *_dense_weights(inputs.weights_of, plan))
     if base is not None and base.dtype == low.dtype:
         return torch.addmm(base, weighted, _columns(inputs.b)), low
     return _onto(base, weighted @ _columns(inputs.b)), low
@@ -170,10 +170,10 @@ def _all_backward(
     grad: Tensor, low: Tensor, inputs: Inputs, plan: RoutePlan, needs: frozenset[str]
 ) -> Gradients:
     experts, rank, _ = inputs.a.shape
-    dense = _dense_weights(inputs.weights_of, plan)
+    dense, idle = _dense_weights(inputs.weights_of, plan)
     found = Gradients()
     if "b" in needs:
-        columns = _each(low, dense).t() @ grad
+        columns = _each(low, dense, idle).t() @ grad
         split_columns = columns.view(experts, rank, columns.shape[1])
         found = found._replace(b=split_columns.transpose(1, 2).contiguous())
     if needs == {"b"}:
@@ -185,7 +185,7 @@ def _all_backward(
         # one more column, of 0, for the dropped pairs
         slots = functional.pad(of_experts, (0, 1)).gather(1, experts_of_slots(plan))
         found = found._replace(weights_of=slots)
-    at_low = _each(at_weighted, dense)
+    at_low = _each(at_weighted, dense, idle)
     if "a" in needs:
         found = found._replace(a=(at_low.t() @ inputs.x).view(inputs.a.shape))
     if "x" in needs:
@@ -222,22 +222,25 @@ def _rows(inputs: Inputs, plan: RoutePlan) -> tuple[Tensor, Tensor]:
     return plan.tokens[:rows], shares[:, None]
 
 
-def _dense_weights(weights_of: Tensor, plan: RoutePlan) -> Tensor:
-    """Return each token's weight of every adapter, [T, E]: 0 of those not selected."""
+def _dense_weights(weights_of: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
+    """Return the weight of every adapter, [T, E], and where it is not selected: there 0."""
     experts_of, experts = experts_of_slots(plan), plan.ends.shape[0]
     dense = weights_of.new_zeros(weights_of.shape[0], experts + 1)
     # slot by slot, so that an adapter that is selected twice is added up in one order
     for slot in range(plan.slots):
         at = experts_of[:, slot : slot + 1]
         dense.scatter_(1, at, dense.gather(1, at) + weights_of[:, slot : slot + 1])
-    return dense[:, :experts]
+    idle = torch.ones_like(dense, dtype=torch.bool).scatter_(1, experts_of, False)
+    return dense[:, :experts], idle[:, :experts]
 
 
-def _each(columns: Tensor, dense: Tensor) -> Tensor:
-    """Return columns [T, E*r] times the weight [T, E] of their adapter."""
+def _each(columns: Tensor, dense: Tensor, idle: Tensor) -> Tensor:
+    """Return columns [T, E*r] times the weight [T, E] of their adapter, 0 where it is idle."""
     tokens, experts = dense.shape
     split = columns.view(tokens, experts, columns.shape[1] // experts)
-    return (split * dense[:, :, None]).to(columns.dtype).view(columns.shape)
+    # an overflow times the weight 0 would not be 0
+    weighted = (split * dense[:, :, None]).masked_fill_(idle[:, :, None], 0)
+    return weighted.to(columns.dtype).view(columns.shape)
 
 
 def _columns(b: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
         TypeError: the indices are not integers.
     """
     flat = _flat_indices(x, indices)
-    rows: Tensor = _Gather.apply(x.reshape(-1, x.shape[-1]), flat)  # type: ignore[no-untyped-call]
+    rows: Tensor = _Gather.apply(x.flatten(0, -2), flat)  # type: ignore[no-untyped-call]
     return rows.view(*indices.shape, x.shape[-1])
 
 
@@ -43,7 +43,8 @@ def scatter_add_rows(
 
     Args:
         x: [..., T, d].
-        rows: [..., C, d], of the dtype of x; what is at places of no token is not used.
+        rows: [..., C, d], of the dtype of x; what is at places of no token is not used, and its
+            gradient is 0. The same holds for `gate`.
         indices: [..., C], as of `gather_rows`.
         gate: [..., C] of any float dtype, 1 by default. The product is made in the wider dtype of
             the two, and its gradient is summed in at least float32.
@@ -53,16 +54,16 @@ def scatter_add_rows(
         TypeError: the indices are not integers, or x and rows differ in dtype.
     """
     flat = _flat_indices(x, indices)
-    width = x.shape[-1]
-    if rows.shape != (*indices.shape, width):
-        raise ValueError(f"rows are {list(rows.shape)}; expected {[*indices.shape, width]}")
+    expected = (*indices.shape, x.shape[-1])
+    if rows.shape != expected:
+        raise ValueError(f"rows are {list(rows.shape)}; expected {list(expected)}")
     if rows.dtype != x.dtype:
         raise TypeError(f"rows are {rows.dtype}, x is {x.dtype}")
     if gate is not None and gate.shape != indices.shape:
         raise ValueError(f"gate is {list(gate.shape)}; expected {list(indices.shape)}")
     weights = None if gate is None else gate.reshape(-1)
     out: Tensor = _ScatterAdd.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, width), rows.reshape(-1, width), flat, weights
+        x.flatten(0, -2), rows.flatten(0, -2), flat, weights
     )
     return out.view(x.shape)
 
@@ -117,6 +118,11 @@ class _ScatterAdd(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             wide = torch.promote_types(gate.dtype, torch.float32)
             of_gate = (at_rows.to(wide) * rows).sum(-1).to(gate.dtype)
+        if gate is not None and not _all_known(flat < grad.shape[0]):
+            # 0 times what is there need not be 0
+            lost = flat == grad.shape[0]
+            of_rows = None if of_rows is None else of_rows.masked_fill_(lost[:, None], 0)
+            of_gate = None if of_gate is None else of_gate.masked_fill_(lost, 0)
         return of_x, of_rows, None, of_gate
 
 

@@ -194,6 +194,35 @@ def test_everything_allocated_is_written_and_rows_of_no_token_do_not_show() -> N
     assert torch.equal(out[2], given["x"][2])
 
 
+@pytest.mark.parametrize("name", ["rows", "gate"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+def test_what_is_at_places_of_no_token_reaches_no_gradient(bad: float, name: str) -> None:
+    indices = chosen(3, 20, 6)
+    indices[1, 3:], indices[2] = 20, -1
+    given = made(indices, 20, 8, torch.float32, torch.float32)
+    ups = torch.randn(3, 6, 8), torch.randn(3, 20, 8)
+    wanted = results(lambda given: run(given, indices), given, ups)
+    with torch.no_grad():
+        given[name][1, 3:], given[name][2] = bad, bad
+    got = results(lambda given: run(given, indices), given, ups)
+    assert all(torch.equal(got[each], wanted[each]) for each in wanted)
+    lost = torch.zeros(3, 6, dtype=torch.bool)
+    lost[1, 3:], lost[2] = True, True
+    assert not got["grad rows"][lost].any()
+    assert not got["grad gate"][lost].any()
+
+
+def test_rows_of_no_numbers() -> None:
+    for gate in (None, torch.float32):
+        indices = torch.tensor([[0, 2, -1], [1, 3, 4]])
+        given = made(indices, 5, 0, torch.float32, gate)
+        taken, out = run(given, indices)
+        assert (taken.shape, out.shape) == ((2, 3, 0), (2, 5, 0))
+        (taken.sum() + out.sum()).backward()
+        assert all(tensor.grad.shape == tensor.shape for tensor in given.values())  # type: ignore[union-attr]
+        assert gate is None or not given["gate"].grad.any()  # type: ignore[union-attr]
+
+
 def test_full_capacity_is_the_block_itself() -> None:
     x, block = torch.randn(2, 9, 4), torch.nn.Linear(4, 4)
     everyone = torch.arange(9).expand(2, 9)
