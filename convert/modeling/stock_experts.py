@@ -25,13 +25,16 @@ def register() -> None:
 
 
 def use(model: Any) -> None:
-    """Make the experts of a mixture in transformers run by our kernels; others are left alone.
+    """Make the experts of a mixture in transformers run by our kernels.
+
+    A model without modules of experts is left alone.
 
     Args:
         model: any model of transformers, changed in place. What it saves does not name the
             implementation.
     """
-    if getattr(model.config, "_experts_implementation", None) is not None:
+    chosen = getattr(model.config, "_experts_implementation", None)
+    if chosen is not None and experts.holds_experts(model):
         register()
         model.config._experts_implementation = EXPERTS
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from adaconvert.kernels import grouped_gemm
@@ -23,7 +24,11 @@ from adaconvert.kernels.grouped import grouped_ffn
 from adaconvert.kernels.plan import route_plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "act_fn")
+_PLAIN = (Tensor, nn.Parameter)
+_PROXY, _FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+#: attributes that the decorator sets, then those of the module's own.
+_OF_DECORATOR = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_MARKS = ("num_experts", *_OF_DECORATOR, "act_fn")
 #: classes of transformers.activations; the four of "gelu_tanh" are one function.
 _OF_TRANSFORMERS: dict[str, Activation] = {
     "SiLUActivation": "silu",
@@ -82,32 +87,42 @@ def refuses(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> str | None:
     """Return why `experts_forward` cannot run this call, None when it can."""
-    reason = _refuses_module(module)
+    reason = _refuses_module(module) or _refuses_watched()
     if reason is not None:
         return reason
-    first, down = _matrices(module)
-    calls = (hidden_states, top_k_weights, first, down)
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in calls):
-        return "tensors are not plain tensors"
-    if any(tensor.dtype not in _DTYPES for tensor in calls):
-        return "tensors are not of floats"
-    return _refuses_shapes(module, hidden_states, top_k_index, top_k_weights)
+    names = _weight_names(module)
+    weights: list[Any] = [getattr(module, name, None) for name in names]
+    for name, weight in zip(names, weights, strict=True):
+        if weight is None:
+            return f"the module has no {name}"
+    call = (hidden_states, top_k_index, top_k_weights)
+    return _refuses_tensors(weights, *call) or _refuses_shapes(module, weights, *call)
 
 
 def refuses_grouped_mm(module: Any) -> str | None:
     """Return why torch's grouped_mm cannot run the module's matrices, None when it can.
 
     Weights that are not plain tensors, and a call that torch.compile traces, are let pass:
-    transformers' implementation by grouped_mm has its own ways for those.
+    transformers' implementation by grouped_mm has its own ways for those. On meta it runs bfloat16.
     """
     first = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
     down = getattr(module, "down_proj", None)
     if first is None or down is None:
         return "the module has no matrices of the usual names"
-    plain = {type(first), type(down)} <= {Tensor, nn.Parameter}
-    if torch.compiler.is_compiling() or not plain:
+    if torch.compiler.is_compiling() or not {type(first), type(down)} <= set(_PLAIN):
         return None
-    return grouped_gemm.refuses(down, first, down)
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "grouped_mm has no forward derivatives"
+    if first.dim() != 3 or down.dim() != 3:
+        return f"the matrices are {list(first.shape)} and {list(down.shape)}"
+    if first.is_meta and {first.dtype, down.dtype} == {torch.bfloat16}:
+        return None
+    return grouped_gemm.refuses(first, first) or grouped_gemm.refuses(down, down)
+
+
+def holds_experts(model: nn.Module) -> bool:
+    """Return whether a module of the model is decorated, so that an implementation is chosen."""
+    return any(all(hasattr(module, name) for name in _OF_DECORATOR) for module in model.modules())
 
 
 def _refuses_module(module: Any) -> str | None:
@@ -121,22 +136,86 @@ def _refuses_module(module: Any) -> str | None:
     if module.has_gate and not _gates_as_usual(module):
         return f"{type(module).__name__} has a gate of its own"
     if activation_of(module.act_fn) is None:
-        return f"the activation {_name(module.act_fn)} is not known"
+        state = "hooked" if _hooked(module.act_fn) else "not known"
+        return f"the activation {_name(module.act_fn)} is {state}"
     return None
 
 
-def _refuses_shapes(
-    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+def _refuses_watched() -> str | None:
+    """Return who looks at each operation and cannot see into ours, None when nobody does.
+
+    A mode that only counts, such as FlopCounterMode, sees enough. What torch.compile and
+    torch.export trace has operators of ours instead.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._is_tracing():
+        return "torch.jit.trace records the call"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func runs the call"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward derivatives are taken"
+    if torch._C._get_dispatch_mode(_FAKE) is not None:
+        return "a mode of fake tensors runs the call"
+    if torch._C._get_dispatch_mode(_PROXY) is not None:
+        return "make_fx records the call"
+    before = torch._ops._get_dispatch_mode_pre_dispatch(_PROXY)  # type: ignore[no-untyped-call]
+    return None if before is None else "make_fx records the call"
+
+
+def _refuses_tensors(
+    weights: list[Any], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> str | None:
-    first, down = _matrices(module)
-    experts, hidden, width = down.shape
+    floats = (hidden_states, top_k_weights, *weights)
+    for tensor in (top_k_index, *floats):
+        if type(tensor) not in _PLAIN and not _exported(tensor):
+            return "tensors are not plain tensors"
+    for tensor in floats:
+        if tensor.dtype not in _DTYPES:
+            return "tensors are not of floats"
+    for weight in weights:
+        if weight.dtype != weights[0].dtype:
+            return f"the weights are of {weights[0].dtype} and of {weight.dtype}"
+    index = top_k_index.dtype
+    if index.is_floating_point or index.is_complex or index == torch.bool:
+        return f"the experts of the slots are {index}"
+    return None
+
+
+def _exported(tensor: Any) -> bool:
+    """Whether torch.export (non-strict) put it in the place of a plain tensor."""
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting and type(tensor) is FakeTensor
+
+
+def _refuses_shapes(
+    module: Any,
+    weights: list[Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> str | None:
+    first, down, *biases = (weight.shape for weight in weights)
+    if len(first) != 3 or len(down) != 3:
+        return f"the matrices are {list(first)} and {list(down)}"
+    # [E, outputs, inputs], of transposed matrices [E, inputs, outputs]
+    hidden, width = down[:0:-1] if module.is_transposed else down[1:]
     wide = 2 * width if module.has_gate else width
-    if experts != module.num_experts or first.shape != (experts, wide, hidden):
-        return f"the matrices are {list(first.shape)} and {list(down.shape)}"
+    experts, inner = module.num_experts, (hidden, wide) if module.is_transposed else (wide, hidden)
+    if down[0] != experts or first != (experts, *inner):
+        return f"the matrices are {list(first)} and {list(down)}"
+    if biases and biases != [(experts, wide), (experts, hidden)]:
+        return f"the biases are {list(biases[0])} and {list(biases[1])}"
     slots = top_k_index.shape
     if len(slots) != 2 or top_k_weights.shape != slots or hidden_states.shape != (slots[0], hidden):
         return "the shapes of the call are not [T, d], [T, K], [T, K]"
     return None
+
+
+def _weight_names(module: Any) -> tuple[str, ...]:
+    """Return the names of the module's matrices, then of its biases if it has some."""
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
 
 
 def _matrices(module: Any) -> tuple[Tensor, Tensor]:
@@ -163,7 +242,7 @@ def activation_of(function: Any) -> Activation | None:
     """Return the name of an activation; None when unknown, or hooked, so that more would happen."""
     if not isinstance(function, nn.Module):
         return _OF_FUNCTIONS.get(function)
-    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+    if _hooked(function):
         return None
     kind = type(function)
     if isinstance(function, nn.GELU):
@@ -171,6 +250,13 @@ def activation_of(function: Any) -> Activation | None:
     if kind.__module__ == "transformers.activations":
         return _OF_TRANSFORMERS.get(kind.__name__)
     return _OF_TORCH.get(kind)
+
+
+def _hooked(function: Any) -> bool:
+    if not isinstance(function, nn.Module):
+        return False
+    before = function._forward_pre_hooks or function._backward_pre_hooks
+    return bool(before or function._forward_hooks or function._backward_hooks)
 
 
 def _name(function: Any) -> str:

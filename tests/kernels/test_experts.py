@@ -252,8 +252,8 @@ def of_a_subclass(module: Any) -> None:
 
 #: float32 runs by transformers' grouped_mm, float64 by its eager loop.
 LEFT = [
-    (hooked, torch.float32, "the activation SiLUActivation is not known"),
-    (hooked, torch.float64, "the activation SiLUActivation is not known"),
+    (hooked, torch.float32, "the activation SiLUActivation is hooked"),
+    (hooked, torch.float64, "the activation SiLUActivation is hooked"),
     (own_gate, torch.float32, "MyExperts has a gate of its own"),
     (own_gate, torch.float64, "MyExperts has a gate of its own"),
     (of_a_subclass, torch.float32, "tensors are not plain tensors"),
