@@ -68,8 +68,8 @@ HEAD = """\
 Written by `kernels/bench/readme.py` from `kernels/bench/results.csv`; do not edit.
 
 `kernels/ops/` is the import package `adaconvert.kernels`. Each operation has a reference in plain
-torch, a fast form in torch, and some have kernels in Triton (tested with 3.6.0 and 3.9.0). Importing
-the package imports no Triton, and where there is no Triton or no GPU torch runs.
+torch, a fast form in torch, and some have kernels in Triton (tested with 3.6.0 and 3.9.0).
+Importing the package imports no Triton, and where there is no Triton or no GPU torch runs.
 
 {operations}
 
