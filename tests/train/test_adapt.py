@@ -61,6 +61,12 @@ def logits_of(model: Any) -> torch.Tensor:
     return found
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error in roundings of float32."""
+    norm = float((found.double() - expected.double()).norm() / expected.double().norm())
+    return norm / torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "adaptive"])
 def test_sum_computes_what_adapters_compute(family: str, folders: dict[str, Path]) -> None:
     model = loaded(folders[family])
@@ -72,9 +78,9 @@ def test_sum_computes_what_adapters_compute(family: str, folders: dict[str, Path
     expected = logits_of(model)
     merge(model, tuner)
     found = logits_of(model)
-    assert not torch.allclose(expected, before, atol=1e-2)
-    # float32 products in another order
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * float(expected.abs().max()))
+    assert distance(before, expected) > 1e5
+    # products in another order
+    assert distance(found, expected) <= 16
     assert [name for name, _ in model.named_parameters()] == names
 
 
@@ -213,11 +219,9 @@ def test_packed_matrices_compute_what_their_values_compute(
     restore(plain, gathered(packed, keep=True))
     # twice, because what adapters leave behind in one use would show in the next
     for _ in range(2):
-        torch.testing.assert_close(logits_of(packed), logits_of(plain), rtol=0, atol=2e-6)
+        assert distance(logits_of(packed), logits_of(plain)) <= 16
     merge(plain, tuner)
-    expected = logits_of(plain)
-    atol = 5e-6 * float(expected.abs().max())
-    torch.testing.assert_close(logits_of(packed), expected, rtol=0, atol=atol)
+    assert distance(logits_of(packed), logits_of(plain)) <= 16
 
 
 def test_gradients_through_packed_experts_are_the_same_when_recomputed(
@@ -263,7 +267,7 @@ def test_result_of_4_bits_is_the_source_plus_the_adapters(
             a, b = (states[0][f"{name}.lora_{factor}"] for factor in "AB")
             delta = b @ a
             assert bool(delta.any())
-            torch.testing.assert_close(value, before[name].float() + delta, rtol=0, atol=1e-7)
+            assert torch.equal(value, before[name].float() + delta)
         else:
             assert torch.equal(value, before[name].float())
 
