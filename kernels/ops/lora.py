@@ -75,7 +75,8 @@ def grouped_lora(
 
 
 #: forward and backward over a frozen linear, in times of that linear's own; one core of a two-core
-#: x86 machine with 32 MB of cache, torch 2.13, float32, r = 16, other work running:
+#: x86 machine with 32 MB of cache, torch 2.13, float32, r = 16, other work running, timed by hand
+#: before "all" masked what is not selected (kernels/README.md has rows of two of these sizes):
 #:      T, n, m           E, K   sorted  all   |  T, n, m           E, K   sorted  all
 #:      512, 576, 1536    8, 1   1.23    1.61  |  512, 2048, 8192   8, 1   1.11    1.16
 #:      512, 576, 1536    8, 2   1.42    1.54  |  512, 2048, 8192   8, 2   1.13    1.14

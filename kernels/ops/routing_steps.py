@@ -260,8 +260,7 @@ def _shares(logarithms: Tensor) -> Tensor:
 def _softmax(logarithms: Tensor) -> Tensor:
     """Return `torch.softmax` of each row.
 
-    On the CPU that of 8 columns takes as long as that of 200, so few columns go another way:
-    16384 x 8 in 0.4 ms instead of 2.5 ms (one core of a two-core x86 machine).
+    On the CPU that of 8 columns takes as long as that of 200, so few columns go another way.
     """
     if logarithms.device.type != "cpu" or logarithms.shape[-1] >= 16:
         return logarithms.softmax(dim=-1)
