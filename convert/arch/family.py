@@ -146,13 +146,42 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How the sparse blocks of a family choose experts and weigh them: a softmax of logits W x.
+
+    Attributes:
+        path: of a block's module in memory.
+        stored: what names of tensors of that module begin with on disk; empty when it is `path`.
+        router, experts: child modules in memory.
+        renormalised: condition under which the weights of the chosen experts sum to 1; else they
+            are those of the softmax over all experts.
+        scaling: expression of the factor on every weight; empty for 1.
+        float32: logits are computed in float32, whatever the dtype of the model.
+        unlike: what scores are where they are something else than this softmax; empty where not.
+        method: our name of the key that says "greedy" where the best k are taken of all experts;
+            empty where they always are.
+    """
+
+    path: str = "model.layers.{layer}.mlp"
+    stored: str = ""
+    router: str = "gate"
+    experts: str = "experts"
+    renormalised: str = "always"
+    scaling: str = ""
+    float32: bool = False
+    unlike: str = ""
+    method: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One model family, as data.
 
     Attributes:
         model_type: key in config.json.
-        stem: what the names of its transformers classes begin with; empty for hosts.
+        stem: what the names of its transformers classes begin with.
         site: where its feed-forward modules lie; None where the names of `up` say it.
+        routing: how its sparse blocks choose experts; None for a dense family.
         kind: "decoder", "encoder" or "vision".
         architectures: supported class -> flags it sets; the first is assumed when none is named.
         keys: our name -> config key. Every family has hidden, layers and heads.
@@ -171,6 +200,7 @@ class Family:
     """
 
     model_type: str
+    stem: str
     architectures: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, Key]
     tensors: tuple[Template, ...]
@@ -185,5 +215,5 @@ class Family:
     refusals: Mapping[str, str] = field(default_factory=dict)
     legacy: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    stem: str = ""
     site: Site | None = None
+    routing: Routing | None = None

@@ -56,6 +56,7 @@ def interpret(
         legacy=tuple(family.legacy),
         num_experts=_size(found, "experts"),
         top_k=_size(found, "top_k"),
+        value_dim=_size(found, "value_dim"),
         config=dict(config),
     )
 

@@ -9,6 +9,7 @@ from adaconvert.arch import values
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.families import (
     bert,
+    deepseek_v2,
     dots1,
     ernie4_5_moe,
     flex_olmo,
@@ -27,6 +28,7 @@ from adaconvert.arch.families import (
     olmo,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen2_moe,
@@ -61,6 +63,8 @@ _MODULES = (
     mixtral,
     qwen2_moe,
     qwen3_moe,
+    olmoe,
+    deepseek_v2,
     granitemoe,
     granitemoeshared,
     flex_olmo,

@@ -109,9 +109,8 @@ def _sites_of(adaptive: dict[str, Any], index: int) -> dict[str, Any]:
 def _sparsity(values: dict[str, Any], index: int) -> dict[str, Any]:
     """Return the keys that make block 0 sparse exactly when block `index` was.
 
-    Source: the conditions in the decoder layers of Qwen2-MoE and Qwen3-MoE (first), GLM4-MoE and
-        dots1
-    (second) and ERNIE 4.5 MoE (third), transformers 5.17 and 5.23.
+    Source: the conditions in the decoder layers of Qwen2-MoE and Qwen3-MoE (first), GLM4-MoE,
+    dots1 and DeepSeek-V2 (second) and ERNIE 4.5 MoE (third), transformers 5.17 and 5.23.
     """
     if "mlp_only_layers" in values:
         step = values.get("decoder_sparse_step") or 1

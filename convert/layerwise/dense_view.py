@@ -1,5 +1,6 @@
-"""An adaptive checkpoint seen as the dense model it was made of: same tensors, permuted neurons.
+"""An adaptive checkpoint seen as the stock model it was made of: same tensors, permuted neurons.
 
+A mixture with null experts is the mixture without them.
 Projections that networks took the place of are gone from it, so those networks stay, with every
 neuron on.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adaconvert.arch import adaptive
+from adaconvert.arch.null_experts import MODULE, holds_nulls
 from adaconvert.io.source import Source
 
 #: what names of the tensors hold that a converted FFN has besides its dense ones.
@@ -33,7 +35,9 @@ def dense_view(where: Path | Source) -> Source:
     source = where if isinstance(where, Source) else Source.open(where, ignore_unindexed=True)
     if source.config.get("adaptive") is None:
         return source
-    tensors = {n: ref for n, ref in source.tensors.items() if not any(e in n for e in EXTRA)}
+    # the routers of a mixture are its own
+    extra = (f".{MODULE}.",) if holds_nulls(source.config["adaptive"]) else EXTRA
+    tensors = {n: ref for n, ref in source.tensors.items() if not any(e in n for e in extra)}
     config = adaptive.dense_config(source.config)
     kept = _networks(source.config)
     if kept:

@@ -74,6 +74,19 @@ _SIGMOID_MOE: Mapping[str, object] = {
     "norm_topk_prob": True,
     "first_k_dense_replace": 1,
 }
+_DEEPSEEK: Mapping[str, object] = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+}
 
 #: what each family needs besides the sizes above.
 _EXTRA: dict[str, Mapping[str, object]] = {
@@ -96,6 +109,8 @@ _EXTRA: dict[str, Mapping[str, object]] = {
     "granitemoe": {**_GRANITE, "num_local_experts": 4},
     "granitemoeshared": {**_GRANITE, "num_local_experts": 4, "shared_intermediate_size": 48},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "deepseek_v2": _DEEPSEEK,
     "glm4_moe": _SIGMOID_MOE,
     "dots1": _SIGMOID_MOE,
     "ernie4_5_moe": {
@@ -155,6 +170,19 @@ VARIANTS: dict[str, tuple[str, Mapping[str, object]]] = {
     "granitemoe-bias": ("granitemoe", {**_TIED, **_BIAS}),
     "granitemoeshared-none": ("granitemoeshared", {"shared_intermediate_size": 0}),
     "flex_olmo-bias": ("flex_olmo", {**_TIED, **_BIAS}),
+    "olmoe-bias": (
+        "olmoe",
+        {**_TIED, **_BIAS, "num_key_value_heads": 4, "norm_topk_prob": False, "clip_qkv": 1.0},
+    ),
+    "deepseek_v2-lite": (
+        "deepseek_v2",
+        {"q_lora_rank": None, "n_shared_experts": 2, "routed_scaling_factor": 1.5, **_TIED},
+    ),
+    "deepseek_v2-bias": ("deepseek_v2", {**_BIAS, "first_k_dense_replace": 0}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    ),
     "glm4_moe-all-sparse": (
         "glm4_moe",
         {"first_k_dense_replace": 0, "use_qk_norm": True, **_BIAS, "head_dim": 16},

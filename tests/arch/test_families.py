@@ -28,6 +28,7 @@ HEADS = [
 ]
 NO_DEFAULTS: dict[str, dict[str, object]] = {
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6},
     # 96 heads do not divide the default size of 4096
     "glm4_moe": {"head_dim": 128},
 }
@@ -68,7 +69,9 @@ def test_heads_of_encoders(name: str, architecture: str, tmp_path: Path) -> None
     assert spec.architecture == architecture
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "glm4_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "glm4_moe", "granitemoe", "olmoe", "deepseek_v2"]
+)
 def test_every_expert_has_its_index_and_role(name: str, tmp_path: Path) -> None:
     spec = assert_exact(make(name, tmp_path / "model", layers=3))
     parts = [t for t in spec.tensors if t.role in {"expert_gate", "expert_up", "expert_down"}]
@@ -250,5 +253,8 @@ def test_family_files_are_short_and_hold_no_code(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_architectures_are_transformers_classes_of_that_family(name: str) -> None:
-    for architecture in registry.FAMILIES[name].architectures:
-        assert getattr(transformers, architecture).config_class.model_type == name
+    family = registry.FAMILIES[name]
+    for architecture in family.architectures:
+        config = getattr(transformers, architecture).config_class
+        assert (config.model_type, config.__name__) == (name, f"{family.stem}Config")
+    assert getattr(transformers, f"{family.stem}Model").config_class is config

@@ -91,6 +91,10 @@ EXPECTED: dict[str, dict[str, object]] = {
     "vit-no-bias": {"qkv_bias": False, "o_bias": True},
     "glm4_moe": {"partial_rotary": 0.5, "qk_norm": "none"},
     "glm4_moe-all-sparse": {"qk_norm": "head", "o_bias": False, "qkv_bias": True},
+    "olmoe": {"qk_norm": "full", "clip_qkv": None, "norm_eps": 1e-5, "qkv_bias": False},
+    "olmoe-bias": {"clip_qkv": 1.0, "o_bias": True, "tied": True},
+    "deepseek_v2": {"qkv_bias": False, "attention_scale": 0.25, "tied": False},
+    "deepseek_v2-bias": {"qkv_bias": True, "o_bias": True},
     "ernie4_5_moe-bias": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
 }
 
@@ -172,6 +176,18 @@ def test_gemma_reads_its_first_config_as_the_tanh_approximation() -> None:
     assert registry.describe(config).traits.activation == "gelu_pytorch_tanh"
 
 
+_DEEPSEEK_LITE: dict[str, object] = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
 #: what config.json of well-known checkpoints says, as far as it matters; a name and its shape.
 PUBLISHED: list[tuple[dict[str, object], str, tuple[int, ...]]] = [
     (
@@ -205,6 +221,17 @@ PUBLISHED: list[tuple[dict[str, object], str, tuple[int, ...]]] = [
         "model.layers.45.mlp.experts.127.down_proj.weight",
         (5120, 1408),
     ),
+    (
+        {"model_type": "olmoe", "intermediate_size": 1024},
+        "model.layers.15.mlp.experts.63.down_proj.weight",
+        (2048, 1024),
+    ),
+    (_DEEPSEEK_LITE, "model.layers.0.self_attn.q_proj.weight", (3072, 2048)),
+    (_DEEPSEEK_LITE, "model.layers.0.self_attn.kv_a_proj_with_mqa.weight", (576, 2048)),
+    (_DEEPSEEK_LITE, "model.layers.26.self_attn.kv_b_proj.weight", (4096, 512)),
+    (_DEEPSEEK_LITE, "model.layers.0.mlp.up_proj.weight", (10944, 2048)),
+    (_DEEPSEEK_LITE, "model.layers.1.mlp.experts.63.up_proj.weight", (1408, 2048)),
+    (_DEEPSEEK_LITE, "model.layers.26.mlp.shared_experts.down_proj.weight", (2048, 2816)),
 ]
 
 

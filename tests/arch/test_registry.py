@@ -12,12 +12,13 @@ DENSE = (
     *("olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3", "vit"),
 )
 SPARSE = (
-    *("dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared"),
-    *("mixtral", "qwen2_moe", "qwen3_moe"),
+    *("deepseek_v2", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "granitemoe"),
+    *("granitemoeshared", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
 )
 #: what has no usable default.
 NO_DEFAULTS: dict[str, dict[str, object]] = {
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6},
     # 96 heads do not divide the default size of 4096
     "glm4_moe": {"head_dim": 128},
 }
@@ -55,7 +56,7 @@ def test_an_unknown_model_type_names_the_nearest() -> None:
 
 
 def test_a_model_type_like_no_other_lists_the_supported_ones() -> None:
-    with pytest.raises(SourceError, match=r"'xlstm' is not supported\. Supported: bert, dots1"):
+    with pytest.raises(SourceError, match=r"'xlstm' is not supported\. Supported: bert, deep"):
         registry.describe({"model_type": "xlstm"})
 
 
@@ -126,6 +127,12 @@ def test_two_spellings_of_a_key_may_not_disagree() -> None:
 )
 def test_what_a_family_cannot_express_is_refused(config: dict[str, object], reason: str) -> None:
     with pytest.raises(SourceError, match=rf"=true: .*{reason}"):
+        registry.describe(config)
+
+
+def test_latent_attention_with_shared_key_heads_is_refused() -> None:
+    config = {"model_type": "deepseek_v2", "num_experts_per_tok": 2, "num_key_value_heads": 8}
+    with pytest.raises(SourceError, match=r"num_key_value_heads=8, num_attention_heads=32: latent"):
         registry.describe(config)
 
 

@@ -23,6 +23,8 @@ ROUTERS = {
     "mixtral": "mlp.gate",
     "qwen2_moe": "mlp.gate",
     "qwen3_moe": "mlp.gate",
+    "olmoe": "mlp.gate",
+    "deepseek_v2": "mlp.gate",
     "granitemoe": "block_sparse_moe.router",
     "granitemoeshared": "block_sparse_moe.router",
     "flex_olmo": "mlp.gate",

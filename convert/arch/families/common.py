@@ -5,7 +5,7 @@ What differs between families has no default here, so that every family file sta
 
 from __future__ import annotations
 
-from adaconvert.arch.family import Key, Mask, Power, Ref, Site, Template
+from adaconvert.arch.family import Key, Mask, Power, Ref, Routing, Site, Template
 
 ROPE_BUFFER = {
     r".*\.rotary_emb\.inv_freq": "rotary buffer, computed from config.json",
@@ -102,10 +102,17 @@ def qwen_moe_keys(
         "experts": Key(name="num_experts", kind="count", default=experts, aliases=aliases),
         "top_k": Key(name="num_experts_per_tok", default=top_k),
         "expert_width": Key(name="moe_intermediate_size", default=width),
+        "renorm": flag("norm_topk_prob"),
         "sparse_step": Key(name="decoder_sparse_step", default=1),
         "dense_layers": Key(name="mlp_only_layers", kind="list", default=[]),
     }
 
+
+#: the weights of the chosen experts are divided by their sum where the config says so.
+OPTIONAL_RENORM = Routing(renormalised="renorm")
+#: the k best logits, and their softmax.
+GRANITE_ROUTING = Routing(path="model.layers.{layer}.block_sparse_moe", router="router")
+SIGMOID_ROUTING = Routing(unlike="sigmoid scores with a correction bias")
 
 QWEN_MOE_MASK = {
     "moe": Mask(default="layer not in dense_layers and experts > 0 and ordinal % sparse_step == 0")
@@ -160,6 +167,37 @@ def qk_norms(
     return (
         norm("q_norm", f"{stem}.q_norm", q_size, when),
         norm("k_norm", f"{stem}.k_norm", k_size, when),
+    )
+
+
+def latent_attention(
+    *, q_rank: str, kv_rank: str, plain: str, rotated: str, value: str, bias: str
+) -> tuple[Template, ...]:
+    """Return the projections of attention whose keys and values pass a narrow layer (MLA).
+
+    Args:
+        q_rank: size of that layer for queries; 0 where they have none.
+        kv_rank: size of that layer for keys and values.
+        plain: size of a head of queries and keys that positions leave alone.
+        rotated: size of the part they rotate; one for all heads of keys.
+        value: size of a head of values.
+        bias: condition under which the first of two matrices and the output have biases.
+    """
+    stem = "model.layers.{layer}.self_attn"
+    queries, keys = f"heads*{plain} + heads*{rotated}", f"heads*{plain} + heads*{value}"
+    narrow = (
+        *linear("q_down", f"{stem}.q_a_proj", q_rank, "hidden", bias),
+        norm("q_down_norm", f"{stem}.q_a_layernorm", q_rank),
+        *linear("q_up", f"{stem}.q_b_proj", queries, q_rank),
+    )
+    whole = linear("q", f"{stem}.q_proj", queries, "hidden")
+    return (
+        *(_also(part, f"{q_rank} > 0") for part in narrow),
+        *(_also(part, f"{q_rank} == 0") for part in whole),
+        *linear("kv_down", f"{stem}.kv_a_proj_with_mqa", f"{kv_rank} + {rotated}", "hidden", bias),
+        norm("kv_down_norm", f"{stem}.kv_a_layernorm", kv_rank),
+        *linear("kv_up", f"{stem}.kv_b_proj", keys, kv_rank),
+        *linear("o", f"{stem}.o_proj", "hidden", f"heads*{value}", bias),
     )
 
 

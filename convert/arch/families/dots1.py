@@ -7,6 +7,7 @@ _MLP = "model.layers.{layer}.mlp"
 
 FAMILY = Family(
     model_type="dots1",
+    stem="Dots1",
     architectures={"Dots1ForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -46,4 +47,5 @@ FAMILY = Family(
     rope=Rope(),
     window="always",
     legacy=common.ROPE_BUFFER,
+    routing=common.SIGMOID_ROUTING,
 )

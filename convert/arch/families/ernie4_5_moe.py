@@ -1,13 +1,14 @@
 """ERNIE 4.5 MoE: softmax routing with a correction bias, sparse blocks at an interval."""
 
 from adaconvert.arch.families import common
-from adaconvert.arch.family import Family, Key, Mask, Ref, Rope, Template
+from adaconvert.arch.family import Family, Key, Mask, Ref, Rope, Routing, Template
 
 _MLP = "model.layers.{layer}.mlp"
 _BIAS = "use_bias"
 
 FAMILY = Family(
     model_type="ernie4_5_moe",
+    stem="Ernie4_5_Moe",
     architectures={"Ernie4_5_MoeForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -68,4 +69,5 @@ FAMILY = Family(
     },
     rope=Rope(theta=5e5),
     legacy=common.ROPE_BUFFER,
+    routing=Routing(unlike="softmax scores with a correction bias"),
 )

@@ -7,6 +7,7 @@ _MLP = "model.layers.{layer}.mlp"
 
 FAMILY = Family(
     model_type="flex_olmo",
+    stem="FlexOlmo",
     architectures={"FlexOlmoForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -20,6 +21,7 @@ FAMILY = Family(
         "attention_bias": common.flag("attention_bias"),
         "experts": Key(name="num_experts", default=7, aliases=("num_local_experts",)),
         "top_k": Key(name="num_experts_per_tok", default=5),
+        "renorm": common.flag("norm_topk_prob"),
     },
     tensors=(
         common.EMBED,
@@ -39,4 +41,5 @@ FAMILY = Family(
     },
     rope=Rope(theta=5e5),
     legacy=common.ROPE_BUFFER,
+    routing=common.OPTIONAL_RENORM,
 )

@@ -7,6 +7,7 @@ _MLP = "model.layers.{layer}.mlp"
 
 FAMILY = Family(
     model_type="glm4_moe",
+    stem="Glm4Moe",
     architectures={"Glm4MoeForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -42,4 +43,5 @@ FAMILY = Family(
     masks=common.SIGMOID_MOE_MASK,
     rope=Rope(partial=0.5),
     legacy=common.ROPE_BUFFER,
+    routing=common.SIGMOID_ROUTING,
 )

@@ -5,6 +5,7 @@ from adaconvert.arch.family import Family, Rope
 
 FAMILY = Family(
     model_type="granitemoe",
+    stem="GraniteMoe",
     architectures={"GraniteMoeForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -33,4 +34,5 @@ FAMILY = Family(
     },
     rope=Rope(),
     legacy=common.ROPE_BUFFER,
+    routing=common.GRANITE_ROUTING,
 )

@@ -7,6 +7,7 @@ _BLOCK = "model.layers.{layer}"
 
 FAMILY = Family(
     model_type="granitemoeshared",
+    stem="GraniteMoeShared",
     architectures={"GraniteMoeSharedForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -48,4 +49,5 @@ FAMILY = Family(
     },
     rope=Rope(),
     legacy=common.ROPE_BUFFER,
+    routing=common.GRANITE_ROUTING,
 )

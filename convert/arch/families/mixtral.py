@@ -1,12 +1,13 @@
 """Mixtral: every block sparse, gate, up and down of an expert stored as w1, w3 and w2."""
 
 from adaconvert.arch.families import common
-from adaconvert.arch.family import Family, Key, Rope
+from adaconvert.arch.family import Family, Key, Rope, Routing
 
 _MOE = "model.layers.{layer}.block_sparse_moe"
 
 FAMILY = Family(
     model_type="mixtral",
+    stem="Mixtral",
     architectures={"MixtralForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -37,4 +38,5 @@ FAMILY = Family(
     rope=Rope(theta=1e6),
     window="always",
     legacy=common.ROPE_BUFFER,
+    routing=Routing(stored=_MOE),
 )

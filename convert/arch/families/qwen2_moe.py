@@ -7,6 +7,7 @@ _MLP = "model.layers.{layer}.mlp"
 
 FAMILY = Family(
     model_type="qwen2_moe",
+    stem="Qwen2Moe",
     architectures={"Qwen2MoeForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -49,4 +50,5 @@ FAMILY = Family(
     rope=Rope(),
     window="use_window",
     legacy=common.ROPE_BUFFER,
+    routing=common.OPTIONAL_RENORM,
 )

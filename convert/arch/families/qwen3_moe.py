@@ -7,6 +7,7 @@ _MLP = "model.layers.{layer}.mlp"
 
 FAMILY = Family(
     model_type="qwen3_moe",
+    stem="Qwen3Moe",
     architectures={"Qwen3MoeForCausalLM": ()},
     keys={
         **common.decoder_keys(
@@ -44,4 +45,5 @@ FAMILY = Family(
     rope=Rope(),
     window="use_window",
     legacy=common.ROPE_BUFFER,
+    routing=common.OPTIONAL_RENORM,
 )
