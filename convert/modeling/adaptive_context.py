@@ -31,8 +31,10 @@ class SiteAccount:
         neurons: (token, neuron) pairs that were selected, always-on neurons included.
         executed: (token, neuron) pairs that were computed.
         experts: [E] how many tokens used each expert.
+        idle: tokens that ran no expert at all; null experts allow it.
         neuron_flops, router_flops, gate_flops: FLOPs of one selected neuron, and of router and of a
-            gate that is run in full, for one token.
+            gate that is run in full, for one token. Of a mixture with null experts "gate" is the
+            stock router, which every token passes, and "router" are the null experts' rows.
         neuron_bytes, router_bytes, gate_bytes: weight bytes of one neuron, of the router, and of a
             gate that is run in full.
     """
@@ -48,6 +50,7 @@ class SiteAccount:
     routed_tokens: int = 0
     neurons: int = 0
     executed: int = 0
+    idle: int = 0
     experts: Tensor | None = None
 
     @property

@@ -92,4 +92,6 @@ def attention_flops(config: Any, lengths: Tensor) -> int:
     full = int(lengths.sum())
     near = int(lengths.clamp_max(window).sum()) if window else full
     seen = sum(near if "sliding" in kind else full for kind in kinds[:layers])
-    return int(4 * heads * head * seen)
+    # latent attention has another size for values
+    both = getattr(config, "qk_head_dim", head) + getattr(config, "v_head_dim", head)
+    return int(2 * heads * both * seen)

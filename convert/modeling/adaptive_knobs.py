@@ -38,7 +38,8 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
 
     A calibrated model takes the largest row of its table that is not above `compute`; rows are
     never interpolated. Without a table every site runs the same share of its experts by top-k, the
-    largest that stays within `compute`: a rule that knows nothing of the model, so calibrate.
+    largest that stays within `compute`: a rule that knows nothing of the model, so calibrate. In a
+    mixture with null experts that is the share of the experts a token runs without them.
 
     Raises:
         ValueError: nothing the model can do costs that little; the message gives the range.
@@ -75,7 +76,7 @@ def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     whole = adaptive["reference"]["flops_per_token"]
     # what is not converted costs what it costs
     budget = compute * whole - (whole - sum(_dense_flops(spec) for spec in sites.values()))
-    budget -= sum(fixed_flops(spec) for spec in sites.values())
+    budget -= sum(_least_fixed(spec) for spec in sites.values())
     least = sum(_expert_flops(spec) for spec in sites.values())
     if not sites or budget < least:
         low = compute + (least - budget) / whole
@@ -85,7 +86,7 @@ def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
         )
     share = _share(list(sites.values()), budget)
     return {
-        path: {"rule": "top-k", "k": max(1, int(share * spec["experts"]["count"] + SLACK))}
+        path: {"rule": "top-k", "k": max(1, int(share * _whole(spec) + SLACK))}
         if share < 1
         else {"rule": "all"}
         for path, spec in sites.items()
@@ -97,20 +98,30 @@ def _share(specs: list[Mapping[str, Any]], budget: float) -> float:
     site of few experts runs one where that is more than the share."""
     while True:
         share = budget / sum(map(_routed_flops, specs))
-        enough = [spec for spec in specs if share * spec["experts"]["count"] >= 1 - SLACK]
+        enough = [spec for spec in specs if share * _whole(spec) >= 1 - SLACK]
         if len(enough) == len(specs) or not enough:
             return share
         budget -= sum(_expert_flops(spec) for spec in specs if spec not in enough)
         specs = enough
 
 
+def _whole(spec: Mapping[str, Any]) -> int:
+    """Return how many experts a token runs at full compute."""
+    return int(spec["mixture"]["top_k"] if "mixture" in spec else spec["experts"]["count"])
+
+
 def _matrices(spec: Mapping[str, Any]) -> int:
+    if "mixture" in spec:
+        return 3 if spec["mixture"]["glu"] else 2
     names = spec["weights"]
     return 3 if "gate" in names or "gate_up" in names else 2
 
 
 def _dense_flops(spec: Mapping[str, Any]) -> int:
-    """Return the FLOPs for one token of what the site was in the dense model."""
+    """Return the FLOPs for one token of what the site was in the dense model, or in the mixture
+    without null experts."""
+    if "mixture" in spec:
+        return _routed_flops(spec) + stock_flops(spec)
     if "output" in spec:
         return 2 * int(spec["hidden"]) * int(spec["output"])
     return 2 * int(spec["hidden"]) * int(spec["intermediate"]) * _matrices(spec)
@@ -124,8 +135,8 @@ def neuron_flops(spec: Mapping[str, Any]) -> int:
 
 
 def _routed_flops(spec: Mapping[str, Any]) -> int:
-    """Return the FLOPs of all routed experts together for one token."""
-    return int(spec["experts"]["count"] * spec["experts"]["width"] * neuron_flops(spec))
+    """Return the FLOPs of all experts of full compute together for one token."""
+    return int(_whole(spec) * spec["experts"]["width"] * neuron_flops(spec))
 
 
 def _expert_flops(spec: Mapping[str, Any]) -> int:
@@ -137,6 +148,8 @@ def router_flops(spec: Mapping[str, Any]) -> int:
     """Return the FLOPs of a site's router for one token, a gate that is run in full left out."""
     hidden, experts = int(spec["hidden"]), int(spec["experts"]["count"])
     kind = spec["router"]["kind"]
+    if kind == "mixture":
+        return stock_flops(spec) + null_flops(spec)
     if kind in {"param-center", "similarity"}:
         return 2 * hidden * experts
     if kind == "analytic":
@@ -144,6 +157,21 @@ def router_flops(spec: Mapping[str, Any]) -> int:
     if kind == "contribution":
         return 2 * int(spec["router"]["width"]) * (hidden + experts)
     return 0
+
+
+def stock_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of a mixture's own router for one token."""
+    return 2 * int(spec["hidden"]) * int(spec["experts"]["count"])
+
+
+def null_flops(spec: Mapping[str, Any]) -> int:
+    """Return the FLOPs of the rows of a mixture's null experts for one token."""
+    return 2 * int(spec["hidden"]) * int(spec["null"]["count"])
+
+
+def _least_fixed(spec: Mapping[str, Any]) -> int:
+    """Return `fixed_flops` under top-k, which looks at no null experts."""
+    return fixed_flops(spec) - (null_flops(spec) if "mixture" in spec else 0)
 
 
 def fixed_flops(spec: Mapping[str, Any]) -> int:

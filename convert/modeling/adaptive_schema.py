@@ -16,6 +16,11 @@ A "linear" slot holds {"mlp": ...} where a two-layer network split into experts 
 module's matrix; it is described as an "ffn" is, with the width of its `output` and which of its
 two layers have a `bias`.
 
+An "ffn" site may be a sparse block of a mixture with null experts: then `mixture` says where its
+router and experts are and how it weighs them, `null` what is beside them, and the rules are "null"
+(the configuration's decision; `bias` in place of the stored one), "all" (the source's decision) and
+"top-k" (k real experts).
+
 A slot is filled by one class (`SLOTS` in adaptive_slots.py); methods edit the fields of a slot's
 spec and never replace one another's modules. This file needs no torch.
 """
@@ -36,7 +41,10 @@ RULES: Mapping[str, str | None] = {
     "dynamic-k": "tau",
     "threshold": "threshold",
     "top-p": "p",
+    "null": "bias",
 }
+#: the rules at a mixture with null experts; "null" is of these sites alone.
+MIXTURE_RULES = ("null", "all", "top-k")
 ROUTERS = ("none", "oracle", "gate", "param-center", "similarity", "analytic", "contribution")
 #: pairs of things a model may hold that cannot be combined, and why; every other pair composes.
 REFUSED: Mapping[frozenset[str], str] = {
@@ -136,6 +144,8 @@ def _check_site(path: str, slots: Mapping[str, Any]) -> None:
     if "ffn" in slots:
         _check_keys(f"{where}.ffn", slots["ffn"], _FFN)
         _check_experts(f"{where}.ffn", slots["ffn"])
+        if "mixture" in slots["ffn"]:
+            check_mixture(f"{where}.ffn", slots["ffn"])
     linear = slots.get("linear")
     if isinstance(linear, Mapping) and "mlp" in linear:
         _check_mlp(f"{where}.linear.mlp", linear["mlp"])
@@ -145,7 +155,7 @@ _EXPERTS = {
     *("weights", "activation", "hidden", "intermediate", "partition", "experts", "shared"),
     *("router", "select"),
 }
-_FFN = {*_EXPERTS, "combine", "null", "down_path"}
+_FFN = {*_EXPERTS, "combine", "null", "down_path", "mixture"}
 _MLP = {*_EXPERTS, "role", "output", "bias", "quality"}
 
 
@@ -183,29 +193,34 @@ def _check_experts(where: str, spec: Mapping[str, Any]) -> None:
             f"{where}: {shared} shared neurons and {count} experts of {width} do not make "
             f"{total} neurons"
         )
-    if kind not in ROUTERS:
-        raise AdaptiveConfigError(f"{where}.router.kind is {kind!r}, known: {', '.join(ROUTERS)}")
+    kinds = ("mixture",) if "mixture" in spec else ROUTERS
+    if kind not in kinds:
+        raise AdaptiveConfigError(f"{where}.router.kind is {kind!r}, known: {', '.join(kinds)}")
     if spec.get("combine", "unit") != "unit":
         raise AdaptiveConfigError(f"{where}.combine is {spec['combine']!r}, known: unit")
-    check_select(f"{where}.select", select, count)
+    check_select(f"{where}.select", select, count, mixture="mixture" in spec)
 
 
-def check_select(where: str, select: Mapping[str, Any], experts: int) -> None:
+def check_select(
+    where: str, select: Mapping[str, Any], experts: int, *, mixture: bool = False
+) -> None:
     """Refuse a selection that means nothing.
 
     Args:
         where: named in the message.
         select: {"rule": ..., and the value the rule needs}.
         experts: routed experts of the site.
+        mixture: the site is a mixture with null experts.
 
     Raises:
         AdaptiveConfigError: unknown rule, or its value is missing or out of range.
     """
     rule = str(select.get("rule"))
-    if rule not in RULES:
-        raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(RULES)}")
+    known = MIXTURE_RULES if mixture else tuple(rule for rule in RULES if rule != "null")
+    if rule not in known:
+        raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(known)}")
     name = RULES[rule]
-    if name is None:
+    if name is None or (rule == "null" and "bias" not in select):
         return
     value = select.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -217,3 +232,48 @@ def check_select(where: str, select: Mapping[str, Any], experts: int) -> None:
             raise AdaptiveConfigError(f"{where}.{name} is {value}, expected {low} to {high}")
     if name == "k" and value != int(value):
         raise AdaptiveConfigError(f"{where}.k is {value}, expected a whole number")
+
+
+_MIXTURE = {"router", "experts", "top_k", "combine", "scaling", "float32", "glu"}
+_NULL = {"count", "slots", "kind", "weights", "gain", "min_real", "target"}
+_CHOICES = {
+    "mixture.combine": ("renorm", "all"),
+    "null.kind": ("zero", "identity", "constant"),
+    "null.weights": ("real", "selected"),
+    "null.min_real": (0, 1),
+}
+
+
+def check_mixture(where: str, spec: Mapping[str, Any]) -> None:
+    """Refuse null experts or a mixture that mean nothing.
+
+    Args:
+        where: named in the message.
+        spec: of the site.
+
+    Raises:
+        AdaptiveConfigError: a key is missing or unknown, or a value is out of range.
+    """
+    for part, keys in (("mixture", _MIXTURE), ("null", _NULL)):
+        _check_keys(f"{where}.{part}", spec.get(part), keys)
+        missing = sorted(keys - {"target"} - set(spec[part]))
+        if missing:
+            raise AdaptiveConfigError(f"{where}.{part} lacks {', '.join(missing)}")
+    for name, known in _CHOICES.items():
+        part, key = name.split(".")
+        found = spec[part][key]
+        if found not in known:
+            listed = ", ".join(map(str, known))
+            raise AdaptiveConfigError(f"{where}.{name} is {found!r}, known: {listed}")
+    experts, null = spec["experts"]["count"], spec["null"]
+    _check_whole(f"{where}.mixture.top_k", spec["mixture"]["top_k"], experts)
+    _check_whole(f"{where}.null.count", null["count"], None)
+    # more slots than experts could not all be filled
+    _check_whole(f"{where}.null.slots", null["slots"], experts + null["count"])
+
+
+def _check_whole(where: str, found: Any, most: int | None) -> None:
+    is_whole = isinstance(found, int) and not isinstance(found, bool)
+    if not is_whole or found < 1 or (most is not None and found > most):
+        limit = "1 or more" if most is None else f"1 to {most}"
+        raise AdaptiveConfigError(f"{where} is {found!r}, expected {limit}")

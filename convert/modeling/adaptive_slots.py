@@ -13,38 +13,16 @@ from typing import Any
 from torch import nn
 
 from .adaptive_ffn import AdaptiveFFN
+from .adaptive_mixed import mixed_class
+from .adaptive_mixture import AdaptiveMixture
 from .adaptive_projection import AdaptiveProjection
 from .adaptive_schema import SLOT_ORDER, AdaptiveConfigError
 
-#: slot -> class; it has `adaptive_init(path, spec)` and overrides `forward`. One with an
-#: `adaptive_stock` is mixed into that class instead of the module's own.
+#: what chooses experts.
+SITES = (AdaptiveFFN, AdaptiveMixture)
+#: slot -> class, but for mixtures; it has `adaptive_init(path, spec)` and overrides `forward`. One
+#: with an `adaptive_stock` is mixed into that class instead of the module's own.
 SLOTS: dict[str, type[nn.Module]] = {"linear": AdaptiveProjection, "ffn": AdaptiveFFN}
-_MIXED: dict[tuple[type[Any], type[nn.Module]], type[nn.Module]] = {}
-
-
-def mixed_class(slot: type[Any], stock: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of both; one per pair, so that instances of a model share it."""
-    known = _MIXED.get((slot, stock))
-    if known is None:
-        body = {
-            "__module__": stock.__module__,
-            "__reduce_ex__": _reduce,
-            "adaptive_parts": (slot, stock),
-        }
-        known = _MIXED[slot, stock] = type(stock.__name__, (slot, stock), body)
-    return known
-
-
-def _blank(slot: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
-    made = mixed_class(slot, stock)
-    module: nn.Module = made.__new__(made)
-    return module
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    # the class is made at run time, so pickle and deepcopy rebuild it from the two it is made of
-    state = {name: value for name, value in self.__dict__.items() if name != "adaptive_kept"}
-    return _blank, self.adaptive_parts, state
 
 
 def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str, nn.Module]:
@@ -70,10 +48,11 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
             module = _module(model, own)
             if slot not in SLOTS:
                 raise AdaptiveConfigError(f"site {path!r}: this code cannot fill slot {slot!r}")
-            stock = getattr(SLOTS[slot], "adaptive_stock", type(module))
-            module.__class__ = mixed_class(SLOTS[slot], stock)
+            chosen = AdaptiveMixture if "mixture" in slots[slot] else SLOTS[slot]
+            stock = getattr(chosen, "adaptive_stock", type(module))
+            module.__class__ = mixed_class(chosen, stock)
             module.adaptive_init(path, slots[slot])  # type: ignore[operator]
-            if isinstance(module, AdaptiveFFN):
+            if isinstance(module, SITES):
                 found[path] = module
             if slot == "ffn":
                 _name_down(model, module, slots[slot].get("down_path"), inside if bare else "")

@@ -25,10 +25,15 @@ def _make(name: str) -> type:
         "adaptive": None,
         "model_type": f"adaptive_{base.model_type}",
     }
+    if getattr(base, "base_model_ep_plan", None):
+        # experts elsewhere are told by their index, and so are slots without an expert
+        body["base_model_ep_plan"] = None
     plan = getattr(base, "base_model_tp_plan", None)
     if plan:
         # experts are runs of neurons: splitting the matrices over devices would cut them
-        body["base_model_tp_plan"] = {k: v for k, v in plan.items() if ".mlp" not in k}
+        networks = (".mlp", ".block_sparse_moe")
+        kept = {k: v for k, v in plan.items() if not any(name in k for name in networks)}
+        body["base_model_tp_plan"] = kept
     made = type(name, (base,), body)
     made.register_for_auto_class("AutoConfig")  # type: ignore[attr-defined]
     return made

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -29,10 +29,13 @@ from .adaptive_costs import static_costs
 from .adaptive_execution import prepare
 from .adaptive_ffn import AdaptiveFFN
 from .adaptive_knobs import Knobs, Setting, knobs_for
+from .adaptive_mixed import mixed_class
+from .adaptive_mixture import AdaptiveMixture
+from .adaptive_null import NullExperts
 from .adaptive_projection import drop_plans
 from .adaptive_routers import Router
 from .adaptive_schema import RULES, AdaptiveConfigError, check_select, read
-from .adaptive_slots import fill, mixed_class
+from .adaptive_slots import SITES, fill
 from .configuration_adaptive import made_config
 
 _MADE: dict[str, type] = {}
@@ -51,6 +54,7 @@ _AUTO = {
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "Model": "AutoModel",
 }
+_COLLECTED = {"router_scores", "experts_run", "decisions"}
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 
@@ -75,9 +79,22 @@ class AdaptiveMixin:
         self._share_runtime()
         drop_plans(own, [path for path, site in sites.items() if site.adaptive_slot == "linear"])
         for module in sites.values():
-            assert isinstance(module, AdaptiveFFN)
-            if module.router is not None and not next(module.router.parameters()).is_meta:
-                self._init_weights(module.router)
+            assert isinstance(module, SITES)
+            mixture = isinstance(module, AdaptiveMixture)
+            added: Any = module.null_experts if mixture else module.router
+            if added is not None and not next(added.parameters()).is_meta:
+                self._init_weights(added)
+        if any(isinstance(module, AdaptiveMixture) for module in sites.values()):
+            self._keep_stock_routers()
+
+    def _keep_stock_routers(self) -> None:
+        """Let a mixture's own routers have the model's dtype, whatever their name; what is beside
+        them stays in float32, and so do the routers of other sites."""
+        own: Any = self
+        kept = set(own._keep_in_fp32_modules_strict or ()) - {"router"}
+        kept |= {f"null_experts.{name}" for name in ("bias", "scale", "value")}
+        named = {name for name, module in own.named_modules() if isinstance(module, Router)}
+        own._keep_in_fp32_modules_strict = kept | named
 
     def _share_runtime(self) -> None:
         """Let the backbone inside run, when it is called by itself, as this model does."""
@@ -99,9 +116,9 @@ class AdaptiveMixin:
 
     # -- what a caller uses
 
-    def adaptive_sites(self) -> dict[str, AdaptiveFFN]:
-        """Return the sites that choose experts, by path: feed-forward networks, and networks in
-        place of projections."""
+    def adaptive_sites(self) -> dict[str, Any]:
+        """Return the sites that choose experts, by path: feed-forward networks and networks in
+        place of projections (`AdaptiveFFN`), and mixtures with null experts (`AdaptiveMixture`)."""
         return {path: self._site(path) for path in self._adaptive_sites}
 
     def set_select(
@@ -112,8 +129,10 @@ class AdaptiveMixin:
         It holds for the model, so for every thread; `generate(compute=x)` holds for one call alone.
 
         Args:
-            rule: "all", "top-k" (k), "dynamic-k" (tau), "threshold" (threshold) or "top-p" (p);
-                None goes back to what the configuration says.
+            rule: "all", "top-k" (k), "dynamic-k" (tau), "threshold" (threshold) or "top-p" (p); of
+                mixtures with null experts "null" (bias, the stored one when not given), "all" (as
+                without null experts) or "top-k" of the real ones; None goes back to what the
+                configuration says.
             sites: paths it holds for; all when not given, and then a k above a site's number of
                 experts runs all of them there.
             value: the rule's value by its name.
@@ -130,10 +149,11 @@ class AdaptiveMixin:
         unknown = sorted(set(sites or ()) - set(self._adaptive_sites))
         if unknown:
             raise AdaptiveConfigError(f"no such site: {', '.join(unknown)}")
-        counts = {p: s.adaptive_spec["experts"]["count"] for p, s in self.adaptive_sites().items()}
+        specs = {path: site.adaptive_spec for path, site in self.adaptive_sites().items()}
+        counts = {path: spec["experts"]["count"] for path, spec in specs.items()}
         for path in sites or counts:
             most = counts[path] if sites else max(counts.values())
-            check_select(f"set_select at {path}", select, most)
+            check_select(f"set_select at {path}", select, most, mixture="mixture" in specs[path])
         if set(value) - {RULES[rule]}:
             raise AdaptiveConfigError(
                 f"{rule} takes {RULES[rule] or 'no value'}, not {sorted(value)}"
@@ -147,8 +167,9 @@ class AdaptiveMixin:
         """Spend at most this fraction of the reference's FLOPs per token from now on.
 
         Args:
-            compute: fraction above 0; 1 runs every expert, None goes back to what the
-                configuration says. See `adaptive_knobs.knobs_for`.
+            compute: fraction above 0; 1 runs every expert, or, in a mixture with null experts, what
+                it runs without them; None goes back to what the configuration says. See
+                `adaptive_knobs.knobs_for`.
 
         Raises:
             ValueError: out of reach; the message gives the range.
@@ -181,14 +202,21 @@ class AdaptiveMixin:
             yield made
 
     @contextmanager
-    def collect(self, *names: str) -> Iterator[dict[str, list[Tensor]]]:
-        """Collect tensors of the forward passes inside the body: "router_scores" ([T, E] of the
-        real tokens, with their gradients). Yields path -> list of tensors."""
-        if names != ("router_scores",):
-            raise ValueError(f"cannot collect {names}; known: router_scores")
-        kept: dict[str, list[Tensor]] = {}
-        with self.adaptive_runtime.watching(collected={"router_scores": kept}):
-            yield kept
+    def collect(self, *names: str) -> Iterator[dict[str, Any]]:
+        """Collect what sites find in the forward passes inside the body.
+
+        "router_scores": [T, E] of the real tokens, with their gradients; of mixtures with null
+        experts the margins, [T, J]. Of these alone "experts_run": [T] how many real experts the
+        real tokens run, and "decisions": the `Decision` on all tokens, padding as well.
+
+        Yields:
+            path -> list, one entry per pass; of several names, name -> path -> list.
+        """
+        if not names or set(names) - _COLLECTED:
+            raise ValueError(f"cannot collect {names}; known: {', '.join(sorted(_COLLECTED))}")
+        kept: dict[str, dict[str, list[Any]]] = {name: {} for name in names}
+        with self.adaptive_runtime.watching(collected=kept):
+            yield kept[names[0]] if len(names) == 1 else kept
 
     # -- what transformers calls
 
@@ -208,7 +236,7 @@ class AdaptiveMixin:
         if missing:
             raise AdaptiveConfigError(f"the checkpoint lacks {', '.join(missing[:5])}")
         for path in model._adaptive_sites:
-            if not isinstance(model._site(path), AdaptiveFFN):
+            if not isinstance(model._site(path), SITES):
                 raise AdaptiveConfigError(
                     f"{path} was replaced while loading; its experts are lost"
                 )
@@ -220,6 +248,11 @@ class AdaptiveMixin:
                 init.normal_(parameter, mean=0.0, std=0.02)
             for buffer in module.buffers():
                 init.zeros_(buffer)
+        elif isinstance(module, NullExperts):
+            init.normal_(module.weight, mean=0.0, std=0.02)
+            for added in (module.bias, module.scale, module.value):
+                if added is not None:
+                    init.zeros_(added)
         elif isinstance(module, AdaptiveFFN) and hasattr(module, "neuron_order"):
             order: Any = module.neuron_order
             init.copy_(order, torch.arange(order.numel(), dtype=order.dtype))
@@ -246,6 +279,8 @@ class AdaptiveMixin:
         inside: set[int] = set()
         for site in self.adaptive_sites().values():
             own = [getattr(site, name) for name in site.adaptive_spec["weights"].values()]
+            parts = site.adaptive_spec.get("mixture", {})
+            own += [getattr(site, parts[role]) for role in ("router", "experts") if role in parts]
             if "down_path" in site.adaptive_spec:
                 own.append(self._at(site.adaptive_spec["down_path"]))
             # an adapter wraps the matrix it adapts
@@ -254,10 +289,14 @@ class AdaptiveMixin:
 
     def _is_of_a_site(self, key: str) -> bool:
         """Return whether a tensor is one that the stock model does not have."""
-        if ".router." in key or key.endswith(".neuron_order"):
+        if ".null_experts." in key or key.endswith(".neuron_order"):
             return True
         named: Any = self.named_modules()  # type: ignore[attr-defined]
-        new = [n for n, m in named if getattr(m, "adaptive_slot", None) == "linear"]
+        new = [
+            name
+            for name, module in named
+            if isinstance(module, Router) or getattr(module, "adaptive_slot", None) == "linear"
+        ]
         return any(key.startswith(f"{name}.") for name in new)
 
     def _site(self, path: str) -> Any:

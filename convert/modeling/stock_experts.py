@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,7 +49,11 @@ def experts_forward(
         return experts.experts_forward(module, *call)
     if not torch.compiler.is_compiling():
         _tell(type(module).__name__, reason)
-    out: Tensor = _stock_forward(module)(module, *call)
+    run = partial(_stock_forward(module), module)
+    if getattr(module, "drops_slots", False):
+        # a mixture with null experts has slots that transformers' implementations do not know
+        run = partial(module.adaptive_compacted, run)
+    out: Tensor = run(*call)
     return out
 
 

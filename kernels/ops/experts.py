@@ -70,8 +70,9 @@ def experts_forward(
         given["down_bias"] = module.down_proj_bias
     activation = activation_of(module.act_fn)
     assert activation is not None
-    # before transformers 5.23 the module does not say whether slots can be without an expert
-    may_drop = getattr(module, "_is_expert_parallel", True)
+    # before transformers 5.23 the module does not say whether slots can be without an expert; one
+    # with null experts says so itself
+    may_drop = getattr(module, "_is_expert_parallel", True) or getattr(module, "drops_slots", False)
     out = grouped_ffn(
         hidden_states.to(down.dtype),
         top_k_weights,
