@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from adaconvert import __version__
+from adaconvert.arch.null_experts import holds_nulls
 from adaconvert.errors import (
     OptionError,
     SourceError,
@@ -108,6 +109,16 @@ def _check_kind(item: Described, method: Method) -> None:
         SourceError: it is a mixture, split already, or not split at all.
     """
     where = f"{item.source.label}/config.json"
+    if item.spec.num_experts and method.mixtures:
+        return
+    if holds_nulls(item.spec.adaptive):
+        raise SourceError(
+            f"is a mixture with null experts ({item.spec.model_type})",
+            where=where,
+            hint=f"{method.refusal} Without its null experts it is the mixture it was made of; "
+            "`adaconvert adamoe --materialize` writes a stock mixture of one that has a place for "
+            "them.",
+        )
     if item.spec.num_experts:
         raise SourceError(
             f"is already a mixture of {item.spec.num_experts} experts ({item.spec.model_type})",

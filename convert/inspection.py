@@ -10,6 +10,7 @@ from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.calibration import stale_reasons, table_of
 from adaconvert.arch.check import audit
+from adaconvert.arch.null_experts import nulled
 from adaconvert.arch.projections import networks_of, stock_spec
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
@@ -82,9 +83,27 @@ def _family_line(spec: ModelSpec | None) -> str:
         return "not a model adaconvert can describe"
     experts = f", {spec.num_experts} experts top-{spec.top_k}" if spec.num_experts else ", dense"
     if spec.adaptive is not None:
-        experts = f", adaptive: {_split_text(spec)}"
+        experts = f", adaptive: {_nulled_text(spec) or _split_text(spec)}"
     tied = ", tied embeddings" if spec.traits.tied else ""
     return f"{spec.model_type} ({spec.architecture}){experts}{tied}"
+
+
+def _nulled_text(spec: ModelSpec) -> str:
+    """Return what null experts a mixture has, and what it can spend; "" when it has none."""
+    assert spec.adaptive is not None
+    found = list(nulled(spec, spec.adaptive))
+    if not found:
+        return ""
+    block, nulls = found[0]
+    low, high = nulls.reach(block)
+    shares = sorted({n.target for _, n in found if n.target is not None})
+    target = f", wanted share {' to '.join(f'{s:g}' for s in shares[:: max(len(shares) - 1, 1)])}"
+    return (
+        f"{len(found)} blocks of {block.count} experts top-{block.top_k} and {nulls.count} null "
+        f"ones ({nulls.kind}), {nulls.slots} slots, weights of the {nulls.weights} ones, "
+        f"{low * block.top_k:.3g} to {high * block.top_k:.3g} real experts per token by the null "
+        f"bias{target if shares else ''}"
+    )
 
 
 def _split_text(spec: ModelSpec) -> str:

@@ -101,12 +101,13 @@ class PlanReport:
     def lines(self) -> list[str]:
         """Return the report as text."""
         more = self.after.flops / self.before.flops
+        source = "source" if self.method == "adamoe" else "dense"
         rows = [
             f"{self.method} to {self.target}: {self.exactness.kind} ({self.exactness.why})",
             f"writes      {self.tensors} tensors in {self.shards} files, {human_bytes(self.disk)}",
             f"needs       {human_bytes(self.disk)} of disk, {human_bytes(self.memory)} of memory "
             "(without verification)",
-            *cost_lines(self.before, self.after),
+            *cost_lines(self.before, self.after, source),
             _flops_line(self.method, more),
         ]
         rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
@@ -117,6 +118,10 @@ class PlanReport:
 def _verdicts(planned: Planned) -> tuple[RuntimeVerdict, ...]:
     """Return the verdicts; a result that is not the dense model is compared with itself."""
     found = planned.runtimes
+    if planned.plan.method == "adamoe":
+        return tuple(
+            replace(v, why=v.why.replace("as the dense model", "as the source")) for v in found
+        )
     if planned.plan.exactness.kind in {"exact", "exact-fp32"}:
         return found
     return tuple(
@@ -165,15 +170,16 @@ def _flops_line(method: str, ratio: float) -> str:
             f"each token costs {ratio:.2f}x the FLOPs of the dense model while every expert runs; "
             "fewer experts cost less"
         )
+    model = "source" if method == "adamoe" else "dense model"
     if not 0.995 <= ratio <= 1.005:
-        return f"each token costs {ratio:.2f}x the FLOPs of the dense model"
-    return "each token costs the same FLOPs as the dense model"
+        return f"each token costs {ratio:.2f}x the FLOPs of the {model}"
+    return f"each token costs the same FLOPs as the {model}"
 
 
-def cost_lines(before: Costs, after: Costs) -> list[str]:
-    """Return a small table of costs, dense and converted."""
+def cost_lines(before: Costs, after: Costs, source: str = "dense") -> list[str]:
+    """Return a small table of costs, of the source under the name given and converted."""
     table: Sequence[tuple[str, str, str]] = (
-        ("", "dense", "converted"),
+        ("", source, "converted"),
         ("parameters", human_count(before.total_params), human_count(after.total_params)),
         ("active/token", human_count(before.active_params), human_count(after.active_params)),
         ("FLOPs/token", human_count(before.flops), human_count(after.flops)),

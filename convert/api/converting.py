@@ -50,8 +50,8 @@ def convert(
         ignore_unindexed: leave out tensors the source's index does not list instead of refusing
             them.
         progress: show progress bars on a terminal.
-        options: the method's own options: fields of `methods.upcycle.config.UpcycleConfig` or
-            `methods.moefy.config.MoefyConfig`.
+        options: the method's own options: fields of `methods.upcycle.config.UpcycleConfig`,
+            `methods.moefy.config.MoefyConfig` or `methods.adamoe.config.AdamoeConfig`.
 
     Raises:
         OptionError: an option is wrong or the method does not support the source (exit code 2).

@@ -1,7 +1,8 @@
 """Adaptive checkpoints as data: class names, own tensors, and what their config.json says.
 
 An adaptive checkpoint is the dense one with its neurons in another order under the same names, a
-few tensors more per converted feed-forward network, `config.adaptive`, and the runtime's code.
+few tensors more per converted feed-forward network, `config.adaptive`, and the runtime's code. One
+of a mixture keeps every tensor as it is and has null experts beside them (`null_experts`).
 Letters: E experts, m neurons of each, d hidden size, f = shared + E * m neurons, w router width.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from adaconvert.arch import registry
+from adaconvert.arch import null_experts, registry
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict, TensorSpec
 from adaconvert.arch.projections import replaced_tensors
 from adaconvert.arch.sites import FfnSite, ffn_site
@@ -37,8 +38,10 @@ _AUTO = {
     "ForImageClassification": "AutoModelForImageClassification",
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
 }
+#: every dense feed-forward network has one of them.
+_UP = frozenset({"up", "gate_up"})
 _OWN_KEYS = frozenset({"adaptive", "auto_map"})
-#: dense families whose tokenizer transformers chooses by model_type when tokenizer_config.json has
+#: families whose tokenizer transformers chooses by model_type when tokenizer_config.json has
 #: no class; an adaptive checkpoint has a model_type of its own, so config.json names the class.
 _TOKENIZERS = {
     "bert": "BertTokenizer",
@@ -48,8 +51,11 @@ _TOKENIZERS = {
     "gpt2": "GPT2Tokenizer",
     "gpt_neox": "GPTNeoXTokenizer",
     "olmo": "GPTNeoXTokenizer",
+    "olmoe": "GPTNeoXTokenizer",
     "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
 }
 
 
@@ -172,6 +178,19 @@ def config_of(
     for layer, partition in sorted(partitions.items()):
         site = ffn_site(spec, layer)
         sites[site.path] = {"ffn": partition.content(spec, site)}
+    return config_with(spec, sites, reference)
+
+
+def config_with(
+    spec: ModelSpec, sites: Mapping[str, object], reference: Mapping[str, int]
+) -> dict[str, object]:
+    """Return the config.json of an adaptive checkpoint with these sites.
+
+    Args:
+        spec: the stock source.
+        sites: module path -> slots, as the contract has them.
+        reference: FLOPs of the source, see `planning.estimate.reference`.
+    """
     tokenizer = _TOKENIZERS.get(spec.model_type)
     named = {} if tokenizer is None else {"tokenizer_class": tokenizer}
     return {
@@ -184,7 +203,7 @@ def config_of(
             "version": VERSION,
             "base": base_of(spec),
             "reference": dict(reference),
-            "sites": sites,
+            "sites": dict(sites),
             "model": {"exits": None, "recursion": None, "decode_policy": None},
             "calibration": None,
         },
@@ -237,13 +256,16 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
         for site, partition in sites_of(spec, adaptive)
         for tensor in own_tensors(spec, site, partition)
     ]
+    for mixture, nulls in null_experts.nulled(spec, adaptive):
+        own += null_experts.tensors(spec, mixture, nulls)
     return replace(spec, tensors=(*replaced_tensors(spec, adaptive), *own), adaptive=adaptive)
 
 
 def sites_of(
     spec: ModelSpec, adaptive: Mapping[str, object]
 ) -> Iterator[tuple[FfnSite, Partition]]:
-    """Yield the split feed-forward networks of an adaptive checkpoint, block by block.
+    """Yield the split feed-forward networks of an adaptive checkpoint, block by block; mixtures
+    with null experts are not among them, see `null_experts.nulled`.
 
     Raises:
         SourceError: one is malformed or lies nowhere in the model.
@@ -251,8 +273,12 @@ def sites_of(
     sites = adaptive.get("sites")
     if not isinstance(sites, dict):
         raise _unusable("sites", "an object")
-    known = {site.path: site for site in (ffn_site(spec, layer) for layer in range(spec.layers))}
-    split = {path: slots["ffn"] for path, slots in sites.items() if _is_map(slots, "ffn")}
+    known = {site.path: site for site in (ffn_site(spec, layer) for layer in _dense(spec))}
+    split = {
+        path: slots["ffn"]
+        for path, slots in sites.items()
+        if _is_map(slots, "ffn") and not null_experts.is_nulled(slots)
+    }
     for path in split:
         if path not in known:
             raise SourceError(
@@ -263,6 +289,11 @@ def sites_of(
     for path, site in known.items():
         if path in split:
             yield site, _partition(spec, path, split[path])
+
+
+def _dense(spec: ModelSpec) -> list[int]:
+    """Return the blocks with a dense feed-forward network."""
+    return sorted({t.layer for t in spec.tensors if t.role in _UP and t.layer is not None})
 
 
 def _partition(spec: ModelSpec, path: str, slot: object) -> Partition:

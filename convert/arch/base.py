@@ -10,8 +10,11 @@ Roles name what a tensor is for, the same in every family:
   router, expert_gate, expert_up, expert_down, expert_gate_up and expert_downs (fused over experts),
   shared_gate, shared_up, shared_down, shared_gate_up, shared_router, score_bias
   qkv_by_head (GPT-NeoX: rows q|k|v of head 0, then of head 1, ...), type_embed, embed_norm, pooler,
+  q_down, q_up and kv_down, kv_up (queries, and keys with values, through a narrow layer with a norm
+  q_down_norm, kv_down_norm; kv_down also holds the rows of the rotated key all heads share),
   neuron_order (I32, adaptive checkpoints: where each neuron came from),
   projection_up, projection_down, projection_router (adaptive: a network in place of a projection),
+  router_null, null_bias, null_scale, null_value (adaptive: null experts beside a mixture's),
   class_token, mask_token, patch_embed, and heads of encoders: head_transform, head_norm, pair_head,
   span_head, classifier, pixel_head; each with its _bias
 A plain (ungated) FFN has `up` and `down` only.
@@ -116,6 +119,8 @@ class ModelSpec:
         legacy: regular expressions of buffers that old files hold and no model reads (dropped with
             a reason).
         num_experts, top_k: 0 for a dense model.
+        value_dim: size of a head of values where it is not head_dim, which then is that of queries
+            and keys; else 0.
         adaptive: `config.adaptive` of an adaptive checkpoint, None for every other; all else then
             describes the stock model underneath, and `tensors` its own tensors as well.
     """
@@ -136,6 +141,7 @@ class ModelSpec:
     legacy: tuple[str, ...] = ()
     num_experts: int = 0
     top_k: int = 0
+    value_dim: int = 0
     config: Mapping[str, object] = field(default_factory=dict)
     adaptive: Mapping[str, object] | None = None
 

@@ -16,7 +16,9 @@ from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
 
 #: tensors of adaptive checkpoints whose dtype is not that of the model.
-_OWN_ROLES = frozenset({"router", "neuron_order", "projection_router"})
+_OWN_ROLES = frozenset(
+    {"router", "neuron_order", "projection_router", "null_bias", "null_scale", "null_value"}
+)
 #: names given in full before the rest is only counted.
 _SHOWN = 5
 

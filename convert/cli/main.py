@@ -42,6 +42,11 @@ VERBS = {
         attribute="d2dmoe",
         summary="Split feed-forward networks, and train routers that choose among the experts.",
     ),
+    "adamoe": Verb(
+        module="adaconvert.cli.adamoe",
+        attribute="adamoe",
+        summary="Let easy tokens run fewer experts, by null experts beside the real ones.",
+    ),
     "unmoefy": Verb(
         module="adaconvert.cli.unmoefy",
         attribute="unmoefy",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import options, output, splitting, versions
+from adaconvert.cli import nulling, options, output, splitting, versions
 from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
@@ -26,6 +26,11 @@ METHODS = {
         module="adaconvert.cli.d2dmoe",
         attribute="plan_d2dmoe",
         summary="Plan splitting feed-forward networks, with routers fitted on text.",
+    ),
+    "adamoe": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_adamoe",
+        summary="Plan null experts beside those of a mixture.",
     ),
 }
 _RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
@@ -85,6 +90,28 @@ def plan_moefy(source: str, destination: str | None, as_json: bool, **settings: 
     from adaconvert import api
 
     output.show(api.plan(source, method="moefy", **settings), as_json=as_json)
+
+
+@click.command("adamoe", cls=Command)
+@options.sources_argument()
+@nulling.adamoe_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_adamoe(sources: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert adamoe`, with the same arguments.
+
+    Says what each token runs at the start, what share of the source's experts the null bias can
+    reach, and which runtimes run the result. A DST may stand at the end, and options that only
+    matter to the run itself are accepted too; neither changes the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    report = api.plan(*_without_destination(sources), method="adamoe", **settings)
+    output.show(report, as_json=as_json)
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:

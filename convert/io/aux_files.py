@@ -33,7 +33,7 @@ _NEVER: Final = (
     (
         re.compile(
             r"config\.json|README(\..*)?|adaconvert\.json|compute_loss\.svg"
-            r"|adaconvert_recipe\.yaml",
+            r"|real_experts\.svg|adaconvert_recipe\.yaml",
             re.I,
         ),
         "written anew",

@@ -15,6 +15,9 @@ from adaconvert.io.regular import read_whole
 CARD: Final = "README.md"
 #: drawn beside the card of a calibrated checkpoint.
 PLOT: Final = "compute_loss.svg"
+#: drawn beside the card of a checkpoint with null experts that was measured on text.
+CLASSES_PLOT: Final = "real_experts.svg"
+FIGURES: Final = (PLOT, CLASSES_PLOT)
 #: what `adaconvert run` leaves in the last stage's folder.
 RECIPE: Final = "adaconvert_recipe.yaml"
 #: marks a card adaconvert wrote; its owner may remove the line to keep it for good.

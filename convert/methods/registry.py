@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaconvert.errors import OptionError
-from adaconvert.methods import d2dmoe, moefy, upcycle
+from adaconvert.methods import adamoe, d2dmoe, moefy, upcycle
+from adaconvert.methods.adamoe.config import AdamoeConfig
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
 from adaconvert.methods.moefy.config import MoefyConfig, UnmoefyConfig
 from adaconvert.methods.planned import Prepared as Prepared
@@ -26,6 +27,7 @@ class Method:
         prepare: plans a run over opened sources; reads no weights.
         replan: the plan of a finished run, from the options in its manifest.
         accepts: "dense" or "adaptive" checkpoints, or "any" of the two.
+        mixtures: it also takes mixtures of experts, with null experts or without.
         several: it can mix several sources.
         refusal: what is said of any other checkpoint.
     """
@@ -34,6 +36,7 @@ class Method:
     prepare: Callable[[Any, Sequence[Described]], Prepared]
     replan: Callable[[Mapping[str, object], Sequence[Described]], Plan]
     accepts: str = "dense"
+    mixtures: bool = False
     several: bool = False
     refusal: str = ""
 
@@ -58,6 +61,15 @@ METHODS: dict[str, Method] = {
         replan=d2dmoe.replan,
         accepts="any",
         refusal="d2dmoe needs a dense model, or one that was split.",
+    ),
+    "adamoe": Method(
+        config=AdamoeConfig,
+        prepare=adamoe.prepare,
+        replan=adamoe.replan,
+        accepts="any",
+        mixtures=True,
+        several=True,
+        refusal="adamoe needs a mixture of experts or a dense model.",
     ),
     "unmoefy": Method(
         config=UnmoefyConfig,

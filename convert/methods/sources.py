@@ -15,7 +15,7 @@ from adaconvert.arch.check import Audit, audit
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io import aux_files
-from adaconvert.io.card_file import PLOT, RECIPE
+from adaconvert.io.card_file import FIGURES, RECIPE
 from adaconvert.io.reader import iter_chunks
 from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
@@ -151,7 +151,7 @@ def left_behind(item: Described) -> dict[str, str]:
     """Return the side files that do not go along, with the reasons; the code and the kept config of
     an adaptive checkpoint go without saying, and so does what belongs to a card."""
     dropped = dict(aux_files.classify(item.source).dropped)
-    for name in (PLOT, RECIPE):
+    for name in (*FIGURES, RECIPE):
         dropped.pop(name, None)
     if item.spec.adaptive is None:
         return dropped

@@ -2,16 +2,19 @@
 
 1 multiply-add = 2 FLOPs. Per token: every matrix a token passes through costs 2 FLOPs per entry (a
 tied head costs as a head), and a block's attention to n tokens costs 4 * heads * head_dim *
-min(n, window of that block). Norms, biases, embedding look-ups and what runs once per text (a
-pooler, a classifier on it) are left out. `config.adaptive.reference`, what an adaptive model counts
-while it runs and the numbers of every report follow this one rule.
+min(n, window of that block), where head_dim is the mean of queries' and values' should they
+differ. Norms, biases, embedding look-ups and what runs once per text (a pooler, a classifier on it)
+are left out. `config.adaptive.reference`, what an adaptive model counts while it runs and the
+numbers of every report follow this one rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
+from adaconvert.arch import null_experts
 from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.projections import active_shares
@@ -29,7 +32,8 @@ _LOOKUPS = frozenset({"embed", "pos_embed", "neuron_order"})
 #: matrices every token passes through, besides those of the feed-forward networks.
 _PER_TOKEN = frozenset(
     {
-        *("q", "k", "v", "o", "qkv", "qkv_by_head", "head", "head_transform", "span_head"),
+        *("q", "k", "v", "o", "qkv", "qkv_by_head", "q_down", "q_up", "kv_down", "kv_up"),
+        *("head", "head_transform", "span_head"),
         *("patch_embed", "pixel_head", "projection_up", "projection_down", "projection_router"),
     }
 )
@@ -75,6 +79,12 @@ def _is_ffn(tensor: TensorSpec) -> bool:
     return own and len(tensor.shape) > 1 and not tensor.role.endswith("_bias")
 
 
+def _is_routed(tensor: TensorSpec) -> bool:
+    """Return whether a matrix is of a dense network, a routed expert or a router."""
+    own = tensor.role in _FFN_ROLES or tensor.role.startswith((*_PER_EXPERT, "router"))
+    return own and len(tensor.shape) > 1
+
+
 def _is_per_token(spec: ModelSpec, tensor: TensorSpec) -> bool:
     """Return whether a tensor is a matrix that every token passes through, or may."""
     if tensor.role == "classifier":
@@ -83,7 +93,10 @@ def _is_per_token(spec: ModelSpec, tensor: TensorSpec) -> bool:
 
 
 def _active_share(
-    spec: ModelSpec, tensor: TensorSpec, split: Mapping[int, tuple[float, bool]]
+    spec: ModelSpec,
+    tensor: TensorSpec,
+    split: Mapping[int, tuple[float, bool]],
+    nulled: Mapping[int, float],
 ) -> float:
     """Return the share of a tensor's entries one token passes through."""
     if tensor.role in _LOOKUPS:
@@ -95,8 +108,18 @@ def _active_share(
             return (1 + share) / 2
         return 1.0 if whole_gate and tensor.role == first else share
     if tensor.role.startswith(_PER_EXPERT):
-        return spec.top_k / spec.num_experts
+        chosen = spec.top_k if tensor.layer is None else nulled.get(tensor.layer, spec.top_k)
+        return chosen / spec.num_experts
     return 1.0
+
+
+def experts_run(spec: ModelSpec) -> dict[int, float]:
+    """Return, for each block with null experts, the real experts a token runs: what its target
+    says, else those of the source, whatever the token is."""
+    if spec.adaptive is None:
+        return {}
+    found = null_experts.nulled(spec, spec.adaptive)
+    return {mixture.layer: nulls.expected(mixture) for mixture, nulls in found}
 
 
 def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) -> Costs:
@@ -108,7 +131,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         context: tokens of context attention is counted at.
     """
     total = active = matrices = ffn = read = 0.0
-    split, replaced = active_share(spec), active_shares(spec)
+    split, replaced, nulled = active_share(spec), active_shares(spec), experts_run(spec)
     embedded = next((t.name for t in spec.tensors if t.role == "embed"), "")
     for tensor in spec.tensors:
         # a tied head is not stored and runs all the same
@@ -116,7 +139,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         if stored not in dtypes:
             continue
         size = _count(tensor.shape)
-        share = replaced.get(tensor.name, _active_share(spec, tensor, split))
+        share = replaced.get(tensor.name, _active_share(spec, tensor, split, nulled))
         total += size if stored == tensor.name and tensor.role != "neuron_order" else 0
         active += size * share
         if _is_per_token(spec, tensor):
@@ -126,10 +149,10 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     seen = sum(min(context, window or context) for window in _windows(spec))
     return Costs(
         total_params=int(total),
-        active_params=int(active),
-        flops=int(matrices) + 4 * spec.heads * spec.head_dim * seen,
-        ffn_flops=int(ffn),
-        weight_bytes=int(read),
+        active_params=round(active),
+        flops=round(matrices) + 2 * spec.heads * _head_dims(spec) * seen,
+        ffn_flops=round(ffn),
+        weight_bytes=round(read),
         context=context,
     )
 
@@ -137,27 +160,32 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
 def reference(
     spec: ModelSpec, layers: frozenset[int], length: int = REFERENCE_LENGTH
 ) -> dict[str, int]:
-    """Return what a dense model costs per token, as `config.adaptive.reference` states it.
+    """Return what the source costs per token, as `config.adaptive.reference` states it.
 
-    2 FLOPs per entry of every matrix a token passes through, the head included and the embedding
-    look-up not; scores and weighted sums of attention at the mean length a token of a text of
-    `length` tokens sees. Pooler and classifier run once per text and are left out.
+    2 FLOPs per entry of every matrix a token passes through, of a mixture's experts those it
+    chooses, the head included and the embedding look-up not; scores and weighted sums of attention
+    at the mean length a token of a text of `length` tokens sees. Pooler and classifier run once per
+    text and are left out.
 
     Args:
-        spec: the dense model.
-        layers: blocks whose feed-forward network is split; "ffn_flops_per_token" is theirs.
+        spec: the dense model, or the mixture.
+        layers: converted blocks; "ffn_flops_per_token" is theirs: of a dense network, or of routed
+            experts and router.
         length: tokens of the text; an image has as many as it has.
     """
-    per_token = ffn = 0
+    per_token = ffn = Fraction(0)
     for tensor in spec.tensors:
-        size = 2 * _count(tensor.shape)
+        size = Fraction(2 * _count(tensor.shape))
+        if tensor.role.startswith(_PER_EXPERT):
+            # whole again once all experts are added
+            size *= Fraction(spec.top_k, spec.num_experts)
         per_token += size if _is_per_token(spec, tensor) else 0
-        if tensor.role in _FFN_ROLES and tensor.layer in layers:
+        if tensor.layer in layers and _is_routed(tensor):
             ffn += size
         if tensor.role == "pos_embed" and spec.kind == "vision":
             length = tensor.shape[1]
-    whole = per_token + round(attention_flops(spec, {length: 1}))
-    return {"flops_per_token": whole, "ffn_flops_per_token": ffn, "length": length}
+    whole = int(per_token) + round(attention_flops(spec, {length: 1}))
+    return {"flops_per_token": whole, "ffn_flops_per_token": int(ffn), "length": length}
 
 
 def attention_flops(spec: ModelSpec, lengths: Mapping[int, int]) -> float:
@@ -173,7 +201,12 @@ def attention_flops(spec: ModelSpec, lengths: Mapping[int, int]) -> float:
         for window in _windows(spec)
         for length, count in lengths.items()
     )
-    return 4 * spec.heads * spec.head_dim * seen / max(tokens, 1)
+    return 2 * spec.heads * _head_dims(spec) * seen / max(tokens, 1)
+
+
+def _head_dims(spec: ModelSpec) -> int:
+    """Return the size of a head of queries plus that of a head of values."""
+    return spec.head_dim + (spec.value_dim or spec.head_dim)
 
 
 def _windows(spec: ModelSpec) -> list[int | None]:

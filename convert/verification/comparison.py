@@ -40,7 +40,8 @@ class Comparison:
         differences: of what the first blocks receive, then of what each block returns.
         routing: statistics of each converted layer.
         keys: what transformers said about the target's tensor names.
-        quality: of an adaptive target as it is configured, None when it runs every expert.
+        quality: of an adaptive target as it is configured, None when it runs every expert, or when
+            that is what is compared.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Comparison:
         stored_dtype: str | None,
         progress: bool,
         tolerance: float = 1e-5,
+        configured: bool = False,
     ) -> None:
         self._dense, self._target = sources
         self._probe = probe
         self._ids = probe.tensor()
         self._tolerance = tolerance
+        self._configured = configured
         self._granularity = granularity
         self._stored_dtype = stored_dtype
         self._progress = progress
@@ -77,9 +80,11 @@ class Comparison:
             shown.update(1)
             target, self.keys = load_target(self._target)
             inputs = inputs_of(target, self._probe)
-            with _every_expert(target, self._target):
+            with ExitStack() as stack:
+                if is_adaptive(self._target) and not self._configured:
+                    stack.enter_context(_every_expert(target))
                 logits = self._run_target(target, inputs, hidden)
-            if is_adaptive(self._target):
+            if is_adaptive(self._target) and not self._configured:
                 self.quality = measure(target, inputs, dense, tolerance=self._tolerance)
             shown.update(1)
         return dense, logits
@@ -150,11 +155,9 @@ class Comparison:
 
 
 @contextmanager
-def _every_expert(model: PreTrainedModel, source: Source) -> Iterator[None]:
-    """Run every expert of an adaptive model, through its router and not past it."""
-    if not is_adaptive(source):
-        yield
-        return
+def _every_expert(model: PreTrainedModel) -> Iterator[None]:
+    """Run every expert of an adaptive model, through its router and not past it; of a mixture those
+    the source runs."""
     runner: Any = model
     # scores are only computed for selections that need them, or for whoever collects them
     with runner.set_select("all"), runner.collect("router_scores"):

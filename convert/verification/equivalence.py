@@ -110,6 +110,7 @@ def compare(
     tolerance: float = 1e-5,
     granularity: int = 1,
     stored_dtype: str | None = None,
+    configured: bool = False,
     progress: bool = False,
 ) -> Equivalence:
     """Return how far the checkpoint in `target_dir` is from the one in `source_dir`.
@@ -123,6 +124,7 @@ def compare(
         granularity: experts per group of siblings, see `routing.RouterWatch`.
         stored_dtype: torch name of the dtype the target is meant to run in, for the routers of
             granular experts.
+        configured: run an adaptive target as it is configured, not with every expert on.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -140,6 +142,7 @@ def compare(
         stored_dtype=stored_dtype,
         progress=progress,
         tolerance=tolerance,
+        configured=configured,
     )
     dense, target = run.whole() if mode == "whole" else run.layerwise()
     if dense.shape != target.shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.arch.null_experts import holds_nulls
 from adaconvert.errors import AdaconvertError, VerificationError
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
@@ -40,6 +41,11 @@ def is_adaptive(source: Source) -> bool:
     return isinstance(source.config.get("adaptive"), dict)
 
 
+def is_nulled(source: Source) -> bool:
+    """Return whether a checkpoint is a mixture with null experts."""
+    return is_adaptive(source) and holds_nulls(source.config["adaptive"])
+
+
 def is_text(source: Source) -> bool:
     """Return whether its model reads token ids."""
     from adaconvert.arch.registry import describe
@@ -48,7 +54,8 @@ def is_text(source: Source) -> bool:
 
 
 def load_reference(source: Source) -> PreTrainedModel:
-    """Return the source in float32; an adaptive one with every expert on.
+    """Return the source in float32; a split one with every expert on, one with null experts as it
+    is configured.
 
     A stock one is built from its validated files and its sanitised config.
 
@@ -57,7 +64,8 @@ def load_reference(source: Source) -> PreTrainedModel:
     """
     if is_adaptive(source):
         model, keys = load_target(source)
-        _set_all(model)
+        if not is_nulled(source):
+            _set_all(model)
     else:
         config = load_config(source)
         model, keys = load(_stock_class(source), config, stored_tensors(source, ReadCount()))

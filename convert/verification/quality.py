@@ -22,17 +22,20 @@ class Setting:
     """One way of running a model.
 
     Attributes:
-        neurons: share of the neurons of split networks that run.
+        neurons: of those the source runs for a token in the converted networks, the share that
+            runs.
         ffn: FLOPs of the split networks, routers and full gates included, over those of what they
             were in the dense model.
         loss: nats per token more than the dense model; None for models of no text to come.
         logits: difference from the dense model's.
+        real: real experts per token of a mixture with null ones, None for split networks.
     """
 
     neurons: float
     ffn: float
     loss: float | None
     logits: LogitDifference
+    real: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +113,9 @@ def _setting(
     with adaptive.account() as account:
         found = run(model, inputs)
     sites = account.sites
-    total = sum(
-        site.tokens * adaptive.adaptive_sites()[path].adaptive_spec["intermediate"]
-        for path, site in sites.items()
-    )
+    specs = {path: adaptive.adaptive_sites()[path].adaptive_spec for path in sites}
+    total = sum(site.tokens * _neurons(specs[path]) for path, site in sites.items())
+    mixed = [site for path, site in sites.items() if "mixture" in specs[path]]
     neurons = sum(site.neurons for site in sites.values()) / max(total, 1)
     source = adaptive.config.adaptive["reference"]
     reference = source["ffn_flops_per_token"] + source.get("linear_flops_per_token", 0)
@@ -123,7 +125,20 @@ def _setting(
         ffn=(flops["ffn"] + flops["linear"] + flops["router"]) / max(reference, 1),
         loss=_loss_increase(model, inputs, dense, found),
         logits=compare_logits(dense, found, tolerance=tolerance),
+        real=_uses(mixed) / max(sum(site.tokens for site in mixed), 1) if mixed else None,
     )
+
+
+def _neurons(spec: Mapping[str, Any]) -> int:
+    """Return the neurons the source runs for a token at a site."""
+    if "mixture" in spec:
+        return int(spec["mixture"]["top_k"] * spec["experts"]["width"])
+    return int(spec["intermediate"])
+
+
+def _uses(sites: list[Any]) -> int:
+    """Return how often real experts ran at mixtures with null ones."""
+    return sum(int(site.experts.sum()) for site in sites if site.experts is not None)
 
 
 def _choose_neurons(model: PreTrainedModel, share: float) -> None:

@@ -43,7 +43,8 @@ def equivalence_lines(found: Equivalence, verdict: Verdict) -> list[str]:
     logits = found.logits
     held = "measured" if verdict.bound is None else f"at most {verdict.bound:g}"
     if found.quality is not None and verdict.bound is not None:
-        held = f"with every expert on {held}"
+        nulled = found.quality.configured.real is not None
+        held = f"with {'null experts off' if nulled else 'every expert on'} {held}"
     return [
         f"promise      {verdict.kind} ({held})",
         f"logits       max|d| {logits.max_abs_diff:.3g} of max|logit| {logits.max_abs_logit:.3g}: "
@@ -64,16 +65,19 @@ def quality_lines(quality: Quality | None) -> list[str]:
     """Return what a split model costs and gives as it is configured."""
     if quality is None:
         return []
+    nulled = quality.configured.real is not None
     lines = [f"as configured, experts of {quality.width}: {_setting_text(quality.configured)}"]
     if quality.single is not None:
         lines.append(f"neuron by neuron, by the gate: {_setting_text(quality.single)}")
-    return [*lines, "(logits above are with every expert on)"]
+    above = "null experts off" if nulled else "every expert on"
+    return [*lines, f"(logits above are with {above})"]
 
 
 def _setting_text(setting: Setting) -> str:
     loss = "" if setting.loss is None else f"loss {setting.loss:+.3g} nats per token, "
+    real = "" if setting.real is None else f"{setting.real:.3g} real ones per token, "
     return (
-        f"{setting.neurons:.1%} of the neurons, {setting.ffn:.1%} of the FLOPs; {loss}"
+        f"{real}{setting.neurons:.1%} of the neurons, {setting.ffn:.1%} of the FLOPs; {loss}"
         f"same choice for {100 * setting.logits.argmax_agreement:.4g} % of tokens, "
         f"KL {setting.logits.kl:.3g} nats"
     )
@@ -85,6 +89,7 @@ def setting_json(setting: Setting | None, digits: int = _DIGITS) -> dict[str, ob
         return None
     return {
         "neurons": rounded(setting.neurons, digits),
+        **({} if setting.real is None else {"real_experts": rounded(setting.real, digits)}),
         "ffn_flops": rounded(setting.ffn, digits),
         "loss_increase_nats": rounded(setting.loss, digits),
         "argmax_agreement": rounded(setting.logits.argmax_agreement, digits),
@@ -106,6 +111,9 @@ def routing_lines(layers: Sequence[LayerRouting]) -> list[str]:
         f"             entropy {entropy} of {even_entropy(most):.3g} nats, "
         f"top-1 probability {top1}, busiest expert {load} times the mean",
     ]
+    if any(layer.real is not None for layer in layers):
+        real = _range(layers, lambda layer: layer.real or 0.0)
+        lines.append(f"             real experts per token {real}")
     split = [layer for layer in layers if layer.split_groups is not None]
     if split:
         worst = max(split, key=lambda layer: layer.split_groups_stored or 0.0)
@@ -158,6 +166,7 @@ def _layer_json(layer: LayerRouting) -> dict[str, object]:
         "max_load_over_mean": rounded(layer.load),
         "mean_top1_probability": rounded(layer.top1),
         "dead_experts": layer.dead,
+        **({} if layer.real is None else {"real_experts_per_token": rounded(layer.real)}),
         "split_groups": rounded(layer.split_groups),
         "split_groups_stored_dtype": rounded(layer.split_groups_stored),
     }

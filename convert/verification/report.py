@@ -13,7 +13,7 @@ from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.verification import render
 from adaconvert.verification.equivalence import Equivalence, compare
 from adaconvert.verification.integrity import Integrity, check
-from adaconvert.verification.models import is_adaptive, is_text
+from adaconvert.verification.models import is_adaptive, is_nulled, is_text
 from adaconvert.verification.tokens import Probe, compare_tokenizers, load_tokenizer
 from adaconvert.verification.verdict import EXACT, Verdict, bound_of, judge, promised, run_dtype
 
@@ -193,7 +193,7 @@ def _compared(
     progress: bool,
 ) -> VerificationReport:
     target = Source.open(folder)
-    bound = bound_of(promise, target)
+    bound = None if is_nulled(target) and _is_noisy(manifest) else bound_of(promise, target)
     try:
         found = compare(
             source.root,
@@ -203,6 +203,7 @@ def _compared(
             tolerance=EXACT if bound is None else bound,
             granularity=_granularity(manifest),
             stored_dtype=run_dtype(target),
+            configured=_as_configured(promise, target),
             progress=progress,
         )
     except VerificationError as error:
@@ -215,10 +216,20 @@ def _compared(
     return replace(report, equivalence=found, verdict=judge(promise, bound, found), notes=notes)
 
 
+def _as_configured(promise: Exactness | None, target: Source) -> bool:
+    """Return whether the promise is about null experts as they are configured."""
+    return promise is not None and promise.kind in {"exact", "exact-fp32"} and is_nulled(target)
+
+
 def _quality_notes(found: Equivalence, target: Source) -> list[str]:
     """Return what the quality of a split model means, or why it was not measured."""
     if found.quality is not None:
         return found.quality.advice()
+    if is_nulled(target) and found.mode == "layerwise":
+        return [
+            "too large to load whole, so it was compared block by block with null experts off; "
+            "they were not run"
+        ]
     if is_adaptive(target) and found.mode == "layerwise":
         return [
             "too large to load whole, so the experts were compared block by block as the dense "
@@ -238,6 +249,13 @@ def _split_note(found: Equivalence, dtype: str | None) -> list[str]:
         "incomplete group of experts, because two groups tie after rounding; run the model in "
         "float32, or choose a host that computes its router in float32"
     ]
+
+
+def _is_noisy(manifest: Mapping[str, object]) -> bool:
+    """Return whether experts carry noise, so that no way of running them gives the source."""
+    options = manifest.get("options")
+    value = options.get("noise") if isinstance(options, dict) else None
+    return isinstance(value, int | float) and value > 0
 
 
 def _granularity(manifest: Mapping[str, object]) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.arch.null_experts import MODULE
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -29,6 +31,7 @@ class LayerRouting:
         load: tokens of the busiest expert, as a multiple of the mean; 1 when all are used equally.
         top1: mean over tokens of the highest probability.
         dead: number of experts no token chose.
+        real: mean number of real experts per token beside null ones; None where there are none.
         split_groups: fraction of tokens that chose a part of a group of sibling experts, None when
             experts have no siblings. Such tokens get a part of an FFN.
         split_groups_stored: the same with the router computed in the checkpoint's own dtype, where
@@ -41,6 +44,7 @@ class LayerRouting:
     load: float
     top1: float
     dead: int
+    real: float | None = None
     split_groups: float | None = None
     split_groups_stored: float | None = None
 
@@ -63,6 +67,7 @@ class RouterWatch:
         found = _find_router(block)
         self._router: nn.Module | None = found[0] if found else None
         self._experts: nn.Module | None = found[1] if found else None
+        self._nulled = any(name.endswith(f".{MODULE}") for name, _ in block.named_modules())
         self._granularity = granularity
         self._stored_dtype = stored_dtype
         self._hooks: list[Any] = []
@@ -110,7 +115,8 @@ class RouterWatch:
             return None
         chosen, logits = torch.cat(self._chosen), torch.cat(self._logits)
         count = logits.shape[-1]
-        used = torch.bincount(chosen.flatten(), minlength=count).double()
+        real = chosen >= 0
+        used = torch.bincount(chosen[real], minlength=count).double()
         probabilities = _distribution(self._router, logits)
         split = split_stored = None
         if self._granularity > 1:
@@ -121,9 +127,10 @@ class RouterWatch:
             layer=layer,
             experts=count,
             entropy=float(torch.special.entr(probabilities).sum(-1).mean()),
-            load=float(used.max() / used.mean()),
+            load=float(used.max() / used.mean().clamp_min(1 / len(chosen))),
             top1=float(probabilities.amax(-1).mean()),
             dead=int((used == 0).sum()),
+            real=float(real.double().sum(-1).mean()) if self._nulled else None,
             split_groups=split,
             split_groups_stored=split_stored,
         )
@@ -162,7 +169,8 @@ def _find_router(block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 def _beside(module: nn.Module, experts: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if child is not experts:
+        # rows of null experts are no router of as many experts
+        if child is not experts and child is not getattr(module, MODULE, None):
             yield child
 
 

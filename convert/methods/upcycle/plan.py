@@ -116,7 +116,8 @@ def base_index(config: UpcycleConfig, sources: Sequence[Source]) -> int | None:
         OptionError: `base` names none of the sources.
     """
     if len(sources) == 1:
-        if config.base != "average":
+        # a finished run's options name the one source
+        if config.base not in ("average", sources[0].label):
             raise OptionError("needs several sources", where="--base", found=escape(config.base))
         return 0
     if config.base == "average":
