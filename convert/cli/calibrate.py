@@ -20,7 +20,7 @@ def _choice_options() -> options.Decorator[Any]:
             "--budget",
             type=float,
             metavar="X",
-            help="Choose the least loss within this fraction of the dense source's FLOPs; nothing "
+            help="Choose the least loss within this fraction of the source's FLOPs; nothing "
             "is promised.",
         ),
         option(
@@ -73,8 +73,9 @@ def _sweep_options() -> options.Decorator[Any]:
             "--rule",
             "rules",
             multiple=True,
-            type=click.Choice(["top-k", "dynamic-k", "threshold", "top-p"]),
-            help="Selection rule to sweep; may be repeated. Default: those that suit the routers.",
+            type=click.Choice(["top-k", "dynamic-k", "threshold", "top-p", "null"]),
+            help="Selection rule to sweep; may be repeated. Default: those that suit the routers; "
+            "of null experts their bias, and top-k of the real ones for comparison.",
         ),
         option(
             "settings",

@@ -75,8 +75,8 @@ def data_options() -> options.Decorator[Any]:
     "--select",
     multiple=True,
     metavar="RULE",
-    help="Repeat everything with a raw rule such as rule=top-k,k=8 or rule=dynamic-k,tau=0.1; may "
-    "be repeated.",
+    help="Repeat everything with a raw rule such as rule=top-k,k=8, rule=dynamic-k,tau=0.1 or "
+    "rule=null,bias=0.2; may be repeated.",
 )
 @option(
     "settings",
@@ -117,7 +117,8 @@ def data_options() -> options.Decorator[Any]:
     "output",
     "--record",
     is_flag=True,
-    help="Keep loss, perplexity and agreement in the checkpoint's manifest and card.",
+    help="Keep loss, perplexity and agreement in the checkpoint's manifest and card, and real "
+    "experts by class of token where there are null experts.",
 )
 @options.revision_option()
 @options.json_option()
@@ -126,7 +127,8 @@ def evaluate(checkpoint: str, as_json: bool, **settings: Any) -> None:
     """Say how good a checkpoint is, and what it costs.
 
     Perplexity by document, agreement with a reference, FLOPs and weight bytes per token, tokens per
-    second, use of every expert; accuracy of classifiers. The weights are not changed.
+    second, use of every expert; accuracy of classifiers; where null experts take slots, the real
+    experts per token, by layer and by class of token. The weights are not changed.
     """
     heard = begin(versions.EVALUATING)
     from adaconvert import api

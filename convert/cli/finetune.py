@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from adaconvert.cli import options, output, versions
-from adaconvert.cli.finetune_options import adapter_options, first_process_speaks, run_options
+from adaconvert.cli.finetune_options import (
+    adapter_options,
+    budget_options,
+    first_process_speaks,
+    run_options,
+)
 from adaconvert.cli.framework import Argument, Command
 from adaconvert.cli.options import option
 from adaconvert.cli.settings import begin, verbosity_options
@@ -219,7 +224,12 @@ def _loss_options() -> options.Decorator[Any]:
             metavar="C",
             help="Squared distance from its hidden states, relative to their length.",
         ),
-        option("losses", "--teacher", metavar="CKPT", help="Default: the checkpoint as it was."),
+        option(
+            "losses",
+            "--teacher",
+            metavar="CKPT",
+            help="Default: the checkpoint as it was, without its null experts.",
+        ),
         option(
             "losses",
             "--temperature",
@@ -283,8 +293,9 @@ def _router_options() -> options.Decorator[Any]:
             "--balance",
             type=float,
             metavar="C",
-            help="Loss for an even use of experts, per sequence. Default: config.json's "
-            "router_aux_loss_coef for the routers of a stock mixture, none for others.",
+            help="Loss for an even use of experts, per sequence; of null experts as one group, "
+            "towards their budget. Default: config.json's router_aux_loss_coef for the routers of "
+            "a mixture, none for others.",
         ),
         option(
             "routers",
@@ -342,6 +353,7 @@ def _router_options() -> options.Decorator[Any]:
 @_training_options()
 @_loss_options()
 @_router_options()
+@budget_options()
 @adapter_options()
 @run_options()
 @verbosity_options

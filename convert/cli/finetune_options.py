@@ -66,6 +66,44 @@ def adapter_options() -> options.Decorator[Any]:
     )
 
 
+def budget_options() -> options.Decorator[Any]:
+    """Return what null experts leave of the others; fields of `train.routing_config.Routing`."""
+    return options.apply(
+        option(
+            "null experts",
+            "--target-compute",
+            type=float,
+            metavar="X",
+            help="Share of its experts a token is to run, in the mean: 0.7 of those it runs in the "
+            "model without null experts. Default: what CKPT states, if it does.",
+        ),
+        option(
+            "null experts",
+            "--layer-budget",
+            metavar="LAYERS=X",
+            help="Other shares of some layers, such as 0-4=0.9,5-=0.6.",
+        ),
+        option(
+            "null experts",
+            "--compute-ramp",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="Share of the run over which budgets come down from what is spent at first; 0: at "
+            "once.",
+        ),
+        option(
+            "null experts",
+            "--null-rate",
+            type=float,
+            default=0.2,
+            metavar="R",
+            help="How fast the null biases follow after every step; 0: nothing holds the budget "
+            "but --balance, and the losses train the biases.",
+        ),
+    )
+
+
 def run_options() -> options.Decorator[Any]:
     """Return how it runs and where the result goes."""
     return options.apply(

@@ -9,6 +9,7 @@ from importlib import metadata
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.goals import goals_of
 
 #: stored dtypes of 16 bits.
 _HALVES = ("BF16", "F16")
@@ -91,6 +92,7 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     if item.spec.adaptive is None and (config.select is not None or config.compute is not None):
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
+    goals_of(item.spec.adaptive, config)
 
 
 def check_layout(item: Described, config: FinetuneConfig) -> None:
@@ -127,6 +129,12 @@ def _check_split(item: Described, config: FinetuneConfig) -> None:
             where=where,
             expected="transformers >= 5.23",
             found=metadata.version("transformers"),
+        )
+    if config.routing.null_rate and goals_of(item.spec.adaptive, config):
+        raise OptionError(
+            f"cannot be combined with {where}, which splits the null biases",
+            where=config.routing.budgets or "the budget in config.json",
+            hint="Give --null-rate 0: the losses train them instead.",
         )
     if config.adapting.rank:
         raise OptionError(

@@ -176,7 +176,9 @@ class FinetuneConfig:
         lm, distill: factors of the language-model loss and of the divergence from the teacher.
         distill_hidden: factor of the squared distance from the teacher's hidden states, relative
             to their squared length, averaged over tokens and layers.
-        teacher: dense checkpoint; None is the one that is trained, as it was.
+        teacher: checkpoint; None is the one that is trained, as it was. Adaptive ones teach with
+            every expert on, those with null experts as the mixture they were made of
+            (self-distillation, as ZEDA does it).
         temperature: of the distillation (Hinton et al. 2015, 1503.02531), whose loss is multiplied
             by its square.
         sparsity: see `Sparsity`.
@@ -269,6 +271,9 @@ class FinetuneConfig:
             raise OptionError("a teacher does nothing without --distill", where="--teacher")
         if self.select is not None and self.compute is not None:
             raise OptionError("cannot be combined with --select", where="--compute")
+        if self.routing.budgets and (self.select is not None or self.compute is not None):
+            other = "--select" if self.select is not None else "--compute"
+            raise OptionError(f"cannot be combined with {other}", where=self.routing.budgets)
 
     def _check_parts(self) -> None:
         if not self.train:

@@ -79,4 +79,8 @@ def _validation_lines(summary: Mapping[str, Any]) -> list[str]:
                 last["names"], first["losses"], last["losses"], strict=True
             )
         ]
+    if "share" in last:
+        rows.append(
+            f"            share {first['share']:.3f} at first, {last['share']:.3f} at the end"
+        )
     return rows

@@ -25,7 +25,7 @@ from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards
 from adaconvert.methods.sources import Described
 from adaconvert.progress import bar
-from adaconvert.train.routing_config import CORRECTION
+from adaconvert.train.routing_config import CORRECTION, OWN_DTYPE
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +44,20 @@ class Target:
     group: str = ""
 
 
-def config_of(item: Described, changed: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def config_of(
+    item: Described,
+    changed: Mapping[str, Any],
+    dtype: str,
+    *,
+    goals: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Return config.json of the result: the source's, what changed, and no calibration.
 
     Args:
         item: the source.
         changed: keys that changed.
         dtype: config name of the stored dtype, or "keep".
+        goals: path -> budget of the blocks with null experts that were given one.
     """
     config = {**item.source.config, **changed}
     if dtype != "keep":
@@ -58,7 +65,12 @@ def config_of(item: Described, changed: Mapping[str, Any], dtype: str) -> dict[s
         config["dtype"] = dtype
     if item.spec.adaptive is not None:
         adaptive: dict[str, Any] = dict(config["adaptive"])
-        config["adaptive"] = {**adaptive, "calibration": None}
+        sites = {**adaptive["sites"]}
+        for path, share in (goals or {}).items():
+            ffn = sites[path]["ffn"]
+            budget = {**ffn, "null": {**ffn["null"], "target": share}}
+            sites[path] = {**sites[path], "ffn": budget}
+        config["adaptive"] = {**adaptive, "sites": sites, "calibration": None}
         config["auto_map"] = auto_map(item.spec)
     return config
 
@@ -90,6 +102,7 @@ def targets_of(
         if wanted is not None and name.endswith(CORRECTION):
             # rounded, it would choose other experts
             is_own = BY_NAME[wanted].nbytes < BY_NAME[kept].nbytes
+        is_own |= is_adaptive and name.endswith(OWN_DTYPE)
         final = kept if wanted is None or is_own or not BY_NAME[kept].is_float else wanted
         targets.append(Target(name=name, dtype=final, shape=trained.tensors[name].shape))
     try:

@@ -36,12 +36,16 @@ class LayerHealth:
         counts: how often each expert was chosen, E numbers.
         tokens: tokens it routed.
         entropy: of its probabilities, averaged over tokens, as a fraction of ln E.
+        share: experts a token ran over those of the model without null experts; None without them.
+        idle: share of the tokens that ran no expert; None without null experts.
     """
 
     layer: int
     counts: tuple[int, ...]
     tokens: int
     entropy: float
+    share: float | None = None
+    idle: float | None = None
 
     @property
     def load(self) -> float:
@@ -56,11 +60,17 @@ class LayerHealth:
     @property
     def crowding(self) -> float:
         """Return the share of the choices that the k busiest experts got, k being the experts of a
-        token rounded up; 0 where a token runs all of them, which is no crowding."""
-        k = math.ceil(sum(self.counts) / max(self.tokens, 1))
-        if k >= len(self.counts):
+        token rounded up; 0 where a token runs all of them, which is no crowding.
+
+        With null experts k is rounded to the nearest, because a mean of 2.01 says nothing of three
+        experts, and the share is of the most that k experts can get.
+        """
+        uses, whole = sum(self.counts), max(self.tokens, 1)
+        k = math.ceil(uses / whole) if self.share is None else max(round(uses / whole), 1)
+        if k >= len(self.counts) or not k:
             return 0.0
-        return sum(sorted(self.counts)[-k:]) / max(sum(self.counts), 1) if k else 0.0
+        most = uses if self.share is None else min(uses, k * whole)
+        return sum(sorted(self.counts)[-k:]) / max(most, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers by name."""
@@ -71,6 +81,8 @@ class LayerHealth:
             "load": round(self.load, 4),
             "busiest": round(self.crowding, 4),
             "dead": list(self.dead),
+            **({} if self.share is None else {"share": round(self.share, 4)}),
+            **({} if self.idle is None else {"idle": round(self.idle, 4)}),
         }
 
 
@@ -84,6 +96,20 @@ def logged(layers: Sequence[LayerHealth]) -> dict[str, Any]:
         "load": max(layer.load for layer in layers),
         "load_by_layer": [round(layer.load, 4) for layer in layers],
         "dead_experts": sum(len(layer.dead) for layer in layers),
+        **_spent(layers),
+    }
+
+
+def _spent(layers: Sequence[LayerHealth]) -> dict[str, Any]:
+    """Return what a log entry says of null experts, nothing without them."""
+    shares = [layer.share for layer in layers if layer.share is not None]
+    idle = [layer.idle for layer in layers if layer.idle is not None]
+    if not shares or not idle:
+        return {}
+    return {
+        "share": sum(shares) / len(shares),
+        "share_by_layer": [round(share, 4) for share in shares],
+        "idle": sum(idle) / len(idle),
     }
 
 

@@ -106,6 +106,40 @@ def balance(probabilities: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
     return probabilities.shape[-1] * (share * mean).sum(dim=-1)
 
 
+def null_balance(
+    probabilities: Tensor, counts: Tensor, mask: Tensor, *, experts: int, share: Tensor
+) -> Tensor:
+    """Return sum_i f_i P_i / t_i of each sequence, [B], over n real experts and M null ones.
+
+    f_i is the share of the sequence's choices that expert i got, in the null group the mean of the
+    group; P_i its mean probability; t_i the share it is to get. It is 1 when every expert gets what
+    it is to get. With t_i = 1 / (n + M) it is the loss of AdaMoE (Zeng et al. 2024, 2406.13233,
+    section 3; its code averages over the wrong axis, so that nothing changes) over the choices of a
+    token; the targets are ours. Where t_i is below a tenth of the mean, what is missing joins f_i
+    and t_i, so that an expert which is to get nothing does not weigh infinitely.
+
+    Args:
+        probabilities: [B, S, n + M], each token's sum to 1; null experts last.
+        counts: [B, n + M] how often the sequence's real tokens chose each expert.
+        mask: [B, S] 1.0 for real tokens.
+        experts: n.
+        share: [B] or [] of the choices that real experts are to get.
+    """
+    mean = masked_mean(probabilities, mask)
+    found = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    nulls = counts.shape[-1] - experts
+    real, null = found[:, :experts], found[:, experts:].mean(dim=-1, keepdim=True)
+    share = share.to(found).reshape(-1, 1)
+    floor = 0.1 / counts.shape[-1]
+    goals = (share / experts, (1 - share) / max(nulls, 1))
+    real, null = (
+        (f + (floor - t).clamp_min(0)) / t.clamp_min(floor)
+        for f, t in zip((real, null), goals, strict=True)
+    )
+    ratios = torch.cat([real, null.expand(-1, nulls)], dim=-1)
+    return (ratios * mean).sum(dim=-1)
+
+
 def router_z(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of logsumexp(logits)^2 of each sequence, [B, S, E] and [B, S] -> [B].
 

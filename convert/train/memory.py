@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from adaconvert.layerwise.names import block_of
 from adaconvert.train.adapt import without_stacked
 from adaconvert.train.adapt_quantised import packed_bytes
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.goals import goals_of
 from adaconvert.train.memory_outline import kept_by_block
 from adaconvert.train.parts import Chosen, part_of, plain_name, sites_of
 from adaconvert.train.prepare import prepare
@@ -189,6 +191,7 @@ def _kept(model: Any, config: FinetuneConfig, packed: Mapping[str, int]) -> int:
     for name, count in stacked.items():
         place = block_of(name)
         unpacked[place] = unpacked.get(place, 0) + count * _itemsize(config)
+    _run_the_budget(model, config)
     state = config.batch_size * config.seq_len * _hidden(model) * max(_itemsize(config), 4)
     kept = kept_by_block(
         model, (config.batch_size, config.seq_len), scale=_itemsize(config) / 2
@@ -201,6 +204,17 @@ def _kept(model: Any, config: FinetuneConfig, packed: Mapping[str, int]) -> int:
         return outside + sum(inside.values())
     # one state per block, and the inside of one block at a time
     return outside + len(inside) * state + max(inside.values(), default=0)
+
+
+def _run_the_budget(model: Any, config: FinetuneConfig) -> None:
+    """Let blocks with null experts that have a budget run as many real ones as they will at most on
+    average: what they start with, those of the model without null ones, or more.
+
+    Without numbers each of their slots would run one.
+    """
+    for path, share in goals_of(getattr(model.config, "adaptive", None), config).items():
+        top_k = model.adaptive_sites()[path].adaptive_spec["mixture"]["top_k"]
+        model.set_select("top-k", sites=[path], k=math.ceil(max(share, 1.0) * top_k))
 
 
 def _hidden(model: Any) -> int:

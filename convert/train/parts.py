@@ -12,7 +12,7 @@ from adaconvert.io.names import escape
 
 #: part -> what a component of a parameter's name looks like in stock mixtures and ours.
 _COMPONENTS: Mapping[str, re.Pattern[str]] = {
-    "router": re.compile(r"router|gate|shared_expert_gate"),
+    "router": re.compile(r"router|gate|shared_expert_gate|null_experts"),
     "adapters": re.compile(r"adapters?|lora_[AB]|lora_.*"),
     "exits": re.compile(r"exits?|exit_heads?"),
     "experts": re.compile(r"experts|shared_experts?|shared_mlp"),

@@ -18,7 +18,7 @@ Curve = tuple[Mapping[str, Any], ...]
 _REPEATABLE = (
     *("loss", "lm", "distill", "distill_hidden", "hoyer", "l1", "sparsity", "sparsity_by_layer"),
     *("projection_sparsity", "balance", "z", "regression", "router_entropy", "load"),
-    "dead_experts",
+    *("dead_experts", "share", "share_by_layer", "idle"),
 )
 
 
@@ -89,6 +89,11 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
     if "projection_sparsity" in last:
         before, after = first["projection_sparsity"], last["projection_sparsity"]
         rows.append(f"            in projections {before:.1%} at first, {after:.1%} at the end")
+    if "share" in last:
+        rows.append(
+            f"share       {first['share']:.3f} of the experts at first, {last['share']:.3f} at the "
+            f"end; {last['idle']:.1%} of the tokens run none"
+        )
     if "routing" in summary:
         rows.append(_routing_line(summary["routing"]))
     changed = options["sparsity"]["activation"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +23,27 @@ from adaconvert.errors import OptionError
 from adaconvert.modeling.adaptive_context import current
 from adaconvert.modeling.adaptive_select import runs_all, select_experts
 from adaconvert.train import losses
+from adaconvert.train.budgets import Budgets
 from adaconvert.train.health import LayerHealth
 from adaconvert.train.routing_config import Routing
-from adaconvert.train.routing_sites import AdaptiveRouter, AnyRouter, StockRouter, expert_norms
+from adaconvert.train.routing_null import balance_of, choice_of
+from adaconvert.train.routing_sites import (
+    AdaptiveRouter,
+    AnyRouter,
+    NullRouter,
+    StockRouter,
+    expert_norms,
+)
+from adaconvert.train.routing_tally import (
+    Joined,
+    Tallies,
+    Tally,
+    counts_of,
+    parts_of,
+    replaced,
+    uncompiled,
+    widest,
+)
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -38,42 +56,14 @@ class _Now:
         weights: [B] share of the optimiser step's predicted tokens that each sequence holds.
         mask: [B, S] 1.0 for real tokens.
         scale: of gradients, which processes average.
+        step, steps: the step, from 0, of how many.
     """
 
     weights: Tensor
     mask: Tensor
     scale: float
-
-
-@dataclass
-class Tally:
-    """What one router chose over some steps; all are sums over real tokens.
-
-    Attributes:
-        counts: [E] uses of each expert.
-        sums: [2] tokens, and their entropies as a fraction of ln E.
-    """
-
-    counts: Tensor | None = None
-    sums: Tensor | None = None
-
-    def add(self, counts: Tensor, sums: Tensor) -> None:
-        """Count a batch."""
-        self.counts = counts if self.counts is None else self.counts + counts
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.counts = self.sums = None
-
-
-@dataclass
-class _Tallies:
-    """Tallies of one router: since the last log line, the last step, and over the last steps."""
-
-    line: Tally = field(default_factory=Tally)
-    step: Tally = field(default_factory=Tally)
-    end: Tally = field(default_factory=Tally)
+    step: int = 0
+    steps: int = 1
 
 
 class Routers:
@@ -83,21 +73,30 @@ class Routers:
         routers: as `find_routers` gives them.
         settings: factors; `balance` is a number here.
         trained: routers are trained, so what they choose at the end is judged.
+        goals: share of each block with null experts that has a budget, by path.
 
     Attributes:
         reduce: sums a tensor over processes.
+        budgets: of the blocks with null experts.
     """
 
     def __init__(
-        self, routers: Sequence[AnyRouter], settings: Routing, *, trained: bool = True
+        self,
+        routers: Sequence[AnyRouter],
+        settings: Routing,
+        *,
+        trained: bool = True,
+        goals: Mapping[str, float] | None = None,
     ) -> None:
         self.routers = tuple(routers)
+        nulled = [router for router in routers if isinstance(router, NullRouter)]
+        self.budgets = Budgets(nulled, goals or {}, settings)
         self.settings = settings
         self._trained = trained
         self.reduce: Reduce = lambda value: value
         self._now: _Now | None = None
         self._counting = self._ending = False
-        self._tallies = [_Tallies() for _ in self.routers]
+        self._tallies = [Tallies() for _ in self.routers]
         self._values: dict[str, Tensor] = {}
         self._hooks = [self._attach(index) for index in range(len(self.routers))]
         if settings.kind == "bias":
@@ -109,8 +108,8 @@ class Routers:
 
     @property
     def are_stock(self) -> bool:
-        """Return whether the routers are those of a stock mixture."""
-        return all(isinstance(router, StockRouter) for router in self.routers)
+        """Return whether the routers are those of a mixture, with null experts or without."""
+        return not any(isinstance(router, AdaptiveRouter) for router in self.routers)
 
     @property
     def are_to_be_even(self) -> bool:
@@ -119,12 +118,12 @@ class Routers:
 
     def _attach(self, index: int) -> Any:
         router = self.routers[index]
-        run = _uncompiled(self._on_router)
+        run = uncompiled(self._on_router)
         if isinstance(router, StockRouter):
             return router.module.register_forward_hook(
                 lambda module, args, output: run(index, router, args, output)
             )
-        see = _uncompiled(self._on_site)
+        see = uncompiled(self._on_nulls if isinstance(router, NullRouter) else self._on_site)
         return router.site.register_forward_hook(
             lambda module, args, kwargs, output: see(index, router, args, kwargs, output),
             with_kwargs=True,
@@ -132,14 +131,14 @@ class Routers:
 
     # -- around a micro-batch
 
-    def begin(self, *, weights: Tensor, mask: Tensor, scale: float, ending: bool) -> None:
+    def begin(self, *, ending: bool, **now: Any) -> None:
         """Say what the next forward and backward pass are worth.
 
         Args:
-            weights, mask, scale: as in `_Now`.
             ending: the step is one of the last, over which the result is judged.
+            now: the fields of `_Now`.
         """
-        self._now = _Now(weights=weights, mask=mask, scale=scale)
+        self._now = _Now(**now)
         self._counting, self._ending = True, ending
 
     def pause(self) -> None:
@@ -147,7 +146,9 @@ class Routers:
         self._counting = False
 
     def step_done(self) -> None:
-        """Move biases towards an even load, if that is how it is balanced."""
+        """Move biases towards budgets, and towards an even load if that is how it is balanced."""
+        if self._now is not None:
+            self.budgets.step_done(self.reduce, self._now.step, self._now.steps)
         if self.settings.kind != "bias":
             return
         for router, tallies in zip(self.routers, self._tallies, strict=True):
@@ -161,7 +162,7 @@ class Routers:
     # -- inside the forward pass
 
     def _on_router(self, index: int, router: StockRouter, args: Any, output: Any) -> Any:
-        logits, chosen, weights = _parts(output, router)
+        logits, chosen, weights = parts_of(output, router)
         now = self._now
         if now is None or logits.shape[:-1].numel() != now.mask.numel():
             return None
@@ -171,13 +172,13 @@ class Routers:
         if router.sigmoid:
             scores = wide.sigmoid()
             probabilities = scores / scores.sum(dim=-1, keepdim=True)
-        counts = _counts(chosen.reshape(batch, -1), now.mask, router.experts).to(wide.dtype)
+        counts = counts_of(chosen.reshape(batch, -1), now.mask, router.experts).to(wide.dtype)
         self._count(index, counts, probabilities, now.mask)
         found = {"balance": losses.balance(probabilities, counts, now.mask)}
         if self.settings.z_loss:
             found["z"] = losses.router_z(wide, now.mask)
         joined = self._join(found, weights, now)
-        return None if joined is weights else _replaced(output, weights, joined)
+        return None if joined is weights else replaced(output, weights, joined)
 
     def _on_site(
         self, index: int, router: AdaptiveRouter, args: Any, kwargs: Mapping[str, Any], output: Any
@@ -206,6 +207,31 @@ class Routers:
             norms = self._norms(router, x).reshape(shape)
             found["regression"] = losses.regression(scores.reshape(shape), norms, now.mask)
         return self._join(found, output, now)
+
+    def _on_nulls(
+        self, index: int, router: NullRouter, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        now = self._now
+        if now is None or x.shape[:-1].numel() != now.mask.numel():
+            return None
+        select = current().select(router.path) or router.site.adaptive_spec["select"]
+        choice = choice_of(router, x, select)
+        shape = (*now.mask.shape, -1)
+        probabilities = choice.logits.softmax(dim=-1).reshape(shape)
+        counts = (choice.real.reshape(shape) * now.mask[..., None]).sum(dim=1)
+        idle = ~choice.real.any(dim=-1).reshape(now.mask.shape)
+        self._count(index, counts, probabilities, now.mask, idle)
+        if self._counting and choice.has_nulls:
+            here = now.mask.reshape(-1) > 0
+            self.budgets.see(router, choice.margins, choice.real, here)
+        target = self.budgets.target(router)
+        balance = balance_of(router, choice, probabilities, counts, now.mask, target)
+        found = {"balance": balance}
+        if self.settings.z_loss:
+            found["z"] = losses.router_z(choice.plain.reshape(shape), now.mask)
+        joined = self._join(found, output, now)
+        return None if joined is output else joined
 
     @staticmethod
     def _norms(router: AdaptiveRouter, x: Tensor) -> Tensor:
@@ -240,7 +266,7 @@ class Routers:
                 total = part if total is None else total + part
         if total is None or not torch.is_grad_enabled():
             return carrier
-        joined: Tensor = _Joined.apply(carrier, total)  # type: ignore[no-untyped-call]
+        joined: Tensor = Joined.apply(carrier, total)  # type: ignore[no-untyped-call]
         return joined
 
     def _factors(self) -> dict[str, float]:
@@ -252,13 +278,22 @@ class Routers:
         }
 
     @torch.no_grad()
-    def _count(self, index: int, counts: Tensor, probabilities: Tensor, mask: Tensor) -> None:
+    def _count(
+        self,
+        index: int,
+        counts: Tensor,
+        probabilities: Tensor,
+        mask: Tensor,
+        idle: Tensor | None = None,
+    ) -> None:
         if not self._counting:
             return
-        even = math.log(counts.shape[-1])
+        even = math.log(probabilities.shape[-1])
         entropy = torch.special.entr(probabilities.detach()).sum(dim=-1) / even
-        wide = _widest(mask.device)
-        sums = torch.stack([mask.sum(), (entropy * mask).sum()]).to(wide)
+        wide = widest(mask.device)
+        found = [mask.sum(), (entropy * mask).sum()]
+        found += [] if idle is None else [(idle * mask).sum()]
+        sums = torch.stack(found).to(wide)
         uses = counts.sum(dim=0).to(wide)
         tallies = self._tallies[index]
         tallies.line.add(uses, sums)
@@ -297,14 +332,19 @@ class Routers:
         for router, tally in zip(self.routers, tallies, strict=True):
             if tally.counts is None or tally.sums is None:
                 continue
-            tokens, entropy = self.reduce(tally.sums).tolist()
+            tokens, entropy, *idle = self.reduce(tally.sums).tolist()
             uses = self.reduce(tally.counts).tolist()
+            whole = max(tokens, 1.0)
+            spent = {}
+            if isinstance(router, NullRouter):
+                spent = {"share": sum(uses) / (whole * router.top_k), "idle": idle[0] / whole}
             found.append(
                 LayerHealth(
                     layer=router.layer,
                     counts=tuple(int(count) for count in uses),
                     tokens=int(tokens),
-                    entropy=entropy / max(tokens, 1.0),
+                    entropy=entropy / whole,
+                    **spent,
                 )
             )
         return found
@@ -328,65 +368,7 @@ class Routers:
             tallies.end.clear()
             if item is not None:
                 counts, sums = (
-                    torch.tensor(item[name], dtype=_widest(device), device=device)
+                    torch.tensor(item[name], dtype=widest(device), device=device)
                     for name in ("counts", "sums")
                 )
                 tallies.end.add(counts, sums)
-
-
-class _Joined(torch.autograd.Function):
-    """The identity of its first argument, whose backward pass gives the second a gradient of 1."""
-
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = (loss.dtype, loss.device)
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, device = ctx.like
-        return arriving, torch.ones((), dtype=dtype, device=device)
-
-
-def _parts(output: Any, router: StockRouter) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits [T, E], choices [T, K] and weights [T, K] of what a router returned.
-
-    The order differs between architectures and versions of transformers: logits, weights, choices
-    or the reverse of it.
-    """
-    tensors = [t for t in output if isinstance(t, Tensor)] if isinstance(output, tuple) else []
-    whole = [t for t in tensors if not t.is_floating_point()]
-    real = [t for t in tensors if t.is_floating_point()]
-    logits = [t for t in real if t.shape[-1] == router.experts]
-    if tensors and not tensors[0].is_floating_point():
-        logits = logits[::-1]
-    if len(whole) != 1 or len(real) != 2 or not logits:
-        raise OptionError(
-            f"the router {router.path} returns neither logits nor choices that are known",
-            where="--balance",
-            hint="Train this architecture with --balance 0 --z-loss 0 --collapse 0.",
-        )
-    weights = real[1] if real[0] is logits[0] else real[0]
-    return logits[0], whole[0], weights
-
-
-def _replaced(output: tuple[Any, ...], old: Tensor, new: Tensor) -> tuple[Any, ...]:
-    return tuple(new if item is old else item for item in output)
-
-
-def _counts(chosen: Tensor, mask: Tensor, experts: int) -> Tensor:
-    """Return how often each sequence's real tokens chose each expert, [B, S K] -> [B, E]."""
-    each = chosen.shape[1] // mask.shape[1]
-    real = mask.repeat_interleave(each, dim=1)
-    counts = mask.new_zeros(mask.shape[0], experts)
-    return counts.scatter_add_(1, chosen.long(), real)
-
-
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that `torch.compile` calls instead of reading it."""
-    made: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return made
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

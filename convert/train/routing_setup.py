@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from adaconvert.errors import OptionError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.modeling.adaptive_select import runs_all
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.goals import goals_of
 from adaconvert.train.health import LayerHealth, last_steps
 from adaconvert.train.health import notes as health_notes
 from adaconvert.train.parts import Chosen
@@ -19,6 +20,7 @@ from adaconvert.train.routing_config import BALANCE, CORRECTION, Routing
 from adaconvert.train.routing_sites import (
     AdaptiveRouter,
     AnyRouter,
+    NullRouter,
     StockRouter,
     find_routers,
     unwrapped,
@@ -52,12 +54,14 @@ class Prepared:
         """
         if self.routers is None or not layers:
             return {"notes": list(self.notes)}
+        budgets = self.routers.budgets
         settings = self.routers.settings
         routing = {
             "balance": settings.balance,
             "kind": settings.kind,
             "steps": last_steps(steps),
             "layers": [layer.to_json() for layer in layers],
+            **({"budgets": budgets.to_json()} if budgets.routers else {}),
         }
         unbalanced = not settings.balance and settings.kind == "loss"
         isolated = ["no balance loss was used; watch the load of the experts"]
@@ -95,7 +99,8 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
         raise OptionError(
             "routers are not trained", where="--router-regression", hint="Add --train router."
         )
-    settled = _settled(model, found, settings, chosen)
+    goals = goals_of(item.spec.adaptive, config)
+    settled = _settled(model, found, settings, chosen, goals)
     left = trained and not _are_trained(found)
     if left and "router" in config.train:
         raise OptionError(
@@ -106,7 +111,7 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
             "`adaconvert d2dmoe`.",
         )
     note = "routers stay as they were: no loss of this run reaches them"
-    routers = Routers(found, settings, trained=trained and not left)
+    routers = Routers(found, settings, trained=trained and not left, goals=goals)
     return Prepared(chosen=settled, routers=routers, notes=(note,) if left else ())
 
 
@@ -125,7 +130,7 @@ def _refuse_without_routers(item: Described, settings: Routing) -> None:
 def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneConfig) -> None:
     settings = config.routing
     family = item.spec.model_type
-    if settings.z_loss and not all(isinstance(r, StockRouter) and not r.sigmoid for r in found):
+    if settings.z_loss and not all(_has_logits(router) for router in found):
         raise OptionError(
             f"the routers of {family} have no softmax logits",
             where="--z-loss",
@@ -155,12 +160,19 @@ def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneCo
         )
 
 
+def _has_logits(router: AnyRouter) -> bool:
+    """Return whether a router chooses by a softmax."""
+    return isinstance(router, NullRouter) or (
+        isinstance(router, StockRouter) and not router.sigmoid
+    )
+
+
 def _check_selection(model: Any, found: Sequence[AnyRouter], settings: Routing) -> None:
     """Return only when what is to be balanced chooses anything."""
     if not settings.balance and settings.kind == "loss":
         return
     for router in found:
-        if isinstance(router, StockRouter):
+        if not isinstance(router, AdaptiveRouter):
             continue
         knobs = model._adaptive_knobs
         select = knobs.get(router.path) or knobs.get("*") or router.site.adaptive_spec["select"]
@@ -178,8 +190,8 @@ def _balance(
     """Return the factor of the balance loss, as `Routing.balance` says."""
     if settings.balance is not None:
         return settings.balance
-    stock = all(isinstance(router, StockRouter) for router in found)
-    if not (stock and trained and settings.kind == "loss"):
+    mixture = not any(isinstance(router, AdaptiveRouter) for router in found)
+    if not (mixture and trained and settings.kind == "loss"):
         return 0.0
     stated = item.source.config.get(_COEFFICIENT)
     if stated is None:
@@ -195,15 +207,28 @@ def _balance(
             expected="a number, 0 or more",
             found=stated,
         )
-    return float(stated) * max(item.spec.top_k, 1)
+    slots = max((r.slots for r in found if isinstance(r, NullRouter)), default=item.spec.top_k)
+    return float(stated) * max(slots, 1)
 
 
 def _are_trained(found: Sequence[AnyRouter]) -> bool:
-    modules = [r.module if isinstance(r, StockRouter) else r.site.router for r in found]
-    return any(p.requires_grad for module in modules for p in module.parameters())
+    return any(p.requires_grad for router in found for p in _module_of(router).parameters())
 
 
-def _settled(model: Any, found: Sequence[AnyRouter], settings: Routing, chosen: Chosen) -> Chosen:
+def _module_of(router: AnyRouter) -> Any:
+    """Return what holds the parameters of a router."""
+    if isinstance(router, NullRouter):
+        return router
+    return router.module if isinstance(router, StockRouter) else router.site.router
+
+
+def _settled(
+    model: Any,
+    found: Sequence[AnyRouter],
+    settings: Routing,
+    chosen: Chosen,
+    goals: Mapping[str, float],
+) -> Chosen:
     """Return `chosen` without the router tensors no gradient reaches, which are frozen."""
     out: dict[int, Any] = {}
     for router in found:
@@ -211,6 +236,9 @@ def _settled(model: Any, found: Sequence[AnyRouter], settings: Routing, chosen: 
             # it moves by a rule of its own, if at all
             own = unwrapped(router.module).named_parameters()
             out |= {id(p): p for name, p in own if name.endswith(CORRECTION)}
+        elif isinstance(router, NullRouter):
+            held = settings.null_rate and router.path in goals
+            out |= {id(router.null_bias): router.null_bias} if held else {}
         elif not _is_reached(router, settings):
             out |= {id(p): p for p in router.site.router.parameters()}
     lost = {n: p for n, p in model.named_parameters() if id(p) in out and p.requires_grad}

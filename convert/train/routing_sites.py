@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,30 +72,78 @@ class AdaptiveRouter:
         return router.bias if isinstance(router, AnalyticRouter) else None
 
 
-AnyRouter = StockRouter | AdaptiveRouter
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NullRouter:
+    """The router of one block of a mixture with null experts.
+
+    Attributes:
+        layer, path, experts: as in `StockRouter`; the path is the site's, experts are real ones.
+        site: the module.
+    """
+
+    layer: int
+    path: str
+    site: Any
+    experts: int
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return None: the null bias moves towards a budget, none towards an even load."""
+        return None
+
+    @property
+    def null_bias(self) -> nn.Parameter:
+        """Return the bias on all null logits, [1] float32."""
+        found: nn.Parameter = self.site.null_experts.bias
+        return found
+
+    @property
+    def top_k(self) -> int:
+        """Return the experts a token runs in the model without null ones."""
+        return int(self.site.adaptive_spec["mixture"]["top_k"])
+
+    @property
+    def slots(self) -> int:
+        """Return the choices of a token, real and null."""
+        return int(self.site.adaptive_spec["null"]["slots"])
+
+    @property
+    def min_real(self) -> int:
+        """Return the real experts a token runs in any case."""
+        return int(self.site.adaptive_spec["null"]["min_real"])
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the rows of real and null experts, and what else decides."""
+        yield from self.site.adaptive_router.parameters()
+        yield from self.site.null_experts.parameters()
+
+
+AnyRouter = StockRouter | AdaptiveRouter | NullRouter
 
 
 def find_routers(model: Any) -> tuple[AnyRouter, ...]:
     """Return every router that chooses among more than one expert, by block."""
     sites = model.adaptive_sites() if hasattr(model, "adaptive_sites") else {}
-    found: list[AnyRouter] = [
-        AdaptiveRouter(
-            layer=layer_of(path),
-            path=path,
-            site=site,
-            experts=int(site.adaptive_spec["experts"]["count"]),
-        )
-        for path, site in sites.items()
-        if site.router is not None
-    ]
-    found += _stock(model)
+    found: list[AnyRouter] = []
+    for path, site in sites.items():
+        kind = NullRouter if is_nulled(site) else AdaptiveRouter
+        if kind is NullRouter or site.router is not None:
+            count = int(site.adaptive_spec["experts"]["count"])
+            found.append(kind(layer=layer_of(path), path=path, site=site, experts=count))
+    nulled = {id(site) for site in sites.values() if is_nulled(site)}
+    found += _stock(model, nulled)
     return tuple(router for router in found if router.experts > 1)
 
 
-def _stock(model: nn.Module) -> Iterator[StockRouter]:
+def is_nulled(site: Any) -> bool:
+    """Return whether an adaptive site is a block of a mixture with null experts."""
+    return "mixture" in site.adaptive_spec
+
+
+def _stock(model: nn.Module, nulled: Collection[int]) -> Iterator[StockRouter]:
     for path, module in model.named_modules():
         experts = getattr(module, "experts", None)
-        if not isinstance(experts, nn.Module):
+        if not isinstance(experts, nn.Module) or id(module) in nulled:
             continue
         for name, child in module.named_children():
             count = _chooses_among(unwrapped(child), unwrapped(experts))

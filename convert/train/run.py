@@ -33,6 +33,7 @@ from adaconvert.train import checks, export
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_stream import Data, data_of
 from adaconvert.train.dry_run import FinetunePlan, plan_of
+from adaconvert.train.goals import goals_of
 from adaconvert.train.ranks import Group, joined
 from adaconvert.train.result import FinetuneResult, notes_of, speed_of, summary_of
 from adaconvert.train.session import TRAINED, Session
@@ -318,7 +319,8 @@ def _write(
     result: FinetuneResult,
 ) -> None:
     """Write everything but card and manifest."""
-    content = export.config_of(item, _changed(item, config), config.dtype)
+    goals = goals_of(item.spec.adaptive, config)
+    content = export.config_of(item, _changed(item, config), config.dtype, goals=goals)
     targets = export.targets_of(item, trained, content, config.dtype)
     cap = parse_size(settings.max_shard_size)
     layouts = export.write_weights(staging, trained, targets, cap, progress=settings.progress)

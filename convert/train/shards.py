@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from adaconvert.train.adapt import adapter_names
 from adaconvert.train.rates import bare_name
-from adaconvert.train.routing_config import CORRECTION
+from adaconvert.train.routing_config import CORRECTION, NULL_BIAS
 
 
 def changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the trained parameters and what moves by itself, by name: biases that balance
-    experts, and the buffers a checkpoint stores."""
+    experts or hold a budget, and the buffers a checkpoint stores."""
     for name, place in _places(model):
-        moves = name.endswith(CORRECTION) or not isinstance(place, nn.Parameter)
+        moves = name.endswith((CORRECTION, NULL_BIAS)) or not isinstance(place, nn.Parameter)
         if place.requires_grad or moves:
             yield name, place
 

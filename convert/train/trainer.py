@@ -27,6 +27,8 @@ from adaconvert.train.sparsify import Meter
 Report = Callable[[str], None]
 #: in a checkpoint: what was counted of those so far.
 ROUTING_FILE = "routing.json"
+#: in a checkpoint: the state of what moves null biases.
+BUDGETS_FILE = "budgets.json"
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]
@@ -169,7 +171,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         if self._watch is not None:
             real = torch.ones_like(labels) if mask is None else mask
             ending = step >= steps - health.last_steps(steps)
-            self._watch.begin(weights=shares, mask=real.float(), scale=scale, ending=ending)
+            now = {"weights": shares, "mask": real.float(), "scale": scale}
+            self._watch.begin(ending=ending, step=step, steps=steps, **now)
 
     def _averaged_over(self, items: Any) -> float:
         """Return by what gradients are divided when processes average them; the count of a step's
@@ -269,6 +272,9 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         if routing is not None and self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / ROUTING_FILE).write_text(routing, encoding="utf-8")
+            if self._watch is not None and self._watch.budgets.moves:
+                budgets = json.dumps(self._watch.budgets.state())
+                (folder / BUDGETS_FILE).write_text(budgets, encoding="utf-8")
 
     def _restore_routing(self, folder: Path) -> None:
         """Go on counting where a checkpoint left off."""
@@ -276,6 +282,9 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         # what it holds is summed over processes, so only one goes on from it
         if self._watch is not None and kept.is_file() and self.is_world_process_zero():
             self._watch.restore(json.loads(kept.read_text(encoding="utf-8")), self.args.device)
+        budgets = folder / BUDGETS_FILE
+        if self._watch is not None and budgets.is_file():
+            self._watch.budgets.restore(json.loads(budgets.read_text(encoding="utf-8")))
 
     # -- what is said
 
@@ -359,6 +368,8 @@ _SHOWN = {
     "l1": "l1 {:.4g}",
     "sparsity": "zeros {:.1%}",
     "projection_sparsity": "projection zeros {:.1%}",
+    "share": "share {:.3f}",
+    "idle": "idle {:.1%}",
     "router_entropy": "entropy {:.3f}",
     "load": "load {:.2f}",
     "dead_experts": "dead {}",

@@ -43,6 +43,9 @@ _CHARACTERS: Final = 64
 #: name of the loss in Trainer's log.
 _LOGGED: Final = "validation_loss"
 _EACH: Final = "validation_losses"
+#: names of what null experts leave of the experts, where there are any.
+_SHARE: Final = "validation_share"
+_SHARES: Final = "validation_shares"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +260,8 @@ class Validator:
 
     Attributes:
         history: {"step", "loss", "names", "losses"} of every measurement, those of the run that is
-            resumed included.
+            resumed included; with null experts also "share" and "shares", the real experts that ran
+            over those of the model without null ones.
     """
 
     def __init__(
@@ -294,33 +298,31 @@ class Validator:
 
     def _recall(self, log: Sequence[Mapping[str, Any]]) -> None:
         """Take over what was measured before an interruption."""
-        self.history = [
-            self._entry(entry["step"], entry[_LOGGED], entry[_EACH])
-            for entry in log
-            if _LOGGED in entry
-        ]
+        self.history = [self._entry(entry) for entry in log if _LOGGED in entry]
 
-    def _entry(self, step: int, loss: float, losses: Sequence[float]) -> dict[str, Any]:
-        names = [held.name for held in self._held]
-        return {"step": step, "loss": loss, "names": names, "losses": list(losses)}
+    def _entry(self, logged: Mapping[str, Any]) -> dict[str, Any]:
+        entry = {"step": logged["step"], "loss": logged[_LOGGED]}
+        entry |= {"names": [held.name for held in self._held], "losses": list(logged[_EACH])}
+        spent = {"share": _SHARE, "shares": _SHARES}
+        return entry | {ours: logged[name] for ours, name in spent.items() if name in logged}
 
     def _measure(self, trainer: Any) -> None:
         """Measure once a step, and log it where Trainer logs."""
         from transformers import Trainer
 
+        from adaconvert.train.budgets import realised
+
         state = trainer.state
         if self.history and self.history[-1]["step"] == state.global_step:
             return
         began = time.perf_counter()
-        found = [
-            measure(
-                trainer.model,
-                held,
-                batch_size=self._config.batch_size,
-                bf16=self._config.precision == "bf16",
-            )
-            for held in self._held
-        ]
+        found, shares = [], []
+        bf16 = self._config.precision == "bf16"
+        for held in self._held:
+            with realised(trainer.model) as share:
+                size = self._config.batch_size
+                found.append(measure(trainer.model, held, batch_size=size, bf16=bf16))
+                shares.append(share())
         losses = [total / count for total, count in found]
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
         if not math.isfinite(loss):
@@ -329,12 +331,32 @@ class Validator:
                 where=f"step {state.global_step}",
                 hint="Lower --lr or --sparsity, lengthen --warmup, or look at the held-out data.",
             )
-        self.history.append(self._entry(state.global_step, loss, losses))
+        logged: dict[str, Any] = {_LOGGED: loss, _EACH: losses, **_spent(shares, found)}
+        self.history.append(self._entry({"step": state.global_step, **logged}))
         due = trainer.control.should_log
         # not our own `log`, which tells of training steps
-        Trainer.log(trainer, {_LOGGED: loss, _EACH: losses})
+        Trainer.log(trainer, logged)
         # logging takes back that the step is to be logged
         trainer.control.should_log = due
         trainer.pause(time.perf_counter() - began)
         if state.is_world_process_zero:
-            self._report(f"step {state.global_step}/{state.max_steps}: validation {loss:.4f}")
+            spent = f", share {logged[_SHARE]:.3f}" if _SHARE in logged else ""
+            place = f"step {state.global_step}/{state.max_steps}"
+            self._report(f"{place}: validation {loss:.4f}{spent}")
+
+
+def _spent(
+    shares: Sequence[float | None], found: Sequence[tuple[float, int]]
+) -> dict[str, float | list[float]]:
+    """Return what is logged of null experts, nothing without them.
+
+    Args:
+        shares: of each source.
+        found: summed loss and counted tokens of each, by which the mean is weighted.
+    """
+    known = [share for share in shares if share is not None]
+    if len(known) != len(found) or not known:
+        return {}
+    weights = [count for _, count in found]
+    mean = sum(s * w for s, w in zip(known, weights, strict=True)) / sum(weights)
+    return {_SHARE: mean, _SHARES: known}
