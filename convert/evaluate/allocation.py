@@ -19,18 +19,22 @@ LEVELS: Final = (0.75, 0.5, 0.25, 0.1)
 
 
 def sensitivities(
-    sites: Sequence[str], increase: Callable[[Mapping[str, float]], float]
+    sites: Sequence[str],
+    increase: Callable[[Mapping[str, float]], float],
+    levels: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """Return per site the (share, rise in loss) of running it at each level, all others in full.
 
     Args:
         sites: their paths.
         increase: shares of all sites -> mean rise in loss.
+        levels: shares each site is tried at, falling; `LEVELS` for all when not given.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for site in sites:
         full = dict.fromkeys(sites, 1.0)
-        curve = [(level, increase({**full, site: level})) for level in LEVELS]
+        own = LEVELS if levels is None else levels[site]
+        curve = [(level, increase({**full, site: level})) for level in own]
         found[site] = _rising(curve)
     return found
 

@@ -21,7 +21,7 @@ from adaconvert.export.card import card_files, with_card
 from adaconvert.export.card_calibration import is_note, notes_of
 from adaconvert.export.card_facts import costs_of, recovered_facts
 from adaconvert.io import manifest
-from adaconvert.io.card_file import CARD, PLOT, is_edited
+from adaconvert.io.card_file import CARD, FIGURES, is_edited
 from adaconvert.io.commit import Staging
 from adaconvert.io.destination import Destination
 from adaconvert.io.digest import digest_of_digests
@@ -247,7 +247,7 @@ def write(
 
 def _side_files(checkpoint: Checkpoint) -> list[str]:
     """Return the files that go along as they are."""
-    written = {CONFIG_FILE, CARD, PLOT, manifest.MANIFEST_FILE}
+    written = {CONFIG_FILE, CARD, *FIGURES, manifest.MANIFEST_FILE}
     if checkpoint.record is not None:
         return sorted(set(checkpoint.record["files"]) - written)
     found = sorted(entry.name for entry in checkpoint.folder.iterdir() if entry.is_file())

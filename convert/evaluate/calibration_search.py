@@ -18,12 +18,13 @@ from adaconvert.evaluate.candidates import (
     Family,
     between,
     coarse,
-    default_rules,
     ffn_alone,
     of_these_alone,
     per_layer,
+    rules_for,
     uniform,
 )
+from adaconvert.evaluate.null_grid import STORED, NullGrid, NullSite
 from adaconvert.evaluate.risk import Floats, Risk
 from adaconvert.evaluate.sweep import REFERENCE, Grid, Measured, Measurer, Setting, given
 from adaconvert.evaluate.testing_sequence import (
@@ -75,10 +76,10 @@ class Search:
         sites = routed_specs(model.config.adaptive)
         self.whole = whole_compute(model.config.adaptive)
         self._specs: dict[str, dict[str, Any]] = {
-            path: spec
-            for path, spec in sites.items()
-            if spec["experts"]["count"] > 1 and spec["router"]["kind"] != "none"
+            path: spec for path, spec in sites.items() if _chooses(spec)
         }
+        self._nulled = any("mixture" in spec for spec in self._specs.values())
+        self._model = model
         self._routes_all = len(self._specs) == len(sites)
         self._measurer = Measurer(
             model, data.blocks, batch=settings.batch_size, names=data.names, hidden=data.hidden
@@ -98,7 +99,8 @@ class Search:
         settings, rows = self._rows(found)
         if found is not None:
             chosen = settings.index(found.cheapest)
-            notes = _UNCERTIFIED if found.cheapest is None else ()
+            whole = _NO_NULLS if self._nulled else "every expert"
+            notes = () if found.cheapest is not None else (f"{_UNCERTIFIED} {whole}",)
             return Found(rows=rows, chosen=chosen, notes=notes)
         budget = self.settings.budget
         best = None if budget is None else self._within(budget, settings, rows)
@@ -149,11 +151,12 @@ class Search:
     def _try_all(self) -> None:
         """Measure every setting worth a look on the ordering split."""
         if self.settings.values:
-            rule = self.settings.rules[0]
-            default_rules(self._specs)
+            rule = rules_for(self._specs, self.settings.rules)[0]
             self._try([self._own(given(rule, value)) for value in self.settings.values])
             return
         families = self._families()
+        if self._nulled:
+            self._try([self._own(STORED)])
         for family in families:
             self._try(coarse(family))
         for family in families:
@@ -165,21 +168,30 @@ class Search:
         Raises:
             OptionError: no rule can choose.
         """
-        rules = self.settings.rules or default_rules(self._specs)
-        experts = {path: int(spec["experts"]["count"]) for path, spec in self._specs.items()}
-        grid = Grid(experts, self._measurer.scores(self.data.ordering.blocks))
+        rules = rules_for(self._specs, self.settings.rules)
+        grid = self._grid()
         families = [self._of_routed(uniform(grid, rule)) for rule in rules]
+        if isinstance(grid, NullGrid):
+            families += [self._of_routed(grid.pooled)] if "null" in rules else []
         ffn = [path for path, spec in self._specs.items() if "output" not in spec]
-        if 0 < len(ffn) < len(self._specs):
+        if isinstance(grid, Grid) and 0 < len(ffn) < len(self._specs):
             families += [ffn_alone(grid, rule, ffn) for rule in rules]
         if self.settings.per_layer:
-            cost = {
-                path: float(neuron_flops(spec)) * spec["intermediate"]
-                for path, spec in self._specs.items()
-            }
+            cost = {path: _whole_flops(spec) for path, spec in self._specs.items()}
             curves = self._curves(grid, rules[0])
             families.append(self._of_routed(per_layer(grid, rules[0], curves, cost)))
         return families
+
+    def _grid(self) -> Grid | NullGrid:
+        """Return what makes settings, from scores on the ordering split."""
+        blocks = self.data.ordering.blocks
+        if self._nulled:
+            # margins depend on what the blocks before ran, and most settings run less than all
+            scores = self._measurer.scores(blocks, select=self._own(STORED).select)
+            sites = self._model.adaptive_sites()
+            return NullGrid({path: NullSite.of(sites[path]) for path in self._specs}, scores)
+        experts = {path: int(spec["experts"]["count"]) for path, spec in self._specs.items()}
+        return Grid(experts, self._measurer.scores(blocks))
 
     def _of_routed(self, family: Family) -> Family:
         """Return a family that leaves sites nothing can choose at with every expert on."""
@@ -193,19 +205,24 @@ class Search:
     def _own(self, setting: Setting) -> Setting:
         return setting if self._routes_all else of_these_alone(setting, self._specs)
 
-    def _curves(self, grid: Grid, rule: str) -> dict[str, list[tuple[float, float]]]:
+    def _curves(self, grid: Grid | NullGrid, rule: str) -> dict[str, list[tuple[float, float]]]:
         """Return how the loss rises as each site alone runs fewer experts."""
         blocks = self.data.ordering.blocks[:_SENSITIVITY_BLOCKS]
         weights = self._weights(blocks)
 
         def increase(shares: Mapping[str, float]) -> float:
-            setting = self._own(grid.per_site(rule, shares, name=f"{rule}, one layer"))
-            rise = self._measurer.measure(setting, blocks).loss - self._reference(blocks)
+            setting = grid.per_site(rule, shares, name=f"{rule}, one layer")
+            # a count that rounds to all of them changes nothing
+            own = REFERENCE if setting is None else self._own(setting)
+            rise = self._measurer.measure(own, blocks).loss - self._reference(blocks)
             return float(np.average(rise, weights=weights))
 
+        levels = None
+        if isinstance(grid, NullGrid):
+            levels = {path: grid.levels(path, LEVELS) for path in self._specs}
         total = len(LEVELS) * len(self._specs) * len(blocks)
         with self._shown(total, "layers"):
-            return sensitivities(list(self._specs), increase)
+            return sensitivities(list(self._specs), increase, levels)
 
     def _fits(self, setting: Setting) -> bool:
         """Return whether a setting that was tried keeps to what was asked for."""
@@ -320,7 +337,7 @@ class Search:
 
     def _reference_row(self, loss: float) -> Row:
         return Row(
-            name=REFERENCE.name,
+            name=_NO_NULLS if self._nulled else REFERENCE.name,
             select=REFERENCE.select,
             compute=self.whole,
             loss=loss,
@@ -351,6 +368,20 @@ class Search:
         )
 
 
+def _chooses(spec: Mapping[str, Any]) -> bool:
+    """Return whether there is something to choose at a site."""
+    kind = spec["router"]["kind"]
+    return kind == "mixture" or (int(spec["experts"]["count"]) > 1 and kind != "none")
+
+
+def _whole_flops(spec: Mapping[str, Any]) -> float:
+    """Return the FLOPs for one token of a share of 1 at a site."""
+    mixture = spec.get("mixture")
+    width = int(spec["experts"]["width"])
+    neurons = int(spec["intermediate"]) if mixture is None else int(mixture["top_k"]) * width
+    return float(neuron_flops(spec)) * neurons
+
+
 def whole_compute(adaptive: Mapping[str, Any]) -> float:
     """Return the FLOPs of running every expert of a model as a fraction of the reference's."""
     reference = adaptive["reference"]
@@ -360,6 +391,5 @@ def whole_compute(adaptive: Mapping[str, Any]) -> float:
     return float(1 + grown / reference["flops_per_token"])
 
 
-_UNCERTIFIED: Final = (
-    "no setting below full compute could be certified: the default runs every expert",
-)
+_UNCERTIFIED: Final = "no setting below full compute could be certified: the default runs"
+_NO_NULLS: Final = "no null experts"

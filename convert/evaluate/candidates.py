@@ -9,12 +9,16 @@ from typing import Any, Final
 
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.allocation import allocate
+from adaconvert.evaluate.null_grid import WHOLE, NullGrid
 from adaconvert.evaluate.sweep import ALL, Grid, Setting
 
 #: shares of the experts that are tried first.
 COARSE: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 #: further shares between the two that enclose the limit.
 FINE: Final = 3
+
+#: rules of models with null experts; "top-k" of the real experts alone is the static baseline.
+NULL_RULES: Final = ("null", "top-k")
 
 #: share of the experts -> the setting of one way to spend it; None when it cannot.
 Family = Callable[[float], Setting | None]
@@ -37,20 +41,42 @@ def default_rules(specs: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
             where="calibrate",
             hint="Convert it with a router, such as `adaconvert moefy --router param-center`.",
         )
+    if "mixture" in kinds:
+        return NULL_RULES
     return ("dynamic-k", "threshold") if kinds == {"contribution"} else ("threshold", "top-k")
 
 
-def uniform(grid: Grid, rule: str) -> Family:
+def rules_for(specs: Mapping[str, Mapping[str, Any]], asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the rules to sweep: those asked for, or those that suit.
+
+    Raises:
+        OptionError: there is no router, or a rule is not for it.
+    """
+    suited = default_rules(specs)
+    nulled = suited == NULL_RULES
+    for rule in asked:
+        if rule not in NULL_RULES if nulled else rule == "null":
+            raise OptionError(
+                "is not for a model with null experts"
+                if nulled
+                else "is for models with null experts alone",
+                where=f"--rule {rule}",
+                expected=" or ".join(NULL_RULES if nulled else suited),
+            )
+    return tuple(asked) or suited
+
+
+def uniform(grid: Grid | NullGrid, rule: str) -> Family:
     """Return the family in which every site runs the same share."""
 
-    def family(share: float) -> Setting:
+    def family(share: float) -> Setting | None:
         return grid.uniform(rule, share)
 
     return family
 
 
 def per_layer(
-    grid: Grid,
+    grid: Grid | NullGrid,
     rule: str,
     curves: Mapping[str, Sequence[tuple[float, float]]],
     cost: Mapping[str, float],
@@ -64,11 +90,13 @@ def per_layer(
         cost: per site, of all its experts.
     """
 
+    whole = WHOLE if isinstance(grid, NullGrid) else "the experts"
+
     def family(share: float) -> Setting | None:
         found = allocate(curves, cost, [share]).get(share)
         if found is None:
             return None
-        name = f"{rule} per layer, {share:.0%} of the experts"
+        name = f"{rule} per layer, {share:.0%} of {whole}"
         return grid.per_site(rule, found, name=name, share=share)
 
     return family

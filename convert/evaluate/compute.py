@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import AdaconvertError
+from adaconvert.evaluate.real_experts import null_sites
 from adaconvert.evaluate.usage import SiteUsage
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Tally:
         self._sums: dict[str, float] = {}
         self._uses: dict[str, Any] = {}
         self._seen: dict[str, int] = {}
+        self._idle: dict[str, int] = {}
+        self._nulls: dict[str, int] = {}
 
     @contextmanager
     def counting(self, model: Any) -> Iterator[None]:
@@ -81,6 +84,7 @@ class Tally:
         if not hasattr(model, "account"):
             yield
             return
+        self._nulls = null_sites(model)
         with model.account() as account:
             yield
         self._add(account)
@@ -105,6 +109,8 @@ class Tally:
             uses = site.experts.cpu().numpy().astype("int64")
             self._uses[path] = uses if path not in self._uses else self._uses[path] + uses
             self._seen[path] = self._seen.get(path, 0) + int(site.tokens)
+            if path in self._nulls:
+                self._idle[path] = self._idle.get(path, 0) + int(site.idle)
 
     def compute(self) -> Compute | None:
         """Return the mean per token, None when nothing was counted."""
@@ -126,7 +132,14 @@ class Tally:
     def usage(self) -> tuple[SiteUsage, ...]:
         """Return how the experts of each site were used, site by site."""
         return tuple(
-            SiteUsage.of(path, uses, self._seen[path]) for path, uses in self._uses.items()
+            SiteUsage.of(
+                path,
+                uses,
+                self._seen[path],
+                source_k=self._nulls.get(path, 0),
+                idle=self._idle.get(path, 0),
+            )
+            for path, uses in self._uses.items()
         )
 
 

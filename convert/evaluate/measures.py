@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from adaconvert.data.images import load_processor, read_images
 from adaconvert.errors import OptionError
@@ -14,7 +14,9 @@ from adaconvert.evaluate import classify, results
 from adaconvert.evaluate.loaded import Loaded
 from adaconvert.evaluate.options import EvaluateOptions
 from adaconvert.evaluate.perplexity import Variant, score_texts
+from adaconvert.evaluate.real_experts import null_sites
 from adaconvert.evaluate.report import Result
+from adaconvert.evaluate.token_classes import token_classes
 from adaconvert.io.names import escape
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
     from adaconvert.data.images import Images
     from adaconvert.data.tokens import TokenBlocks
+
+_NO_CLASSES: Final = (
+    "real experts are not told by class of token: the tokenizer does not say where its tokens lie"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +85,15 @@ def _measure_texts(
             where="--reference",
             hint="Compare with the model this checkpoint was made from.",
         )
+    nulled = bool(null_sites(loaded.model))
+    classes = token_classes(blocks, documents, loaded.source.root) if nulled else None
     scores = score_texts(
         variants,
         blocks,
         documents.names,
         batch_size=options.batch_size,
         progress=options.progress,
+        classes=classes,
     )
     lengths = blocks.weights.sum(1)
     return Measured(
@@ -99,6 +108,7 @@ def _measure_texts(
         },
         sample=_sample(blocks),
         lengths=Counter(lengths.tolist()),
+        notes=(_NO_CLASSES,) if nulled and classes is None else (),
     )
 
 

@@ -10,11 +10,13 @@ block, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import DataError, SourceError
 from adaconvert.evaluate.compute import Tally
+from adaconvert.evaluate.real_experts import ClassTally, null_sites
 from adaconvert.evaluate.settings import Setting
 from adaconvert.io.names import escape
 from adaconvert.progress import bar
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adaconvert.data.tokens import TokenBlocks
+    from adaconvert.evaluate.token_classes import TokenClasses
 
 #: bytes the logits of a batch may take in fp32 when the caller gives no batch size.
 _LOGIT_BYTES = 256 << 20
@@ -58,6 +61,7 @@ class TextScore:
         divergence: float64 [D] KL(reference || model) in nats.
         compared: there was a reference, so the last two hold something.
         tally: what running it cost.
+        classes: what the tokens of each class ran, None where there are no null experts.
     """
 
     tokens: numpy.ndarray[Any, Any]
@@ -66,6 +70,7 @@ class TextScore:
     divergence: numpy.ndarray[Any, Any]
     compared: bool = False
     tally: Tally = field(default_factory=Tally)
+    classes: ClassTally | None = None
 
     @staticmethod
     def empty(documents: int) -> TextScore:
@@ -90,12 +95,14 @@ class Batch:
     Attributes:
         ids: int64 [B, S].
         mask: bool [B, S], None without padding.
+        rows: positions of the blocks.
         lengths: real tokens of each block.
         documents: document of each block.
     """
 
     ids: Tensor
     mask: Tensor | None
+    rows: tuple[int, ...]
     lengths: tuple[int, ...]
     documents: tuple[int, ...]
 
@@ -107,6 +114,7 @@ def score_texts(
     *,
     batch_size: int | None = None,
     progress: bool = False,
+    classes: TokenClasses | None = None,
 ) -> list[TextScore]:
     """Return the score of every variant.
 
@@ -116,6 +124,7 @@ def score_texts(
         names: of documents, for errors.
         batch_size: blocks of a batch, None for what bounds the memory of the logits.
         progress: show a progress bar on a terminal.
+        classes: of the tokens; what each class runs is added up for models with null experts.
 
     Raises:
         SourceError: a model computes NaN or an infinite loss; names the first document.
@@ -124,6 +133,9 @@ def score_texts(
     import torch
 
     scores = [TextScore.empty(len(names)) for _ in variants]
+    for variant, score in zip(variants, scores, strict=True):
+        sites = {} if classes is None else null_sites(variant.model)
+        score.classes = ClassTally(classes, sites) if classes is not None and sites else None
     size = batch_size or _fitting(variants, blocks.length)
     with (
         torch.inference_mode(),
@@ -132,7 +144,7 @@ def score_texts(
         for batch in batches(blocks, size):
             reference = None
             for variant, score in zip(variants, scores, strict=True):
-                logits = _logits(variant, batch, score.tally)
+                logits = _logits(variant, batch, score)
                 _add(score, logits, batch, reference, names, variant.label)
                 if variant.is_reference:
                     reference = logits
@@ -154,6 +166,7 @@ def batches(blocks: TokenBlocks, size: int) -> Iterator[Batch]:
         yield Batch(
             ids=torch.from_numpy(blocks.ids[rows, :longest]),
             mask=None if mask.all() else torch.from_numpy(mask),
+            rows=tuple(int(row) for row in rows),
             lengths=tuple(int(n) for n in lengths[rows]),
             documents=tuple(int(d) for d in blocks.document[rows]),
         )
@@ -164,11 +177,15 @@ def _fitting(variants: Sequence[Variant], length: int) -> int:
     return max(1, min(_MOST_BLOCKS, _LOGIT_BYTES // (4 * vocab * length)))
 
 
-def _logits(variant: Variant, batch: Batch, tally: Tally) -> Tensor:
-    """Return logits [B, S, V]; what it cost is in the tally."""
+def _logits(variant: Variant, batch: Batch, score: TextScore) -> Tensor:
+    """Return logits [B, S, V]; what it cost is in the tallies."""
     device = variant.model.device
     mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device).long()}
-    with variant.setting.applied(variant.model), tally.counting(variant.model):
+    with ExitStack() as stack:
+        stack.enter_context(variant.setting.applied(variant.model))
+        stack.enter_context(score.tally.counting(variant.model))
+        if score.classes is not None:
+            stack.enter_context(score.classes.counting(variant.model, batch.rows))
         out = variant.model(input_ids=batch.ids.to(device), use_cache=False, **mask)
     logits: Tensor = out.logits
     return logits

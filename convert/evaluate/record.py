@@ -9,7 +9,7 @@ from typing import Any
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.evaluate.report import Evaluation, Result
 from adaconvert.evaluate.statistics import Mean, finite
-from adaconvert.export.card_proof import entries_of
+from adaconvert.export.card_facts import entries_of
 from adaconvert.export.recard import update
 from adaconvert.io import manifest
 from adaconvert.io.card_file import is_edited
@@ -77,7 +77,10 @@ def quality_of(found: Evaluation) -> dict[str, Any]:
 
 
 def _row(result: Result) -> Mapping[str, Any]:
-    cost = result.compute
+    cost, real = result.compute, result.realised
+    null = {} if real is None else {"real_experts": real.to_json()}
+    if result.classes is not None:
+        null["token_classes"] = result.classes.to_json()
     return {
         "label": result.label,
         "compute": None if cost is None else finite(cost.fraction),
@@ -86,6 +89,7 @@ def _row(result: Result) -> Mapping[str, Any]:
         "accuracy": _mean(result.accuracy),
         "increase": _mean(result.increase),
         "agreement": _mean(result.agreement),
+        **null,
     }
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from adaconvert.evaluate.compute import Compute
+from adaconvert.evaluate.real_experts import RealExperts
 from adaconvert.evaluate.settings import Setting
 from adaconvert.evaluate.speed import Rate, Speed
 from adaconvert.evaluate.statistics import Mean, finite, perplexity
 from adaconvert.evaluate.tasks import TaskResult
-from adaconvert.evaluate.usage import SiteUsage
+from adaconvert.evaluate.usage import RealShare, SiteUsage
 from adaconvert.units import human_bytes, human_count
 
 NOISE = "Tokens per second on a machine that does other work as well are noisy: compare ratios."
@@ -63,6 +64,7 @@ class Result:
         divergence: KL(reference || model) in nats per token.
         compute: costs per token.
         usage: of the experts, site by site.
+        classes: real experts by class of token, where null experts take slots.
         speed: tokens per second.
         tasks: metrics of lm-evaluation-harness.
         documents: each document.
@@ -77,6 +79,7 @@ class Result:
     divergence: Mean | None = None
     compute: Compute | None = None
     usage: tuple[SiteUsage, ...] = ()
+    classes: RealExperts | None = None
     speed: Speed | None = None
     tasks: tuple[TaskResult, ...] = ()
     documents: tuple[DocumentResult, ...] = ()
@@ -88,8 +91,14 @@ class Result:
             return None
         return perplexity(self.loss.value)
 
+    @property
+    def realised(self) -> RealShare | None:
+        """Return what null experts leave of the source's experts, None where there are none."""
+        return RealShare.of_sites(self.usage)
+
     def to_json(self) -> dict[str, object]:
         """Return the result by name."""
+        realised = self.realised
         means = ("loss", "accuracy", "increase", "agreement", "divergence")
         return {
             "label": self.label,
@@ -100,6 +109,8 @@ class Result:
             "tokens": sum(document.tokens for document in self.documents),
             "compute": self.compute.to_json() if self.compute else None,
             "experts": [usage.to_json() for usage in self.usage],
+            **({} if realised is None else {"real_experts": realised.to_json()}),
+            **({} if self.classes is None else {"token_classes": self.classes.to_json()}),
             "speed": self.speed.to_json() if self.speed else None,
             "tasks": [task.to_json() for task in self.tasks],
             "documents": [document.to_json() for document in self.documents],
@@ -186,22 +197,26 @@ def _cost(rows: Sequence[Result]) -> Iterator[str]:
     if all(result.compute is None and result.speed is None for result in rows):
         return
     replaced = any(result.compute and result.compute.projection_flops for result in rows)
+    nulled = any(result.realised for result in rows)
     columns = (
         *("setting", "compute", "FLOPs/token", "in FFN"),
         *(("in projections",) if replaced else ()),
+        *(("real experts",) if nulled else ()),
         *("router/gate", "executed", "bytes/token", "prefill tok/s", "decode tok/s"),
     )
-    yield from _table(columns, [_cost_cells(result, replaced=replaced) for result in rows])
+    cells = [_cost_cells(result, replaced=replaced, nulled=nulled) for result in rows]
+    yield from _table(columns, cells)
 
 
-def _cost_cells(result: Result, *, replaced: bool) -> tuple[str, ...]:
-    cost, speed = result.compute, result.speed
+def _cost_cells(result: Result, *, replaced: bool, nulled: bool) -> tuple[str, ...]:
+    cost, speed, real = result.compute, result.speed, result.realised
     return (
         result.label,
         "" if cost is None or cost.fraction is None else f"{cost.fraction:.4f}",
         _count(cost.flops if cost else None),
         _count(cost.ffn_flops if cost else None),
         *((_count(cost.projection_flops if cost else None),) if replaced else ()),
+        *(("" if real is None else f"{100 * real.share:.1f} % of {real.of:g}",) if nulled else ()),
         _count(cost.router_flops if cost else None),
         _count(cost.executed_flops if cost else None),
         "" if cost is None else human_bytes(round(cost.weight_bytes)),
@@ -228,10 +243,26 @@ def _usage(result: Result) -> Iterator[str]:
     some = [usage for usage in result.usage if usage.active < usage.experts]
     if not result.usage:
         return
+    real = result.realised
+    if real is not None:
+        yield f"real experts, {result.label}: {real.line()}"
+    if result.classes is not None:
+        yield from _classes(result.classes)
     yield f"experts, {result.label}:"
     yield from (f"  {usage.line()}" for usage in some)
     if len(some) < len(result.usage):
         yield f"  {len(result.usage) - len(some)} sites ran every expert for every token"
+
+
+def _classes(found: RealExperts) -> Iterator[str]:
+    """Yield real experts by class of token, over all layers."""
+    total = sum(found.tokens)
+    cells = []
+    for kind, name in enumerate(found.classes):
+        mean, idle = found.overall(kind)
+        share = f"{100 * found.tokens[kind] / total:.1f} %"
+        cells.append((f"  {name}", share, f"{mean:.4f}", f"{100 * idle:.2f} %"))
+    yield from _table(("  class of token", "of tokens", "real experts", "none for"), cells)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -40,6 +40,7 @@ def _of_text(
         divergence=Mean.of(score.divergence, counts) if compared else None,
         compute=score.tally.compute(),
         usage=score.tally.usage(),
+        classes=None if score.classes is None else score.classes.result(),
         documents=tuple(
             DocumentResult(
                 name=name,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
@@ -18,7 +18,10 @@ RULES: Mapping[str, str | None] = {
     "dynamic-k": "tau",
     "threshold": "threshold",
     "top-p": "p",
+    "null": "bias",
 }
+#: rules that use what the model holds where they are given no value.
+_OWN_VALUE: Final = frozenset({"null"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +108,15 @@ def parse_select(text: str) -> dict[str, Any]:
     if rule is None or rule not in RULES:
         raise OptionError("has no known rule", where=where, expected=f"rule={'|'.join(RULES)}")
     name = RULES[rule]
-    wanted = set() if name is None else {name}
+    wanted = set() if name is None or (rule in _OWN_VALUE and not given) else {name}
     if set(given) != wanted or len(pairs) != 1 + len(wanted):
+        also = " or alone" if rule in _OWN_VALUE else ""
         raise OptionError(
             "does not fit its rule",
             where=where,
-            expected=f"rule={rule}" + (f",{name}=NUMBER" if name else " alone"),
+            expected=f"rule={rule}" + (f",{name}=NUMBER{also}" if name else " alone"),
         )
-    if name is None:
+    if name is None or name not in given:
         return {"rule": rule}
     return {"rule": rule, name: _number(given[name], whole=name == "k", where=where)}
 

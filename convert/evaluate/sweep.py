@@ -20,6 +20,7 @@ from adaconvert.data.images import ImageBlocks
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.risk import Floats
+from adaconvert.evaluate.settings import RULES
 from adaconvert.progress import Bar, Silent
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 #: site path, or "*" for every other site -> {"rule": ..., and its value}.
 Select = dict[str, dict[str, Any]]
 #: rule -> the name of its value.
-KNOB: Final = {"top-k": "k", "dynamic-k": "tau", "threshold": "threshold", "top-p": "p"}
+KNOB: Final = {rule: name for rule, name in RULES.items() if name is not None}
 ALL: Final[Select] = {"*": {"rule": "all"}}
 #: numbers of one batch of logits; 512 MiB of float32.
 _LOGITS: Final = 1 << 27
@@ -162,14 +163,15 @@ class Measurer:
                 self.shown.update(len(part))
         return Measured(loss=loss, changed=changed, compute=float(account.compute()))
 
-    def scores(self, chosen: Integers, *, seed: int = 0) -> dict[str, Floats]:
-        """Return a sample of the router's scores at each site, [T', E], on some of the blocks."""
+    def scores(self, chosen: Integers, *, seed: int = 0, select: Select = ALL) -> dict[str, Floats]:
+        """Return a sample of the router's scores at each site, [T', E], on some of the blocks, as
+        they are at a setting."""
         rng = np.random.default_rng(seed)
         kept: dict[str, list[Any]] = {}
         tokens = np.cumsum(self.blocks.weights[chosen].sum(axis=1))
         chosen = chosen[: int(np.searchsorted(tokens, _SCORE_TOKENS)) + 1]
         total = int(tokens[len(chosen) - 1])
-        with applied(self.model, ALL), self.model.collect("router_scores") as got:
+        with applied(self.model, select), self.model.collect("router_scores") as got:
             # one block at a time: with single neurons as experts its scores are as large as its
             # hidden states in every layer together.
             for _ in self._run(chosen, batch=1):
@@ -303,12 +305,9 @@ class Grid:
         A threshold is absolute, so each site gets its own; the other rules compare the scores of
         one token with each other and share one value.
         """
-        name = f"{rule}, {share:.0%} of the experts"
-        if rule == "threshold":
+        if rule in {"threshold", "top-k"}:
+            name = f"{rule}, {share:.0%} of the experts"
             return self.per_site(rule, dict.fromkeys(self.experts, share), name=name, share=share)
-        if rule == "top-k":
-            counts = {path: _count(share, total) for path, total in self.experts.items()}
-            return Setting(rule=rule, name=name, share=share, select=_top_k(counts))
         pooled = np.concatenate([self._statistic(rule, path) for path in self.experts])
         value = _value(rule, np.sort(pooled), share)
         return Setting(
@@ -323,8 +322,8 @@ class Grid:
     ) -> Setting:
         """Return the setting in which each site runs its own share of its experts."""
         if rule == "top-k":
-            counts = {path: _count(shares[path], total) for path, total in self.experts.items()}
-            return Setting(rule=rule, name=name, share=share, select=_top_k(counts))
+            counts = {path: _count(shares[path], n) for path, n in self.experts.items()}
+            return Setting(rule=rule, name=name, share=share, select=of_counts(counts))
         select: Select = {}
         for path in self.experts:
             if shares[path] >= 1:
@@ -382,7 +381,8 @@ def _count(share: float, total: int) -> int:
     return min(total, max(1, round(share * total)))
 
 
-def _top_k(counts: Mapping[str, int]) -> Select:
+def of_counts(counts: Mapping[str, int]) -> Select:
+    """Return the selection of so many experts at each site."""
     if len(set(counts.values())) == 1:
         return {"*": {"rule": "top-k", "k": next(iter(counts.values()))}}
     return {path: {"rule": "top-k", "k": count} for path, count in counts.items()}

@@ -13,7 +13,14 @@ from typing import Any, Final
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
-from adaconvert.export import card_calibration, card_proof, card_sections, card_training
+from adaconvert.export import (
+    card_calibration,
+    card_classes,
+    card_proof,
+    card_sections,
+    card_training,
+)
+from adaconvert.export.card_classes_plot import plot_classes
 from adaconvert.export.card_facts import LICENSE_KEYS, license_of
 from adaconvert.export.card_plot import plot
 from adaconvert.export.card_stages import (
@@ -26,7 +33,7 @@ from adaconvert.export.card_stages import (
 )
 from adaconvert.export.card_text import is_hub_id, yaml_text
 from adaconvert.export.card_told import Told
-from adaconvert.io.card_file import CARD, MARKER, PLOT, RECIPE
+from adaconvert.io.card_file import CARD, CLASSES_PLOT, MARKER, PLOT, RECIPE
 from adaconvert.io.commit import Staging
 from adaconvert.io.regular import read_text
 from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
@@ -52,6 +59,7 @@ def told_of(
         recipe=recipe,
         stages=stages_of(record),
         calibration=calibration,
+        classes=card_classes.classes_of(record),
         stale=tuple(stale),
         spec=_spec(config),
     )
@@ -85,7 +93,11 @@ def card_files(folder: Path, record: Mapping[str, Any]) -> dict[str, bytes]:
     told = told_of(read, config, _recipe(folder))
     files = {CARD: _text(told).encode()}
     drawn = None if told.calibration is None else plot(told.calibration)
-    return files if drawn is None else {**files, PLOT: drawn}
+    if drawn is not None:
+        files[PLOT] = drawn
+    if told.classes is not None:
+        files[CLASSES_PLOT] = plot_classes(told.classes)
+    return files
 
 
 def write_card(staging: Staging, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +150,7 @@ def _text(told: Told) -> str:
         *card_proof.verification(told),
         *card_training.section(told.stages),
         *card_proof.quality(told),
+        *card_classes.section(told.classes),
         *([] if told.calibration is None else card_calibration.section(told.calibration)),
         *card_sections.loading(told),
         *card_sections.using(told),

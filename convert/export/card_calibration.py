@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from adaconvert.arch.calibration import stale_reasons, table_of
+from adaconvert.arch.null_experts import holds_nulls
 from adaconvert.export.card_text import code, percent, plain, sentence, table
 from adaconvert.io import manifest
 from adaconvert.io.card_file import PLOT
@@ -16,6 +17,7 @@ from adaconvert.io.card_file import PLOT
 CHOSEN: Final = "calibrated: "
 #: begins the notes on how it was measured.
 MEASURED: Final = "calibration: "
+_WHOLE_NULLED: Final = "runs what the source runs, without null experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class Calibration:
         phase: "prefill" or "decode".
         length: tokens of context the reference is stated at, None when not stated.
         notes: what the manifest says of it.
+        whole: what the model does at full compute.
     """
 
     rows: tuple[Row, ...]
@@ -58,6 +61,7 @@ class Calibration:
     phase: str
     length: int | None
     notes: tuple[str, ...]
+    whole: str = "runs every expert"
 
 
 def calibration_of(
@@ -105,6 +109,7 @@ def _parsed(
         phase=str(found.get("phase")),
         length=length if isinstance(length, int) else None,
         notes=notes,
+        **({"whole": _WHOLE_NULLED} if holds_nulls(config["adaptive"]) else {}),
     )
 
 
@@ -146,7 +151,7 @@ def section(found: Calibration) -> Iterator[str]:
         f"Measured by `adaconvert calibrate` on {found.measured} that took no part in choosing "
         f"({plain(found.phase)}). `compute` is routed FLOPs per token over those of the "
         f"reference{at}, router and head included; `model.set_compute(x)` takes the largest row "
-        "not above x, `model.set_compute(1.0)` runs every expert."
+        f"not above x, `model.set_compute(1.0)` {found.whole}."
     )
     yield ""
     columns = ("compute", "loss", "rise in loss", "predictions changed", "setting", "guaranteed")

@@ -143,6 +143,14 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def entries_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what `evaluate --record` measured: an entry for each text, the oldest first."""
+    found = record.get("quality")
+    # once there was one entry, of the last text
+    every = found if isinstance(found, list) else [found]
+    return [entry for entry in every if isinstance(entry, dict)]
+
+
 def known_costs(value: object) -> dict[str, Any] | None:
     """Return the costs a manifest states; None when it does not."""
     if not isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from adaconvert.export.card_facts import entries_of
 from adaconvert.export.card_text import code, fenced, is_number, percent, plain, table
 from adaconvert.export.card_told import Told
 
@@ -34,7 +35,8 @@ def verification(told: Told) -> Iterator[str]:
 
 def _proof(told: Told, found: Mapping[str, Any]) -> Iterator[str]:
     configured = found.get("configured")
-    every = ", every expert on" if isinstance(configured, dict) else ""
+    whole = ", no null experts" if told.nulled is not None else ", every expert on"
+    every = whole if isinstance(configured, dict) else ""
     if found.get("promise") is None:
         yield "not compared with its source"
         return
@@ -50,7 +52,7 @@ def _proof(told: Told, found: Mapping[str, Any]) -> Iterator[str]:
         share = percent(found["argmax_agreement"])
         yield f"same most likely next token{every}: {share} of tokens"
     if isinstance(configured, dict):
-        yield f"as configured{_widths(told)}: {_configured(configured)}"
+        yield f"as configured{_widths(told)}: {_configured(configured, told)}"
     notes = found.get("notes")
     yield from (f"note: {note}" for note in (notes if isinstance(notes, list) else []))
 
@@ -60,12 +62,15 @@ def _widths(told: Told) -> str:
     return f", experts of {width} neurons" if isinstance(width, int) else ""
 
 
-def _configured(found: Mapping[str, Any]) -> str:
+def _configured(found: Mapping[str, Any], told: Told) -> str:
+    of, networks = "the neurons", "split networks"
+    if told.nulled is not None:
+        of, networks = "the source's real experts", "mixtures"
     said = []
     if is_number(found.get("neurons")) and is_number(found.get("ffn_flops")):
         said.append(
-            f"{percent(found['neurons'])} of the neurons, {percent(found['ffn_flops'])} of the "
-            "FLOPs of the split networks"
+            f"{percent(found['neurons'])} of {of}, {percent(found['ffn_flops'])} of the "
+            f"FLOPs of the {networks}"
         )
     if is_number(found.get("loss_increase_nats")):
         said.append(f"loss {found['loss_increase_nats']:+g} nats per token")
@@ -73,14 +78,6 @@ def _configured(found: Mapping[str, Any]) -> str:
         share = percent(found["argmax_agreement"])
         said.append(f"same most likely token for {share} of tokens")
     return ", ".join(said)
-
-
-def entries_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return what `evaluate --record` measured: an entry for each text, the oldest first."""
-    found = record.get("quality")
-    # once there was one entry, of the last text
-    every = found if isinstance(found, list) else [found]
-    return [entry for entry in every if isinstance(entry, dict)]
 
 
 def quality(told: Told) -> Iterator[str]:
@@ -102,7 +99,16 @@ def _measured(found: Mapping[str, Any]) -> Iterator[str]:
         f"{code(found.get('data'))}."
     )
     yield ""
-    columns = ("setting", "compute", "loss", "perplexity", "accuracy", "over reference", "same")
+    columns = (
+        "setting",
+        "compute",
+        "real experts",
+        "loss",
+        "perplexity",
+        "accuracy",
+        "over reference",
+        "same",
+    )
     entries = [found.get("reference"), *found["settings"]]
     rows = [_quality_row(entry) for entry in entries if isinstance(entry, dict)]
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
@@ -114,10 +120,19 @@ def _quality_row(entry: Mapping[str, Any]) -> list[str]:
     agreement = entry.get("agreement")
     return [
         plain(entry.get("label")),
-        *(_digits(entry.get(key)) for key in ("compute", "loss", "perplexity", "accuracy")),
+        _digits(entry.get("compute")),
+        _real(entry.get("real_experts")),
+        *(_digits(entry.get(key)) for key in ("loss", "perplexity", "accuracy")),
         _digits(entry.get("increase"), "+.4f"),
         percent(agreement) if is_number(agreement) else "",
     ]
+
+
+def _real(found: object) -> str:
+    """Return what null experts leave of the source's experts; empty where there are none."""
+    if not isinstance(found, dict) or not all(is_number(found.get(k)) for k in ("share", "of")):
+        return ""
+    return f"{percent(found['share'])} of {found['of']:.3g}"
 
 
 def _digits(value: object, form: str = ".4f") -> str:

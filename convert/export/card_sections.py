@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from adaconvert.arch.runtimes import verdicts
 from adaconvert.errors import AdaconvertError
@@ -15,18 +15,39 @@ from adaconvert.export.card_text import code, fenced, is_number, listed, plain, 
 from adaconvert.export.card_told import Told
 from adaconvert.export.card_training import was_validated
 from adaconvert.io.card_file import RECIPE
+from adaconvert.modeling.adaptive_knobs import knobs_for
 from adaconvert.units import human_bytes, human_count
 
 _EXACT: Final = frozenset({"exact", "exact-fp32"})
 #: begins a note that holds until something else is the default.
 _UNTIL: Final = "every expert runs until "
+_COUNTED: Final = (
+    "As configured; where the number of experts depends on the token, all are counted. "
+)
+_COUNTED_NULLED: Final = (
+    "Of real experts, those of the target are counted where there is one, else as many as a token "
+    "of the source runs. "
+)
+_UNCALIBRATED: Final = (
+    "It is not calibrated: `set_compute` gives every layer the same share of its experts, by a "
+    "rule that knows nothing of this model."
+)
+_UNCALIBRATED_NULLED: Final = (
+    "It is not calibrated: `set_compute` gives every token of a layer the same number of real "
+    "experts; after `adaconvert calibrate` it moves the null biases."
+)
 _PATH: Final = '"path/or/hub-id"'
 
 
 def intro(told: Told) -> str:
     """Return one sentence on what the checkpoint is."""
     kind = code(told.config.get("model_type"))
-    if told.is_adaptive:
+    if told.nulled is not None:
+        what = (
+            f"An adaptive {kind}: null experts, which cost nothing, compete for a token's slots, "
+            "so that it runs as many real ones as it needs"
+        )
+    elif told.is_adaptive:
         what = f"An adaptive {kind}: each token runs as many experts as it is given"
     elif told.is_mixture:
         what = f"A {kind} mixture of experts, a stock architecture of `transformers`"
@@ -67,9 +88,7 @@ def size(told: Told) -> Iterator[str]:
     if after is not None:
         context = after["context"]
         yield ""
-        counted = (
-            "As configured; where the number of experts depends on the token, all are counted. "
-        )
+        counted = _COUNTED_NULLED if told.nulled is not None else _COUNTED
         yield (
             f"{counted if told.is_adaptive else ''}FLOPs are at {context} tokens of context, bytes "
             "at batch 1."
@@ -115,11 +134,7 @@ def using(told: Told) -> Iterator[str]:
     """Yield how to run fewer experts, or how to train routers that are not trained."""
     if told.is_adaptive:
         yield from ("## Running fewer experts", "")
-        yield from _python(
-            f"model.set_compute({_fraction(told):g})   # of the reference's FLOPs per token",
-            f'with model.set_select("top-k", k={_half(told)}):   # experts, until the block ends',
-            "    model.generate(...)",
-        )
+        yield from _python(*_knobs(told))
         if told.calibration is None:
             yield (
                 "How much quality that costs depends on the model and must be measured: "
@@ -130,14 +145,45 @@ def using(told: Told) -> Iterator[str]:
         yield from _balance(told)
 
 
-def _fraction(told: Told) -> float:
-    """Return a fraction to show that a calibrated checkpoint reaches."""
+def _knobs(told: Told) -> Iterator[str]:
+    """Yield a line of code for each knob."""
+    fraction = _fraction(told)
+    if fraction is not None:
+        yield f"model.set_compute({fraction:g})   # of the reference's FLOPs per token"
+    if told.nulled is not None:
+        yield 'model.set_select("null", bias=0.5)   # the higher, the fewer real experts'
+        yield "model.set_select(None)   # as configured again"
+    if told.nulled == 1:
+        yield 'with model.set_select("all"):   # no null experts, until the block ends'
+    else:
+        yield f'with model.set_select("top-k", k={_half(told)}):   # experts, until the block ends'
+    yield "    model.generate(...)"
+
+
+def _fraction(told: Told) -> float | None:
+    """Return a fraction to show that a checkpoint reaches; None where whole experts are too much
+    and null biases are not calibrated."""
+    if told.calibration is None and told.nulled is not None:
+        adaptive = told.config["adaptive"]
+        return next((n / 100 for n in range(90, 100) if _reaches(adaptive, n / 100)), None)
     least = 0.9 if told.calibration is None else min(r.compute for r in told.calibration.rows)
     return min(1.0, math.ceil(100 * least) / 100)
 
 
+def _reaches(adaptive: Mapping[str, Any], fraction: float) -> bool:
+    try:
+        knobs_for({**adaptive, "calibration": None}, fraction)
+    # out of reach, or not described as the runtime would have it
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
 def _half(told: Told) -> int:
-    """Return half of the experts of the first split network."""
+    """Return half of the experts of the first split network, or of those a token of the source
+    runs."""
+    if told.nulled is not None:
+        return max(1, told.nulled // 2)
     sites = told.config["adaptive"].get("sites")
     for slots in sites.values() if isinstance(sites, dict) else ():
         split = slots.get("ffn") or (slots.get("linear") or {}).get("mlp") or {}
@@ -215,10 +261,7 @@ def _state(told: Told) -> Iterator[str]:
             f"Its calibration table is left out: {plain(reason)}. Run `adaconvert calibrate` again."
         )
     if told.is_adaptive and told.calibration is None and not told.stale:
-        yield (
-            "It is not calibrated: `set_compute` gives every layer the same share of its experts, "
-            "by a rule that knows nothing of this model."
-        )
+        yield _UNCALIBRATED if told.nulled is None else _UNCALIBRATED_NULLED
     last = told.stages[-1]
     if last.method == "finetune" and not was_validated(last) and not told.record.get("quality"):
         yield "Only its training loss is known: no text that was held out has been measured."

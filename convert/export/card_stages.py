@@ -16,7 +16,10 @@ _TAGS: Final = {
     "upcycle": ("sparse-upcycling",),
     "moefy": ("moefication",),
     "d2dmoe": ("moefication", "d2dmoe"),
+    "adamoe": ("null-experts", "adamoe"),
 }
+#: what makes a mixture of a dense model before it gets null experts -> its own tags.
+_VIA: Final = {"upcycle": "sparse-upcycling", "moefy": "moefication"}
 #: sources that are named one by one.
 _NAMED: Final = 4
 
@@ -124,10 +127,31 @@ def _became(stage: Stage) -> str:
     if stage.method == "moefy" or (stage.method == "d2dmoe" and _splits(stage)):
         split = f"split into {plain(options.get('num_experts', 'several'))} experts"
         return f"{split}, with networks for projections" if _replaces(stage) else split
+    if stage.method == "adamoe":
+        return listed([*_first_became(options), _null_words(options)])
     if _replaces(stage):
         return "with networks for projections"
     known = {"unmoefy": "dense again", "finetune": "fine-tuned", "d2dmoe": "with fitted routers"}
     return known.get(stage.method, "")
+
+
+def _first_became(options: Mapping[str, Any]) -> list[str]:
+    """Return what a dense model became before it got null experts."""
+    if options.get("via") == "upcycle":
+        return [f"upcycled to {plain(options.get('experts', 'several'))} experts"]
+    if options.get("via") == "moefy":
+        return [f"split into {plain(options.get('num_experts', 'several'))} experts"]
+    return []
+
+
+def _was_dense(stage: Stage) -> bool:
+    """Return whether a dense model became a mixture and got null experts in one stage."""
+    return stage.method == "adamoe" and str(stage.options.get("via")) in _VIA
+
+
+def _null_words(options: Mapping[str, Any]) -> str:
+    kind = "experts of zeros" if options.get("materialize") else "null experts"
+    return f"with {plain(options.get('null_experts', 'several'))} {kind}"
 
 
 def _replaces(stage: Stage) -> bool:
@@ -145,6 +169,7 @@ def tags(stages: Sequence[Stage]) -> list[str]:
         if stage.method == "unmoefy":
             found.clear()
         found += _TAGS.get(stage.method, ())
+        found += [_VIA[str(stage.options["via"])]] if _was_dense(stage) else []
     return list(dict.fromkeys(found))
 
 
@@ -161,7 +186,7 @@ def routers(stages: Sequence[Stage]) -> str:
         options = stage.options
         if stage.method == "unmoefy":
             state = "none"
-        elif stage.method == "upcycle":
+        elif stage.method == "upcycle" or _was_dense(stage):
             state = "untrained"
         elif stage.method == "moefy":
             bare = not options.get("native") and options.get("router") in _BARE
@@ -195,6 +220,8 @@ def _sentence(stage: Stage) -> str:
         if len(stage.sources) > 1:
             return f"the feed-forward networks of {names} became experts of one model, {how}"
         return f"the feed-forward networks of {names} were copied into {how}"
+    if stage.method == "adamoe":
+        return _null_sentence(stage)
     if stage.method == "d2dmoe" and _replaces(stage):
         return _replaced_sentence(stage)
     if stage.method in ("moefy", "d2dmoe"):
@@ -208,6 +235,23 @@ def _sentence(stage: Stage) -> str:
     if stage.method == "calibrate":
         return f"{names} was measured at several settings of its knobs"
     return f"made from {names}"
+
+
+def _null_sentence(stage: Stage) -> str:
+    """Return what became of a mixture, or of a dense model on the way to one."""
+    options = stage.options
+    count = plain(options.get("null_experts"))
+    if options.get("materialize"):
+        got = f"got {count} experts of zeros each, which stand for null experts"
+    else:
+        kind, slots = plain(options.get("null_kind")), plain(options.get("top_k"))
+        got = f"got {count} null experts of kind {kind} each, for {slots} slots"
+    first = _first_became(options)
+    line = f"the mixtures of {stage.names} {got}"
+    if first:
+        line = f"{stage.names} was {first[0]}, and its mixtures {got}"
+    budget = options.get("target_compute") is not None or options.get("layer_budget") is not None
+    return f"{line}; null biases were set on text" if budget and options.get("data") else line
 
 
 def _replaced_sentence(stage: Stage) -> str:

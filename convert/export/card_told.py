@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from adaconvert.arch.base import ModelSpec
+from adaconvert.arch.null_experts import is_nulled
 from adaconvert.export.card_calibration import Calibration
+from adaconvert.export.card_classes import Classes
 from adaconvert.export.card_stages import Stage
 
 #: ending of a class -> auto class of transformers, and what the hub calls what it does.
@@ -31,6 +33,7 @@ class Told:
         recipe: text of the recipe in the folder, None without one.
         stages: oldest first, the last one made this folder.
         calibration: the table, None when there is none that holds.
+        classes: real experts by class of token, None where they were not measured.
         stale: why the table in config.json is not shown.
         spec: what the model is, None for a family that is not known.
     """
@@ -40,6 +43,7 @@ class Told:
     recipe: str | None
     stages: tuple[Stage, ...]
     calibration: Calibration | None
+    classes: Classes | None
     stale: tuple[str, ...]
     spec: ModelSpec | None
 
@@ -64,6 +68,18 @@ class Told:
     def is_mixture(self) -> bool:
         """Return whether the model has experts."""
         return self.is_adaptive or (self.spec is not None and self.spec.num_experts > 0)
+
+    @property
+    def nulled(self) -> int | None:
+        """Return the experts a token of the source runs where null experts take slots, None where
+        there are none."""
+        adaptive = self.config.get("adaptive")
+        sites = adaptive.get("sites") if isinstance(adaptive, dict) else None
+        for slots in sites.values() if isinstance(sites, dict) else ():
+            top_k = slots["ffn"]["mixture"].get("top_k") if is_nulled(slots) else None
+            if isinstance(top_k, int):
+                return top_k
+        return None
 
     @property
     def kind(self) -> str:

@@ -12,6 +12,7 @@ from adaconvert.export.card_stages import Stage
 from adaconvert.export.card_text import code, is_number, listed, plain, table
 from adaconvert.units import human_count
 
+_REAL: Final = "real experts run, share of those without null experts"
 #: what is logged -> what a reader calls it; anything else goes by its own name.
 _NAMES: Final = {
     "loss": "all losses, weighted",
@@ -28,6 +29,8 @@ _NAMES: Final = {
     "router_entropy": "router entropy, share of an even choice",
     "load": "load of the busiest expert over the mean",
     "dead_experts": "experts without a token",
+    "share": _REAL,
+    "idle": "share of tokens without a real expert",
 }
 
 
@@ -109,6 +112,8 @@ def _held_out(entries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         return
     first, last = entries[0], entries[-1]
     yield ["held-out loss, nats per token", _shown(first.get("loss")), _shown(last.get("loss"))]
+    if is_number(last.get("share")):
+        yield [f"on held-out text: {_REAL}", _shown(first.get("share")), _shown(last["share"])]
     names = _list(last.get("names"))
     pairs = zip(names, _list(first.get("losses")), _list(last.get("losses")), strict=False)
     for name, start, end in pairs if len(names) > 1 else ():
@@ -131,9 +136,18 @@ def _routing(told: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Routers over the last {_whole(found.get('steps'))} steps: {dead} experts without a "
         f"token, busiest expert {max(loads):.3g} times the mean of its layer, entropy "
-        f"{sum(entropies) / len(entropies):.3g} of an even choice."
+        f"{sum(entropies) / len(entropies):.3g} of an even choice.{_shares(layers)}"
     )
     yield ""
+
+
+def _shares(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Return what null experts left of the real ones, layer by layer; "" where there are none."""
+    found = [layer["share"] for layer in layers if is_number(layer.get("share"))]
+    if not found:
+        return ""
+    mean, least, most = sum(found) / len(found), min(found), max(found)
+    return f" Of the real experts {mean:.3g} ran, {least:.3g} to {most:.3g} by layer."
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from adaconvert.errors import OptionError
 from adaconvert.export.card import card_files, with_card
 from adaconvert.export.card_facts import recovered_facts
 from adaconvert.io import manifest
-from adaconvert.io.card_file import CARD, PLOT, is_edited
+from adaconvert.io.card_file import CARD, FIGURES, is_edited
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
 from adaconvert.io.rewrite import rewrite
@@ -104,7 +104,7 @@ def update(
     sha256 = hashlib.sha256(files[CARD]).hexdigest()
     if keep:
         del files[CARD]
-    removed = {PLOT} - set(files)
+    removed = set(FIGURES) - set(files)
     record = with_card(told, old["files"], sha256)
     listed = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     expected = {name: h for name, h in old["files"].items() if name not in removed} | listed
