@@ -62,6 +62,13 @@ def _d2dmoe() -> dict[str, Option]:
     return options.options_of(D2dmoeConfig, without=("work",), roles=roles, more=options.CONVERT)
 
 
+def _adamoe() -> dict[str, Option]:
+    from adaconvert.methods.adamoe.config import AdamoeConfig
+
+    roles = {"data": TEXT_SOURCE, "router_prompts": FILE, "base": CHECKPOINT}
+    return options.options_of(AdamoeConfig, roles=roles, more=options.CONVERT)
+
+
 def _finetune() -> dict[str, Option]:
     from adaconvert.train.config import FinetuneConfig
 
@@ -179,6 +186,12 @@ VERBS: Final[dict[str, Verb]] = {
         makes=MAKES_CHECKPOINT,
         table=_d2dmoe,
         check=_check_convert("d2dmoe"),
+    ),
+    "adamoe": Verb(
+        summary="Let tokens that need less run fewer experts, by experts that compute nothing.",
+        makes=MAKES_CHECKPOINT,
+        table=_adamoe,
+        check=_check_convert("adamoe"),
     ),
     "finetune": Verb(
         summary="Tune a checkpoint briefly on text.",

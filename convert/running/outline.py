@@ -29,7 +29,7 @@ UNCHANGED: Final = "unchanged"
 RESUME: Final = "to resume"
 TO_DO: Final = "to do"
 SKIPPED: Final = "left out"
-CONVERSIONS: Final = ("upcycle", "moefy", "unmoefy", "d2dmoe")
+CONVERSIONS: Final = ("upcycle", "moefy", "unmoefy", "d2dmoe", "adamoe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from adaconvert.errors import AdaconvertError
 from adaconvert.io import manifest
-from adaconvert.io.card_file import CARD, RECIPE
+from adaconvert.io.card_file import CARD, FIGURES, RECIPE
 from adaconvert.io.commit import Staging
 from adaconvert.io.destination import Destination
 from adaconvert.io.rewrite import rewrite
@@ -17,6 +17,8 @@ from adaconvert.running.state import State
 
 #: entries of a manifest that tell of a checkpoint and do not change it.
 _SAID: Final = ("card", "quality")
+#: files that do.
+_TOLD: Final = (CARD, RECIPE, *FIGURES)
 
 
 def place(folder: Path, destination: Path, recipe: str, *, overwrite: bool) -> None:
@@ -92,10 +94,11 @@ def holds(folder: Path, destination: Path) -> bool:
 
 
 def _facts(record: dict[str, object]) -> dict[str, object]:
-    """Return what of a manifest decides the checkpoint: not its card, its recipe and results."""
+    """Return what of a manifest decides the checkpoint: not its card with figures, its recipe and
+    results."""
     kept = {name: value for name, value in record.items() if name not in _SAID}
     files = cast("dict[str, str]", record["files"])
-    kept["files"] = {name: digest for name, digest in files.items() if name not in (CARD, RECIPE)}
+    kept["files"] = {name: digest for name, digest in files.items() if name not in _TOLD}
     return manifest.seal(kept)
 
 

@@ -95,6 +95,8 @@ def _tuned(found: Mapping[str, Any]) -> str:
     words = [f"{found['tokens']} tokens"] if "tokens" in found else []
     if "lm" in first and "lm" in last:
         words.append(f"loss {first['lm']:.4f} -> {last['lm']:.4f}")
+    if "share" in last:
+        words.append(f"{last['share']:.3f} of the experts run")
     if found.get("tokens_per_second"):
         words.append(f"{found['tokens_per_second']:.0f} tokens/s")
     return ", ".join(words)

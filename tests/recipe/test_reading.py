@@ -312,6 +312,8 @@ def test_f7_a_folder_and_no_file(tmp_path: Path) -> None:
         ("upcycle: {max_shard_size: soon}", "upcycle.max_shard_size: is no size in bytes"),
         ("moefy: {keep: 1.5, rule: threshold}", "moefy.keep: out of range"),
         ("d2dmoe: {tau: 2}", "d2dmoe.tau: out of range"),
+        ("adamoe: {null_experts: 0}", "adamoe.null_experts: is 0"),
+        ("adamoe: {null_kind: none}", "adamoe.null_kind: unknown choice"),
         ("evaluate: {}", "stages.evaluate.evaluate: there is nothing to measure on"),
         ("calibrate: {data: $train, budget: 2}", "calibrate.budget: is out of range"),
         ("push: {repo: a/b/c}", "push.repo: is no repository; expected org/name, found a/b/c"),

@@ -38,6 +38,11 @@ SMALL: dict[str, dict[str, dict[str, object]]] = {
         "route": TRAIN,
         "evaluate": {"length": 16, "speed": "false"},
     },
+    "adamoe": {
+        "tune": TRAIN,
+        "adapt": TRAIN,
+        "evaluate": {"length": 16, "speed": "false"},
+    },
 }
 
 
