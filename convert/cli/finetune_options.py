@@ -87,10 +87,9 @@ def budget_options() -> options.Decorator[Any]:
             "null experts",
             "--compute-ramp",
             type=float,
-            default=0.0,
             metavar="P",
             help="Share of the run over which budgets come down from what is spent at first; 0: at "
-            "once.",
+            "once. Default: 0.5.",
         ),
         option(
             "null experts",

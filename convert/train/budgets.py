@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adaconvert.methods.budget import WIDTH, BudgetController, Quantiles, slope_at
-from adaconvert.train.routing_config import Routing
+from adaconvert.train.routing_config import RAMP, Routing
 from adaconvert.train.routing_sites import NullRouter, find_routers
 from adaconvert.train.shards import is_sharded
 
@@ -55,7 +55,8 @@ class Budgets:
         self.routers = tuple(routers)
         self._settings = settings
         self._goals = [goals.get(router.path, math.nan) for router in routers]
-        self._starts: list[float] | None = None if settings.ramp else list(self._goals)
+        self._ramp = RAMP if settings.ramp is None else settings.ramp
+        self._starts: list[float] | None = None if self._ramp else list(self._goals)
         self._place = {router.path: index for index, router in enumerate(routers)}
         self._control = BudgetController(targets=self._goals, rate=settings.null_rate)
         self._slopes = [0.0] * len(self.routers)
@@ -121,7 +122,7 @@ class Budgets:
         else:
             inside = [_over(row[2], unit) for row, unit in zip(sums, units, strict=True)]
             self._slopes = [_slope(*pair) for pair in zip(self._slopes, inside, strict=True)]
-        self._control.aim(self._targets((step + 1) / (self._settings.ramp * steps or 1.0)))
+        self._control.aim(self._targets((step + 1) / (self._ramp * steps or 1.0)))
         deltas = self._control.update(shares, self._slopes)
         for router, delta in zip(self.routers, deltas, strict=True):
             if delta:
@@ -162,7 +163,7 @@ class Budgets:
     def _targets(self, done: float) -> list[float]:
         """Return the targets at a part of the ramp."""
         starts = self._goals if self._starts is None else self._starts
-        part = min(done, 1.0) if self._settings.ramp else 1.0
+        part = min(done, 1.0) if self._ramp else 1.0
         return [a + (b - a) * part for a, b in zip(starts, self._goals, strict=True)]
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ CORRECTION: Final = "e_score_correction_bias"
 NULL_BIAS: Final = "null_experts.bias"
 #: tensors of null experts that are float32 in every checkpoint.
 OWN_DTYPE: Final = (NULL_BIAS, "null_experts.scale", "null_experts.value")
+#: ramp of budgets; ours. SmolLM2-135M at half of its experts, at once, lost 14 nats in ten steps.
+RAMP: Final = 0.5
 #: coefficient where a mixture's config.json states none (Fedus et al. 2021, 2101.03961).
 BALANCE: Final = 0.01
 
@@ -56,7 +58,7 @@ class Routing:
             the model without null experts runs; None: what config.json states, if it does.
         layers: other targets of some layers, as `methods.budget.parse_layers` reads them.
         ramp: share of the run over which targets move from what is spent at first to where they
-            are to be; 0: at once.
+            are to be; 0: at once, None: `RAMP` where there are targets.
         null_rate: of the controller that moves the null biases towards the targets, see
             `methods.budget.BudgetController`; 0: they are trained by the losses like a router.
     """
@@ -69,7 +71,7 @@ class Routing:
     collapse: float = 0.95
     target: float | None = None
     layers: str | None = None
-    ramp: float = 0.0
+    ramp: float | None = None
     null_rate: float = 0.2
 
     def __post_init__(self) -> None:
@@ -82,7 +84,8 @@ class Routing:
         number("--collapse", self.collapse, 0.0, 1.0)
         if self.target is not None:
             number("--target-compute", self.target, 0.0)
-        number("--compute-ramp", self.ramp, 0.0, 1.0)
+        if self.ramp is not None:
+            number("--compute-ramp", self.ramp, 0.0, 1.0)
         number("--null-rate", self.null_rate, 0.0, 1.0)
 
     @property

@@ -3,8 +3,8 @@
 "source" is the dense model, "mixture" a Branch-Train-MiX of its branches (2403.07816), "base" that
 mixture tuned briefly, "base-top-1" the same when it runs one expert. Tuned from these, all on the
 same tokens in the same order on the same schedule: "top-2", "top-1", and "nulls-T" with a target
-compute of T, which starts from "nulls", the base with null experts that change nothing;
-"nulls-T-TAG" was tuned with other options. "free-T-D" is the base with null experts whose bias was
+compute of T, which starts from "start-T", the base with null experts that change nothing yet;
+"nulls" is such a start without a target, and "nulls-T-TAG" was tuned with other options. "free-T-D" is the base with null experts whose bias was
 set on text of the domain D, and nothing trained. "dense" is the dense model tuned as long as base
 and what follows; "dense-all" was tuned before on the branches' text, as long as all branches
 together.
@@ -122,10 +122,12 @@ class Models:
         target, _, domain = rest.partition("-")
         if kind == "free":
             return lambda path: self._set_free(path, float(target), self.setup.train[domain])
+        if kind == "start":
+            return lambda path: self._start(path, float(target))
         if kind != "nulls":
             raise click.UsageError(f"no model is called {name}: {', '.join(self.setup.names)}")
         options = {**self._routed(), **self.setup.null_tune, "target_compute": float(target)}
-        return lambda path: self._tune("nulls", path, 1, options)
+        return lambda path: self._tune(f"start-{float(target):g}", path, 1, options)
 
     def _routed(self) -> dict[str, Any]:
         return {"train": self.setup.parts, "router_lr": self.setup.router_lr}
@@ -136,14 +138,16 @@ class Models:
         sources = self.setup.branches
         api.convert(*sources, destination=path, method="upcycle", verify=False, **options)
 
-    def _start(self, path: Path) -> None:
+    def _start(self, path: Path, target: float | None = None) -> None:
         # verified: it computes what the base computes
         api.convert(
             self.folder("base"),
             destination=path,
             method="adamoe",
             null_experts=self.setup.nulls,
+            target_compute=target,
             seed=self.setup.seed,
+            verify=target is None,
         )
 
     def _set_free(self, path: Path, target: float, text: str) -> None:

@@ -156,7 +156,7 @@ def test_from_source_to_checkpoint_and_back_to_stock(run: Run, tmp_path: Path) -
     assert "has null experts already" in err
     code, _, err = run("adamoe", source, again, "--target-compute", "9")
     assert code == 2
-    assert "expected 0 to 2, found 9" in err
+    assert "expected 0.5 to 2, found 9" in err
     code, _, err = run("unmoefy", out, again)
     assert code == 3
     assert "is a mixture with null experts" in err

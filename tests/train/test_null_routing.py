@@ -162,7 +162,7 @@ def test_gradients_are_those_of_the_loss_written_out(nulled: Path) -> None:
     expected = gradients(model)
     for hook in hooks:
         hook.remove()
-    watch = Routers(routers, Routing(balance=0.3), goals={r.path: 0.7 for r in routers})
+    watch = Routers(routers, Routing(balance=0.3, ramp=0.0), goals={r.path: 0.7 for r in routers})
     begin(watch, mask)
     language_model(model(input_ids=ids, attention_mask=mask).logits, ids).backward()
     found = gradients(model)
@@ -222,7 +222,7 @@ def test_recomputation_neither_counts_nor_adds_twice(mixtral: Path, recomputed: 
 def test_padding_is_neither_balanced_nor_counted(mixtral: Path) -> None:
     model = parted(mixtral)
     routers = routers_of(model)
-    watch = Routers(routers, Routing(balance=0.3), goals={r.path: 0.7 for r in routers})
+    watch = Routers(routers, Routing(balance=0.3, ramp=0.0), goals={r.path: 0.7 for r in routers})
     ids, mask = ids_of(2, 10), torch.ones(2, 10, dtype=torch.int64)
     mask[1, 6:] = 0
     seen = []

@@ -103,30 +103,32 @@ def _documents(config: AdamoeConfig, base: Base) -> Documents | None:
 
 def _nulling(config: AdamoeConfig, base: Base, data: str | None) -> Nulling:
     """Return what is done to a mixture; `data` is the digest of the text biases are set on."""
-    start = start_of(config, base.blocks[0], fresh=base.options.get("via") == "upcycle")
+    targets = _targets(config, base)
+    shares = {layer: share for layer, (_, share) in targets.items()}
+    fresh = base.options.get("via") == "upcycle"
+    start = start_of(config, base.blocks[0], fresh=fresh, shares=tuple(shares.values()))
     digest = None
     if data is not None:
         text = json.dumps([ALGORITHM, data, config.data_tokens, _own(config, start)])
         digest = hashlib.sha256(text.encode()).hexdigest()
-    targets = _targets(config, base, start)
-    return Nulling(base=base, start=start, targets=targets, data=data, digest=digest)
+    for where, share in targets.values():
+        check_target(where, share, start.nulls, base.blocks[0])
+    return Nulling(base=base, start=start, targets=shares, data=data, digest=digest)
 
 
-def _targets(config: AdamoeConfig, base: Base, start: Start) -> dict[int, float]:
-    """Return the share of each block that has one.
+def _targets(config: AdamoeConfig, base: Base) -> dict[int, tuple[str, float]]:
+    """Return the share of each block that has one, and the option that asks for it.
 
     Raises:
-        OptionError: a bias cannot reach one with these slots and null experts.
+        OptionError: `layer_budget` cannot be read.
     """
+    layers = [block.layer for block in base.blocks]
     found = {}
     if config.target_compute is not None:
-        check_target("--target-compute", config.target_compute, start.nulls, base.blocks[0])
-        found = {block.layer: config.target_compute for block in base.blocks}
+        found = dict.fromkeys(layers, ("--target-compute", config.target_compute))
     if config.layer_budget is not None:
-        layers = [block.layer for block in base.blocks]
-        for layer, share in parse_layers(config.layer_budget, layers).items():
-            check_target("--layer-budget", share, start.nulls, base.blocks[0])
-            found[layer] = share
+        named = parse_layers(config.layer_budget, layers)
+        found |= {layer: ("--layer-budget", share) for layer, share in named.items()}
     return found
 
 

@@ -5,6 +5,7 @@ Letters: n real experts, M null ones, k experts per token of the source, K' slot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -83,8 +84,9 @@ class AdamoeConfig:
         null_weights: "real" (AdaMoE): the real experts a token runs weigh what they would among
             themselves. "selected": null ones take part in the sum, which a stock mixture can hold
             (`materialize`).
-        min_real: real experts a token runs in any case, 0 or 1; None for 1 after upcycling, whose
-            experts are copies, so that any one of them is the dense network; else 0.
+        min_real: real experts a token runs in any case, 0 or 1; None for 1 where the shares asked
+            for leave room, as they do not at 1/k and below (ours: a pretrained token without its
+            network loses most), and where the result is not to become a stock mixture.
         target_compute: share of the source's k real experts that is meant to run; kept in
             config.json for a fine-tune, or reached at once on `data`.
         layer_budget: shares of single blocks instead, such as "0-4=0.9,5-=0.6".
@@ -270,13 +272,16 @@ class Start:
     real: int | None
 
 
-def start_of(config: AdamoeConfig, mixture: Mixture, *, fresh: bool) -> Start:
+def start_of(
+    config: AdamoeConfig, mixture: Mixture, *, fresh: bool, shares: Sequence[float] = ()
+) -> Start:
     """Return M, K' and the rest for the blocks of a model.
 
     Args:
         config: the options.
         mixture: one of its blocks; all have as many experts.
         fresh: it was just upcycled, so its experts are copies.
+        shares: that blocks are meant to spend.
 
     Raises:
         OptionError: the numbers do not fit the model.
@@ -295,7 +300,7 @@ def start_of(config: AdamoeConfig, mixture: Mixture, *, fresh: bool) -> Start:
         kind=config.null_kind,
         weights="selected" if selected else "real",
         gain=1 + count / n if selected and init == "exact" else 1.0,
-        min_real=_min_real(config, fresh),
+        min_real=_min_real(config, k, fresh, shares),
     )
     real = min(slots, n) if init == "bias" else k if slots == exact_slots else None
     return Start(init=init, nulls=nulls, same=slots == exact_slots, real=real)
@@ -318,10 +323,12 @@ def _slots(config: AdamoeConfig, exact: int, experts: int, nulls: int) -> int:
     return slots
 
 
-def _min_real(config: AdamoeConfig, fresh: bool) -> int:
+def _min_real(config: AdamoeConfig, top_k: int, fresh: bool, shares: Sequence[float]) -> int:
     if config.min_real is not None:
         return config.min_real
-    return 1 if fresh and not config.materialize else 0
+    if config.materialize or (config.null_weights == "selected" and not fresh):
+        return 0
+    return int(fresh or (top_k > 1 and all(share * top_k > 1 for share in shares)))
 
 
 def _default_count(init: str, experts: int, top_k: int) -> int:

@@ -107,13 +107,34 @@ def test_config_states_the_contract(nulled: Make) -> None:
             "kind": "zero",
             "weights": "real",
             "gain": 1.0,
-            "min_real": 0,
+            "min_real": 1,
             "target": 0.7,
         },
     }
     # two experts of three matrices, and the router, in two blocks
     reference = config["adaptive"]["reference"]
     assert reference["ffn_flops_per_token"] == 2 * 2 * (2 * 3 * 32 * 64 + 4 * 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({}, 1),
+        ({"target_compute": 0.51}, 1),
+        ({"target_compute": 0.5}, 0),
+        ({"layer_budget": "0=0.9,1=0.4"}, 0),
+        ({"target_compute": 0.9, "layer_budget": "1=0.8"}, 1),
+        ({"target_compute": 0.4, "layer_budget": "0-=0.8"}, 1),
+        ({"null_weights": "selected"}, 0),
+        ({"min_real": 0}, 0),
+    ],
+)
+def test_a_token_keeps_an_expert_where_the_budget_leaves_room(
+    options: dict[str, Any], least: int, nulled: Make
+) -> None:
+    config = json.loads((nulled("mixtral", **options) / "config.json").read_text())
+    sites = config["adaptive"]["sites"].values()
+    assert {site["ffn"]["null"]["min_real"] for site in sites} == {least}
 
 
 @pytest.mark.parametrize("kind", ["identity", "constant"])
@@ -239,7 +260,7 @@ def test_slots_that_cut_groups_are_no_exact_start(nulled: Make, tmp_path: Path) 
 def test_inspection_names_null_experts(nulled: Make) -> None:
     (line, *_) = adaconvert.inspect(nulled("granitemoe", null_experts=8)).lines()
     assert "2 blocks of 4 experts top-2 and 8 null ones (zero), 6 slots" in line
-    assert "0 to 4 real experts per token" in line
+    assert "1 to 4 real experts per token" in line
 
 
 def test_plan_says_what_can_be_reached(nulled: Make, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ OF_MIXTURES = [
     ),
     (
         {"target_compute": 2.5},
+        "--target-compute: cannot be reached with these slots and null experts; expected 0.5 to 2, "
+        "found 2.5",
+    ),
+    (
+        {"target_compute": 2.5, "min_real": 0},
         "--target-compute: cannot be reached with these slots and null experts; expected 0 to 2, "
         "found 2.5",
     ),
@@ -54,7 +59,7 @@ OF_MIXTURES = [
     ),
     (
         {"target_compute": 1.2, "null_init": "bias"},
-        "--target-compute: cannot be reached with these slots and null experts; expected 0 to 1",
+        "--target-compute: cannot be reached with these slots and null experts; expected 0.5 to 1",
     ),
     (
         {"null_init": "bias", "null_experts": 1, "layer_budget": "0-=0.4"},
