@@ -81,7 +81,8 @@ COUNT = _Count()
 @click.option("--precision", default="bf16", show_default=True)
 @click.option("--router-prompts", help="file; routers start from its hidden states")
 @click.option("--null-option", multiple=True, metavar="NAME=VALUE", help="of tuning with nulls")
-@click.option("--tag", default="", help="of what is tuned with --null-option, in its name")
+@click.option("--start-option", multiple=True, metavar="NAME=VALUE", help="of `adamoe` before it")
+@click.option("--tag", default="", help="of what has options of its own, in its name")
 @click.option("--characters", default=2400, show_default=True, help="of each document measured")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -127,7 +128,6 @@ def main(
 def setup_of(dense: Path, work: Path, options: Mapping[str, Any]) -> Setup:
     """Return what the options of the command ask for."""
     prompts = options["router_prompts"]
-    given = [text.partition("=") for text in options["null_option"]]
     return Setup(
         dense=dense,
         branches=tuple(map(Path, options["branches"])),
@@ -140,7 +140,8 @@ def setup_of(dense: Path, work: Path, options: Mapping[str, Any]) -> Setup:
         parts=tuple(options["parts"].split(",")),
         router_lr=options["router_lr"],
         tune={name: options[name] for name in TUNED},
-        null_tune={name: yaml.safe_load(value) for name, _, value in given},
+        null_tune=given(options["null_option"]),
+        null_start=given(options["start_option"]),
         tag=options["tag"],
         nulls=options["null_experts"],
         targets=tuple(float(target) for target in options["targets"].split(",")),
@@ -148,6 +149,12 @@ def setup_of(dense: Path, work: Path, options: Mapping[str, Any]) -> Setup:
         seed=options["seed"],
         device=options["device"],
     )
+
+
+def given(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Return options written as NAME=VALUE."""
+    pairs = [text.partition("=") for text in texts]
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def domain(where: str) -> str:

@@ -58,8 +58,8 @@ _NULLS = (
         "--min-real",
         type=int,
         metavar="N",
-        help="Real experts a token runs in any case, 0 or 1. Default: 1, but 0 for budgets of 1/k "
-        "and less and for --null-weights selected.",
+        help="Real experts a token runs in any case, 0 or 1. Default: 1, but 0 for budgets below "
+        "1/k and for --null-weights selected.",
     ),
     option(
         "null experts",

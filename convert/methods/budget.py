@@ -140,6 +140,9 @@ class BudgetController:
     those of the last tokens alone; less averages over about 1 / rate steps. Source: LongCat-Flash,
     2509.01322, for one group; slope, clip, decay and the fed-forward moves of `aim` are ours.
 
+    A proportional controller stays behind a drift, which training is, and follows the last tokens:
+    `note` and `settled` give the mean of what single steps would have set, to end with.
+
     Attributes:
         targets: share of each block; NaN for one that is left alone.
         rate: 0 moves nothing.
@@ -154,10 +157,12 @@ class BudgetController:
     decay: float = 0.0
     updates: int = 0
     _moved: list[float] = field(default_factory=list, repr=False)
+    _noted: list[list[float]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.targets = [float(target) for target in self.targets]
         self._moved = [0.0] * len(self.targets)
+        self._noted = [[0.0, 0.0] for _ in self.targets]
 
     def aim(self, targets: Sequence[float]) -> None:
         """Set other targets; the next update adds what the move alone asks for."""
@@ -189,15 +194,37 @@ class BudgetController:
         error = share - (target - moved)
         return (slope or 1.0) * (rate * min(max(error, -self.clip), self.clip) - moved)
 
+    def note(
+        self, biases: Sequence[float], shares: Sequence[float], slopes: Sequence[float]
+    ) -> None:
+        """Take note of the bias at which each block would have spent its target in one step.
+
+        Args:
+            biases: [L] of the step.
+            shares, slopes: as for `update`.
+        """
+        rows = zip(self._noted, biases, shares, slopes, self.targets, strict=True)
+        for noted, bias, share, slope, target in rows:
+            wanted = bias + slope * min(max(share - target, -self.clip), self.clip)
+            if math.isfinite(wanted):
+                noted[0] += wanted
+                noted[1] += 1
+
+    def settled(self) -> list[float]:
+        """Return the mean of what was noted of each block, NaN where nothing was."""
+        return [total / count if count else math.nan for total, count in self._noted]
+
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON data."""
-        return {"targets": list(self.targets), "updates": self.updates, "moved": list(self._moved)}
+        kept = {"targets": list(self.targets), "updates": self.updates, "moved": list(self._moved)}
+        return {**kept, "noted": [list(pair) for pair in self._noted]}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.targets = [float(target) for target in kept["targets"]]
         self.updates = int(kept["updates"])
         self._moved = [float(move) for move in kept["moved"]]
+        self._noted = [[float(number) for number in pair] for pair in kept["noted"]]
 
 
 def reach_of(

@@ -2,7 +2,8 @@
 
 The bias of a block is set once by the quantiles of the first step's margins where it is far off,
 and moved after every step by `methods.budget.BudgetController`, which is where published and own
-parts are told apart. Ramps of the targets are ours.
+parts are told apart. The last step leaves it at the mean of what each of the steps of the last
+quarter would have set. That, and ramps of the targets, are ours.
 
 Shapes: B sequences, S positions, T = B S tokens, J choices of a token, L blocks.
 """
@@ -25,6 +26,8 @@ from adaconvert.train.shards import is_sharded
 
 #: tokens of the first step whose margins are kept.
 _KEPT: Final = 65536
+#: part of a run after which biases are noted, if the ramp has ended.
+_SETTLING: Final = 0.75
 
 
 @dataclass
@@ -122,12 +125,23 @@ class Budgets:
         else:
             inside = [_over(row[2], unit) for row, unit in zip(sums, units, strict=True)]
             self._slopes = [_slope(*pair) for pair in zip(self._slopes, inside, strict=True)]
+        if step >= max(_SETTLING, self._ramp) * steps:
+            biases = [_number(router.null_bias) for router in self.routers]
+            self._control.note(biases, shares, self._slopes)
         self._control.aim(self._targets((step + 1) / (self._ramp * steps or 1.0)))
         deltas = self._control.update(shares, self._slopes)
         for router, delta in zip(self.routers, deltas, strict=True):
             if delta:
                 router.null_bias.add_(delta)
         self._seen = [_Seen() for _ in self.routers]
+        if step + 1 == steps:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Leave the biases at what was noted."""
+        for router, bias in zip(self.routers, self._control.settled(), strict=True):
+            if math.isfinite(bias):
+                router.null_bias.fill_(bias)
 
     def _begun(self, shares: list[float], reduce: Callable[[Tensor], Tensor]) -> list[float]:
         """Return what is spent once biases that were far off are set; ramps begin there."""

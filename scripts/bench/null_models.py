@@ -4,10 +4,10 @@
 mixture tuned briefly, "base-top-1" the same when it runs one expert. Tuned from these, all on the
 same tokens in the same order on the same schedule: "top-2", "top-1", and "nulls-T" with a target
 compute of T, which starts from "start-T", the base with null experts that change nothing yet;
-"nulls" is such a start without a target, and "nulls-T-TAG" was tuned with other options. "free-T-D" is the base with null experts whose bias was
-set on text of the domain D, and nothing trained. "dense" is the dense model tuned as long as base
-and what follows; "dense-all" was tuned before on the branches' text, as long as all branches
-together.
+"nulls" is such a start without a target; "nulls-T-TAG" was started or tuned with other options.
+"free-T-D" is the base with null experts whose bias was set on text of the domain D, and nothing
+trained. "dense" is the dense model tuned as long as base and what follows; "dense-all" was tuned
+before on the branches' text, as long as all branches together.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Setup:
         router_lr: learning rate of routers.
         tune: options of every tuning.
         null_tune: options of the tuning of models with null experts besides.
+        null_start: options of their start.
         tag: what the names of those models end in.
         nulls: null experts of a layer.
         targets: shares of the experts' FLOPs.
@@ -66,6 +67,7 @@ class Setup:
     router_lr: float
     tune: Mapping[str, Any]
     null_tune: Mapping[str, Any]
+    null_start: Mapping[str, Any]
     tag: str
     nulls: int
     targets: tuple[float, ...]
@@ -123,11 +125,12 @@ class Models:
         if kind == "free":
             return lambda path: self._set_free(path, float(target), self.setup.train[domain])
         if kind == "start":
-            return lambda path: self._start(path, float(target))
+            return lambda path: self._start(path, float(target), self.setup.null_start)
         if kind != "nulls":
             raise click.UsageError(f"no model is called {name}: {', '.join(self.setup.names)}")
         options = {**self._routed(), **self.setup.null_tune, "target_compute": float(target)}
-        return lambda path: self._tune(f"start-{float(target):g}", path, 1, options)
+        start = f"start-{rest}" if self.setup.null_start else f"start-{target}"
+        return lambda path: self._tune(start, path, 1, options)
 
     def _routed(self) -> dict[str, Any]:
         return {"train": self.setup.parts, "router_lr": self.setup.router_lr}
@@ -138,7 +141,9 @@ class Models:
         sources = self.setup.branches
         api.convert(*sources, destination=path, method="upcycle", verify=False, **options)
 
-    def _start(self, path: Path, target: float | None = None) -> None:
+    def _start(
+        self, path: Path, target: float | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
         # verified: it computes what the base computes
         api.convert(
             self.folder("base"),
@@ -148,6 +153,7 @@ class Models:
             target_compute=target,
             seed=self.setup.seed,
             verify=target is None,
+            **(options or {}),
         )
 
     def _set_free(self, path: Path, target: float, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -166,3 +167,38 @@ def test_budgets_of_layers_are_read() -> None:
 def test_wrong_budgets_of_layers_are_refused(text: str, what: str) -> None:
     with pytest.raises(OptionError, match=what):
         parse_layers(text, [0, 1, 2, 4])
+
+
+def test_what_single_steps_would_have_set_is_averaged() -> None:
+    control = BudgetController(targets=[0.7, 0.5, math.nan])
+    assert all(map(math.isnan, control.settled()))
+    control.note([1.0, 2.0, 3.0], [0.75, math.nan, 0.9], [2.0, 1.0, 1.0])
+    control.note([2.0, 2.0, 3.0], [0.1, 0.5, 0.9], [2.0, 1.0, 1.0])
+    # the second error of the first block counts as the clip
+    first, second, third = control.settled()
+    assert first == pytest.approx((1.0 + 2 * 0.05 + 2.0 - 2 * 0.1) / 2)
+    assert second == 2.0
+    assert math.isnan(third)
+    again = BudgetController(targets=[0.7, 0.5, math.nan])
+    again.restore(json.loads(json.dumps(control.state())))
+    assert again.settled()[:2] == [first, second]
+
+
+def test_a_drift_leaves_the_controller_behind_and_the_average_not() -> None:
+    rng = torch.Generator().manual_seed(0)
+    control = BudgetController(targets=[0.7], rate=0.2)
+    bias, last = 0.0, 0.0
+    for step in range(200):
+        drift = 0.02 * min(step, 150)
+        margins = torch.randn(2000, 2, generator=rng) - drift
+        share = float((margins >= bias).float().mean())
+        slopes = [float(slope_at(margins, 0.7, 2))]
+        if step >= 150:
+            control.note([bias], [share], slopes)
+        elif step >= 100:
+            last += share / 50
+        bias += control.update([share], slopes)[0]
+    assert last < 0.68
+    (settled,) = control.settled()
+    fresh = torch.randn(200_000, 2, generator=rng) - drift
+    assert abs(float((fresh >= settled).float().mean()) - 0.7) < 0.01

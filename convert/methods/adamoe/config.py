@@ -84,9 +84,9 @@ class AdamoeConfig:
         null_weights: "real" (AdaMoE): the real experts a token runs weigh what they would among
             themselves. "selected": null ones take part in the sum, which a stock mixture can hold
             (`materialize`).
-        min_real: real experts a token runs in any case, 0 or 1; None for 1 where the shares asked
-            for leave room, as they do not at 1/k and below (ours: a pretrained token without its
-            network loses most), and where the result is not to become a stock mixture.
+        min_real: real experts a token runs in any case, 0 or 1; None for 1 where no share
+            below 1/k is asked for and the result is not to become a stock mixture. Ours: of a
+            pretrained model briefly tuned, tokens without any expert lose most.
         target_compute: share of the source's k real experts that is meant to run; kept in
             config.json for a fine-tune, or reached at once on `data`.
         layer_budget: shares of single blocks instead, such as "0-4=0.9,5-=0.6".
@@ -328,7 +328,7 @@ def _min_real(config: AdamoeConfig, top_k: int, fresh: bool, shares: Sequence[fl
         return config.min_real
     if config.materialize or (config.null_weights == "selected" and not fresh):
         return 0
-    return int(fresh or (top_k > 1 and all(share * top_k > 1 for share in shares)))
+    return int(fresh or (top_k > 1 and all(share * top_k >= 1 for share in shares)))
 
 
 def _default_count(init: str, experts: int, top_k: int) -> int:

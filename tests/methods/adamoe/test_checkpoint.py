@@ -120,8 +120,8 @@ def test_config_states_the_contract(nulled: Make) -> None:
     ("options", "least"),
     [
         ({}, 1),
-        ({"target_compute": 0.51}, 1),
-        ({"target_compute": 0.5}, 0),
+        ({"target_compute": 0.5}, 1),
+        ({"target_compute": 0.49}, 0),
         ({"layer_budget": "0=0.9,1=0.4"}, 0),
         ({"target_compute": 0.9, "layer_budget": "1=0.8"}, 1),
         ({"target_compute": 0.4, "layer_budget": "0-=0.8"}, 1),
