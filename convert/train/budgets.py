@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adaconvert.methods.budget import WIDTH, BudgetController, Quantiles, slope_at
+from adaconvert.train.health import LayerHealth
 from adaconvert.train.routing_config import RAMP, Routing
 from adaconvert.train.routing_sites import NullRouter, find_routers
 from adaconvert.train.shards import is_sharded
@@ -36,7 +37,7 @@ class _Seen:
 
     Attributes:
         sums: [3] tokens, real experts they ran, and margins within the window around the bias.
-        margins: [N, J] each, of the first step alone.
+        margins: [N, J] each, of the first step that has tokens alone.
     """
 
     sums: Tensor | None = None
@@ -66,9 +67,14 @@ class Budgets:
         self._seen = [_Seen() for _ in routers]
 
     @property
+    def asked(self) -> bool:
+        """Return whether a block has a budget."""
+        return any(map(math.isfinite, self._goals))
+
+    @property
     def moves(self) -> bool:
         """Return whether a null bias is moved."""
-        return self._settings.null_rate > 0 and any(map(math.isfinite, self._goals))
+        return self._settings.null_rate > 0 and self.asked
 
     def holds(self, router: NullRouter) -> bool:
         """Return whether the bias of a block is moved, and so not trained."""
@@ -91,32 +97,52 @@ class Budgets:
             real: [T, n] bool, the real experts that ran.
             here: [T] bool, tokens that are no padding.
         """
-        if not self.holds(router):
-            return
         place = self._place[router.path]
-        seen = self._seen[place]
-        distance = (margins[:, router.min_real :] - router.null_bias).abs()
-        inside = (distance < WIDTH * self._slopes[place]).sum(dim=-1)
+        if not math.isfinite(self._goals[place]):
+            return
+        seen, held = self._seen[place], self.holds(router)
+        inside = torch.zeros_like(here)
+        if held:
+            distance = (margins[:, router.min_real :] - router.null_bias).abs()
+            inside = (distance < WIDTH * self._slopes[place]).sum(dim=-1)
         # what is chosen by an index would make an accelerator wait
         sums = torch.stack([here.sum(), (real.sum(dim=-1) * here).sum(), (inside * here).sum()])
         sums = sums.float()
         seen.sums = sums if seen.sums is None else seen.sums + sums
-        if not self._control.updates and sum(map(len, seen.margins)) < _KEPT:
+        if held and not self._control.updates and sum(map(len, seen.margins)) < _KEPT:
             seen.margins.append(margins[here])
 
     @torch.no_grad()
     def step_done(self, reduce: Callable[[Tensor], Tensor], step: int, steps: int) -> None:
-        """Move the biases for the next step.
+        """Move the targets, and by them the biases, for the next step.
+
+        Nothing begins before there are tokens.
 
         Args:
             reduce: sums a tensor over processes.
             step, steps: that was done, from 0, of how many.
         """
-        if not self.moves:
+        if not self.asked:
             return
         device = self.routers[0].null_bias.device
         rows = [s.sums if s.sums is not None else torch.zeros(3, device=device) for s in self._seen]
         sums = reduce(torch.stack(rows)).tolist()
+        self._advance(sums, reduce, step, steps)
+        self._seen = [_Seen() for _ in self.routers]
+        if step + 1 == steps:
+            self._settle()
+
+    def _advance(
+        self, sums: list[list[float]], reduce: Callable[[Tensor], Tensor], step: int, steps: int
+    ) -> None:
+        """Move the targets and biases.
+
+        Args:
+            sums: [L][3], `_Seen.sums` over all processes.
+            reduce, step, steps: as for `step_done`.
+        """
+        if not self._control.updates and not any(tokens for tokens, _, _ in sums):
+            return
         pairs = list(zip(self.routers, sums, strict=True))
         units = [tokens * router.top_k for router, (tokens, _, _) in pairs]
         shares = [_over(row[1], unit) for row, unit in zip(sums, units, strict=True)]
@@ -125,7 +151,7 @@ class Budgets:
         else:
             inside = [_over(row[2], unit) for row, unit in zip(sums, units, strict=True)]
             self._slopes = [_slope(*pair) for pair in zip(self._slopes, inside, strict=True)]
-        if step >= max(_SETTLING, self._ramp) * steps:
+        if self.moves and step >= max(_SETTLING, self._ramp) * steps:
             biases = [_number(router.null_bias) for router in self.routers]
             self._control.note(biases, shares, self._slopes)
         self._control.aim(self._targets((step + 1) / (self._ramp * steps or 1.0)))
@@ -133,9 +159,6 @@ class Budgets:
         for router, delta in zip(self.routers, deltas, strict=True):
             if delta:
                 router.null_bias.add_(delta)
-        self._seen = [_Seen() for _ in self.routers]
-        if step + 1 == steps:
-            self._settle()
 
     def _settle(self) -> None:
         """Leave the biases at what was noted."""
@@ -149,6 +172,8 @@ class Budgets:
             pairs = zip(shares, self._goals, strict=True)
             self._starts = [s if math.isfinite(s + goal) else goal for s, goal in pairs]
             self._control = BudgetController(targets=self._starts, rate=self._settings.null_rate)
+        if not self.moves:
+            return shares
         return [self._set(index, share, reduce) for index, share in enumerate(shares)]
 
     def _set(self, index: int, share: float, reduce: Callable[[Tensor], Tensor]) -> float:
@@ -159,7 +184,7 @@ class Budgets:
             return share
         bias = router.null_bias
         facts = torch.zeros(5, device=bias.device)
-        if self._seen[index].margins:
+        if sum(map(len, self._seen[index].margins)):
             margins = torch.cat(self._seen[index].margins)
             found = Quantiles(margins, router.top_k, min_real=router.min_real)
             low, high = (found.bias(end) for end in reversed(found.reach))
@@ -180,15 +205,32 @@ class Budgets:
         part = min(done, 1.0) if self._ramp else 1.0
         return [a + (b - a) * part for a, b in zip(starts, self._goals, strict=True)]
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return target and bias of every block, as they are now; every process is to call."""
+    def to_json(
+        self, layers: Sequence[LayerHealth], held: Sequence[float] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return target and bias, as they are now, and share of every block whose null experts
+        compete; every process is to call.
+
+        "measured" says what the share is of: "validation", the held-out text after training, or
+        "last steps", training text before the biases were moved for the last time.
+
+        Args:
+            layers: over the last steps.
+            held: share of every block on held-out text, None without any.
+        """
+        last = {layer.layer: layer.share for layer in layers}
+        spent = [last.get(router.layer) for router in self.routers] if held is None else held
+        rows = zip(self.routers, self._goals, spent, strict=True)
         return [
             {
                 "layer": router.layer,
                 "target": goal if math.isfinite(goal) else None,
                 "bias": _number(router.null_bias),
+                "share": None if share is None else round(share, 4),
+                "measured": "last steps" if held is None else "validation",
             }
-            for router, goal in zip(self.routers, self._goals, strict=True)
+            for router, goal, share in rows
+            if router.site.adaptive_spec["select"]["rule"] == "null"
         ]
 
     # -- what a checkpoint keeps
@@ -230,24 +272,24 @@ def _over(value: float, count: float) -> float:
 
 
 @contextmanager
-def realised(model: Any) -> Iterator[Callable[[], float | None]]:
-    """Yield a function that says what the passes inside the body spent.
+def realised(model: Any) -> Iterator[Callable[[], list[float]]]:
+    """Yield a function that says what every block spent in the passes inside the body.
 
-    It is the mean over blocks of the real experts a token ran over those it runs without null
-    experts; None without any.
+    It is the real experts a token ran over those it runs without null experts; nothing where a
+    model has none, or none of them ran.
     """
     routers = [router for router in find_routers(model) if isinstance(router, NullRouter)]
     if not routers:
-        yield lambda: None
+        yield list
         return
     with model.collect("experts_run") as runs:
 
-        def share() -> float | None:
-            found = [
+        def shares() -> list[float]:
+            if not all(runs.get(router.path) for router in routers):
+                return []
+            return [
                 float(torch.cat(runs[router.path]).double().mean()) / router.top_k
                 for router in routers
-                if runs.get(router.path)
             ]
-            return sum(found) / len(found) if found else None
 
-        yield share
+        yield shares

@@ -10,6 +10,7 @@ from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.goals import goals_of
+from adaconvert.train.routing_config import RAMP
 
 #: stored dtypes of 16 bits.
 _HALVES = ("BF16", "F16")
@@ -61,6 +62,8 @@ def settled(config: FinetuneConfig, item: Described) -> FinetuneConfig:
     "auto" becomes bf16 where weights stored in 16 bits stay frozen, which float32 would double,
     and fp32 elsewhere.
     """
+    if config.routing.ramp is None and goals_of(item.spec.adaptive, config):
+        config = replace(config, routing=replace(config.routing, ramp=RAMP))
     if config.precision != "auto":
         return config
     everything = "all" in config.train and not config.adapting.rank

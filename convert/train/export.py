@@ -66,10 +66,16 @@ def config_of(
     if item.spec.adaptive is not None:
         adaptive: dict[str, Any] = dict(config["adaptive"])
         sites = {**adaptive["sites"]}
-        for path, share in (goals or {}).items():
-            ffn = sites[path]["ffn"]
-            budget = {**ffn, "null": {**ffn["null"], "target": share}}
-            sites[path] = {**sites[path], "ffn": budget}
+        for path, slots in adaptive["sites"].items():
+            ffn = slots.get("ffn")
+            if ffn is None or "mixture" not in ffn:
+                continue
+            # trained, it no longer runs what it ran as made
+            budget = {**ffn["null"], "target": (goals or {}).get(path, ffn["null"].get("target"))}
+            budget.pop("start", None)
+            # where a budget was held the stored bias is what was moved, so it decides
+            rule = {"select": {"rule": "null"}} if path in (goals or {}) else {}
+            sites[path] = {**slots, "ffn": {**ffn, "null": budget, **rule}}
         config["adaptive"] = {**adaptive, "sites": sites, "calibration": None}
         config["auto_map"] = auto_map(item.spec)
     return config

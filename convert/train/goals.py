@@ -19,8 +19,8 @@ def goals_of(adaptive: Mapping[str, Any] | None, config: FinetuneConfig) -> dict
 
     Args:
         adaptive: `config.adaptive`, None for a stock model.
-        config: the fine-tune; what it leaves out is what the checkpoint says, and where it says
-            which experts run no budget is held.
+        config: the fine-tune; what it leaves out is what the checkpoint says, at blocks whose
+            null experts compete there. Where it says which experts run no budget is held.
 
     Raises:
         OptionError: there are no null experts, or a share is out of reach.
@@ -43,7 +43,7 @@ def goals_of(adaptive: Mapping[str, Any] | None, config: FinetuneConfig) -> dict
         share, where = settings.target, "--target-compute"
         if layers[path] in named:
             share, where = named[layers[path]], f"--layer-budget, layer {layers[path]}"
-        elif share is None:
+        elif share is None and spec["select"]["rule"] == "null":
             share, where = spec["null"]["target"], f"config.json: target of {path}"
         if share is not None:
             check_share(where, share, _reach(spec))

@@ -18,6 +18,10 @@ from adaconvert.io.names import escape
 
 #: gradient norms above this cannot be trained on: their squares soon leave float32.
 EXPLODED = 1e10
+#: a block that runs fewer experts a token has too few uses to say which ones it prefers; ours.
+RARE = 0.1
+#: a share that is farther from its budget is told; ours.
+MISSED = 0.05
 #: steps whose routing a result is judged by; a fifth of the run where that is less.
 LAST_STEPS = 50
 
@@ -53,21 +57,29 @@ class LayerHealth:
         return max(self.counts) * len(self.counts) / max(sum(self.counts), 1)
 
     @property
+    def is_rare(self) -> bool:
+        """Return whether uses are below `RARE` of the tokens, as under a budget near 0."""
+        return sum(self.counts) < RARE * self.tokens
+
+    @property
     def dead(self) -> tuple[int, ...]:
-        """Return the experts nothing was sent to."""
+        """Return the experts nothing was sent to; none of a block that `is_rare`."""
+        if self.is_rare:
+            return ()
         return tuple(index for index, count in enumerate(self.counts) if not count)
 
     @property
     def crowding(self) -> float:
         """Return the share of the choices that the k busiest experts got, k being the experts of a
-        token rounded up; 0 where a token runs all of them, which is no crowding.
+        token rounded up; 0 where a token runs all of them, which is no crowding, or where the block
+        `is_rare`.
 
         With null experts k is rounded to the nearest, because a mean of 2.01 says nothing of three
         experts, and the share is of the most that k experts can get.
         """
         uses, whole = sum(self.counts), max(self.tokens, 1)
         k = math.ceil(uses / whole) if self.share is None else max(round(uses / whole), 1)
-        if k >= len(self.counts) or not k:
+        if self.is_rare or k >= len(self.counts) or not k:
             return 0.0
         most = uses if self.share is None else min(uses, k * whole)
         return sum(sorted(self.counts)[-k:]) / max(most, 1)
@@ -208,4 +220,27 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
                 f"layer {layer['layer']}: {len(layer['dead'])} of {layer['experts']} experts got "
                 f"no token over the last {summary['steps']} steps ({named})"
             )
+    return [*lines, *_missed(summary.get("budgets", ()))]
+
+
+def _missed(budgets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one line for each budget that blocks are more than `MISSED` away from.
+
+    Args:
+        budgets: "layer", "target" and "share" of every block.
+    """
+    known = [b for b in budgets if b["target"] is not None and b["share"] is not None]
+    missed: dict[float, list[Mapping[str, Any]]] = {}
+    for budget in known:
+        if abs(budget["share"] - budget["target"]) > MISSED:
+            missed.setdefault(budget["target"], []).append(budget)
+    lines = []
+    for target, rows in missed.items():
+        low, high = (f"{end(row['share'] for row in rows):.2f}" for end in (min, max))
+        names = ", ".join(str(row["layer"]) for row in rows)
+        one = len(rows) == 1
+        lines.append(
+            f"layer{'' if one else 's'} {names}: ran {low if low == high else f'{low} to {high}'} "
+            f"of {'its' if one else 'their'} experts, budget {target:.2f}"
+        )
     return lines

@@ -90,16 +90,26 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
         before, after = first["projection_sparsity"], last["projection_sparsity"]
         rows.append(f"            in projections {before:.1%} at first, {after:.1%} at the end")
     if "share" in last:
-        rows.append(
-            f"share       {first['share']:.3f} of the experts at first, {last['share']:.3f} at the "
-            f"end; {last['idle']:.1%} of the tokens run none"
-        )
+        rows.append(_share_line(summary))
     if "routing" in summary:
         rows.append(_routing_line(summary["routing"]))
     changed = options["sparsity"]["activation"]
     if changed != "keep":
         rows.append(f"activation  replaced by {changed}")
     return rows
+
+
+def _share_line(summary: Mapping[str, Any]) -> str:
+    """Return what was spent: on held-out text, before and after training, where there is any; else
+    over the first and last log entries, before the biases were moved for the last time."""
+    first, last = summary["first"], summary["last"]
+    held = [entry["share"] for entry in summary.get("validation", ()) if "share" in entry]
+    ends = (held[0], held[-1]) if held else (first["share"], last["share"])
+    where = "on held-out text" if held else "in training, before the biases moved last"
+    return (
+        f"share       {ends[0]:.3f} of the experts at first, {ends[1]:.3f} at the end ({where}); "
+        f"{last['idle']:.1%} of the tokens run none in training"
+    )
 
 
 def _routing_line(routing: Mapping[str, Any]) -> str:
@@ -132,7 +142,12 @@ def summary_of(
     validation: Sequence[Mapping[str, Any]],
     notes: list[str],
 ) -> dict[str, Any]:
-    """Return what is recorded of a run: no times, no paths."""
+    """Return what is recorded of a run: no times, no paths.
+
+    "first" and "last" are of the tokens of log entries: "share" there is what was spent while
+    biases still moved. What the result spends is "share" of the last entry of "validation", where
+    there is held-out text, and of each block in "routing", "budgets".
+    """
     sources = data.sources
     ends = [{k: e[k] for k in _REPEATABLE if k in e} for e in (curve[0], curve[-1])]
     return {

@@ -45,12 +45,15 @@ class Prepared:
     routers: Routers | None
     notes: tuple[str, ...]
 
-    def summary(self, layers: Sequence[LayerHealth], steps: int) -> dict[str, Any]:
+    def summary(
+        self, layers: Sequence[LayerHealth], steps: int, held: Sequence[float] | None = None
+    ) -> dict[str, Any]:
         """Return what a run records of its routers: "notes", and "routing" where any routed.
 
         Args:
             layers: over the last steps.
             steps: of the whole run.
+            held: share of every block with null experts on held-out text, after training.
         """
         if self.routers is None or not layers:
             return {"notes": list(self.notes)}
@@ -61,7 +64,7 @@ class Prepared:
             "kind": settings.kind,
             "steps": last_steps(steps),
             "layers": [layer.to_json() for layer in layers],
-            **({"budgets": budgets.to_json()} if budgets.routers else {}),
+            **({"budgets": budgets.to_json(layers, held)} if budgets.routers else {}),
         }
         unbalanced = not settings.balance and settings.kind == "loss"
         isolated = ["no balance loss was used; watch the load of the experts"]
@@ -100,6 +103,9 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
             "routers are not trained", where="--router-regression", hint="Add --train router."
         )
     goals = goals_of(item.spec.adaptive, config)
+    for router in found:
+        if isinstance(router, NullRouter) and router.path in goals:
+            router.own()
     settled = _settled(model, found, settings, chosen, goals)
     left = trained and not _are_trained(found)
     if left and "router" in config.train:

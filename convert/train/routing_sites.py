@@ -112,6 +112,14 @@ class NullRouter:
         """Return the real experts a token runs in any case."""
         return int(self.site.adaptive_spec["null"]["min_real"])
 
+    @torch.no_grad()
+    def own(self) -> None:
+        """Let the null bias decide from now on, from where the rule of the site has it."""
+        select = self.site.adaptive_spec["select"]
+        if select["rule"] == "null" and "bias" in select:
+            self.null_bias.fill_(select["bias"])
+        self.site.adaptive_spec = {**self.site.adaptive_spec, "select": {"rule": "null"}}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the rows of real and null experts, and what else decides."""
         yield from self.site.adaptive_router.parameters()

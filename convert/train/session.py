@@ -116,9 +116,10 @@ class Session:
         resumed = self.work.resumed
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
+        held = self.validator.history[-1].get("share_by_layer") if self.validator.history else None
         return _Done(
             chosen=routing.chosen,
-            health=routing.summary(trainer.finish(), self.config.total_steps),
+            health=routing.summary(trainer.finish(), self.config.total_steps, held),
             curve=tuple(entry for entry in trainer.state.log_history if "loss" in entry),
             state=gathered(model, keep=self.group.is_main) if apart else None,
             model=None if apart else model,

@@ -272,7 +272,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         if routing is not None and self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             (folder / ROUTING_FILE).write_text(routing, encoding="utf-8")
-            if self._watch is not None and self._watch.budgets.moves:
+            if self._watch is not None and self._watch.budgets.asked:
                 budgets = json.dumps(self._watch.budgets.state())
                 (folder / BUDGETS_FILE).write_text(budgets, encoding="utf-8")
 

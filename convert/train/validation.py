@@ -46,6 +46,7 @@ _EACH: Final = "validation_losses"
 #: names of what null experts leave of the experts, where there are any.
 _SHARE: Final = "validation_share"
 _SHARES: Final = "validation_shares"
+_BLOCKS: Final = "validation_share_by_layer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,8 +261,9 @@ class Validator:
 
     Attributes:
         history: {"step", "loss", "names", "losses"} of every measurement, those of the run that is
-            resumed included; with null experts also "share" and "shares", the real experts that ran
-            over those of the model without null ones.
+            resumed included; with null experts also "share", "shares" and "share_by_layer", the
+            real experts that ran over those of the model without null ones: of all, of each source
+            and of each block.
     """
 
     def __init__(
@@ -303,7 +305,7 @@ class Validator:
     def _entry(self, logged: Mapping[str, Any]) -> dict[str, Any]:
         entry = {"step": logged["step"], "loss": logged[_LOGGED]}
         entry |= {"names": [held.name for held in self._held], "losses": list(logged[_EACH])}
-        spent = {"share": _SHARE, "shares": _SHARES}
+        spent = {"share": _SHARE, "shares": _SHARES, "share_by_layer": _BLOCKS}
         return entry | {ours: logged[name] for ours, name in spent.items() if name in logged}
 
     def _measure(self, trainer: Any) -> None:
@@ -346,17 +348,24 @@ class Validator:
 
 
 def _spent(
-    shares: Sequence[float | None], found: Sequence[tuple[float, int]]
+    shares: Sequence[Sequence[float]], found: Sequence[tuple[float, int]]
 ) -> dict[str, float | list[float]]:
     """Return what is logged of null experts, nothing without them.
 
     Args:
-        shares: of each source.
-        found: summed loss and counted tokens of each, by which the mean is weighted.
+        shares: of every block on each source.
+        found: summed loss and counted tokens of each, by which the means are weighted.
     """
-    known = [share for share in shares if share is not None]
-    if len(known) != len(found) or not known:
+    if not shares or not all(shares):
         return {}
     weights = [count for _, count in found]
-    mean = sum(s * w for s, w in zip(known, weights, strict=True)) / sum(weights)
-    return {_SHARE: mean, _SHARES: known}
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(s * w for s, w in zip(values, weights, strict=True)) / sum(weights)
+
+    known = [sum(blocks) / len(blocks) for blocks in shares]
+    return {
+        _SHARE: mean(known),
+        _SHARES: known,
+        _BLOCKS: [mean(block) for block in zip(*shares, strict=True)],
+    }

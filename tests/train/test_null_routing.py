@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from adaconvert.testing import tiny_models
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.train.budgets import Budgets, realised
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.health import LayerHealth
-from adaconvert.train.losses import balance, language_model, null_balance
+from adaconvert.train.losses import language_model, null_balance
 from adaconvert.train.memory import need_of
 from adaconvert.train.parts import part_of
 from adaconvert.train.routing import Routers
@@ -76,62 +77,6 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def assert_close(found: Tensor, expected: Tensor, roundings: float) -> None:
     assert float((found - expected).norm()) <= roundings * EPS * float(expected.norm())
-
-
-# -- the loss
-
-
-def example() -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities [2, 5, 9], counts [2, 9] and a mask, of 4 real and 5 null experts."""
-    generator = torch.Generator().manual_seed(0)
-    probabilities = torch.randn(2, 5, 9, generator=generator).softmax(dim=-1)
-    counts = torch.randint(1, 9, (2, 9), generator=generator).float()
-    return probabilities, counts, torch.ones(2, 5)
-
-
-def test_with_even_targets_it_is_the_loss_of_adamoe() -> None:
-    probabilities, counts, mask = example()
-    grouped = counts.clone()
-    grouped[:, 4:] = counts[:, 4:].mean(dim=1, keepdim=True)
-    expected = balance(probabilities, grouped, mask)
-    found = null_balance(probabilities, counts, mask, experts=4, share=torch.tensor(4 / 9))
-    assert_close(found, expected, 8)
-    # and not the plain one
-    assert float((found - balance(probabilities, counts, mask)).abs().max()) > 1e-3
-
-
-def test_it_is_one_at_the_targets_whatever_they_are() -> None:
-    probabilities, _, mask = example()
-    for share in (0.0, 0.05, 0.3, 0.9, 1.0):
-        goals = torch.tensor([share / 4] * 4 + [(1 - share) / 5] * 5)
-        counts = 1000 * goals.expand(2, 9)
-        found = null_balance(probabilities, counts, mask, experts=4, share=torch.tensor(share))
-        assert_close(found, torch.ones(2), 16)
-
-
-def test_choices_may_be_permuted_inside_the_null_group_alone() -> None:
-    probabilities, counts, mask = example()
-    share = torch.tensor(0.6)
-    before = null_balance(probabilities, counts, mask, experts=4, share=share)
-    inside = counts[:, [0, 1, 2, 3, 7, 4, 8, 6, 5]]
-    after = null_balance(probabilities, inside, mask, experts=4, share=share)
-    assert_close(after, before, 8)
-    across = counts[:, [8, 1, 2, 3, 4, 5, 6, 7, 0]]
-    moved = null_balance(probabilities, across, mask, experts=4, share=share)
-    assert float((moved - before).abs().min()) > 1e-3
-
-
-def test_the_null_group_is_pressed_evenly() -> None:
-    probabilities, counts, mask = example()
-    probabilities.requires_grad_()
-    null_balance(probabilities, counts, mask, experts=4, share=torch.tensor(0.6)).sum().backward()
-    pressure = probabilities.grad
-    assert pressure is not None
-    assert torch.equal(pressure[..., 4:], pressure[..., 4:5].expand(-1, -1, 5))
-    assert pressure[..., :4].unique().numel() > 2
-
-
-# -- inside a model
 
 
 def written_out(router: NullRouter, x: Tensor, mask: Tensor, target: float) -> Tensor:
@@ -245,9 +190,9 @@ def test_shares_and_idle_tokens_are_those_the_runtime_runs(nulled: Path) -> None
     watch = Routers(routers, Routing(balance=0.0))
     ids, mask = ids_of(4, 16), torch.ones(4, 16)
     begin(watch, mask)
-    with realised(model) as share:
+    with realised(model) as shares:
         model(input_ids=ids)
-        spent = share()
+        spent = shares()
     _, layers = watch.drain(1)
     with model.collect("experts_run") as runs:
         model(input_ids=ids)
@@ -256,17 +201,35 @@ def test_shares_and_idle_tokens_are_those_the_runtime_runs(nulled: Path) -> None
         assert layer.share == pytest.approx(float(run.mean()) / router.top_k, rel=1e-12)
         assert layer.idle == pytest.approx(float((run == 0).double().mean()), rel=1e-12)
         assert layer.idle > 0
-    assert spent == pytest.approx(sum(la.share for la in layers) / len(layers), rel=1e-12)
+    assert spent == pytest.approx([layer.share for layer in layers], rel=1e-12)
+
+
+def balanced_by_hand(router: NullRouter, x: Tensor) -> Tensor:
+    """Return the loss of every sequence, [B, S, d] -> [B]: uses of real experts over their mean,
+    weighted by their probability, and the probability of the null ones, which are at their goal."""
+    null, real = router.site.null_experts, router.experts
+    weight = router.site.adaptive_router.weight
+    logits = torch.cat([x @ weight.T, x @ null.weight.T + null.bias], dim=-1)
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(router.slots, dim=-1).indices, 1.0)
+    uses = chosen.sum(dim=1)[:, :real]
+    mean = logits.softmax(dim=-1).mean(dim=1)
+    parts = mean[:, :real] * uses / uses.mean(dim=1, keepdim=True)
+    return parts.sum(dim=1) + mean[:, real:].sum(dim=1)
 
 
 def test_without_a_budget_real_experts_are_balanced_among_each_other(mixtral: Path) -> None:
     model = parted(mixtral)
-    watch = Routers(routers_of(model), Routing(balance=1.0))
+    routers = routers_of(model)
+    inputs: list[Tensor] = []
+    for router in routers:
+        router.site.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    watch = Routers(routers, Routing(balance=1.0))
     begin(watch, torch.ones(4, 16))
     model(input_ids=ids_of(4, 16))
     values, _ = watch.drain(1)
-    # the null group is where it is to be, so what is left is what the real ones add
-    assert 0.9 < values["balance"] < 1.5
+    pairs = zip(routers, inputs, strict=True)
+    expected = torch.stack([balanced_by_hand(*pair).mean() for pair in pairs]).mean()
+    assert_close(torch.tensor(values["balance"]), expected.detach(), 64)
     assert watch.budgets.target(watch.budgets.routers[0]) is None
     assert not watch.budgets.moves
 
@@ -293,22 +256,72 @@ def test_other_rules_than_null_are_watched_and_have_no_budget(mixtral: Path) -> 
     assert all(float(router.null_bias) == pytest.approx(0.3) for router in routers)
 
 
-def test_crowding_with_null_experts_rounds_to_the_nearest() -> None:
-    def crowding(*counts: int, tokens: int) -> float:
-        share = sum(counts) / (2 * tokens)
-        found = LayerHealth(
-            layer=0, counts=counts, tokens=tokens, entropy=0.5, share=share, idle=0.0
-        )
-        return found.crowding
+def budgeted(folder: Path, **options: Any) -> tuple[Any, Routers]:
+    """Return a model, and what holds its budgets of 0.6."""
+    model = parted(folder)
+    routers = routers_of(model)
+    return model, Routers(routers, Routing(**options), goals={r.path: 0.6 for r in routers})
 
-    # 2.01 experts a token: of two experts, not of three
-    assert crowding(60, 60, 51, 30, tokens=100) == 0.6
-    assert crowding(100, 100, 1, 0, tokens=100) == 1.0
-    # 1.2: what one expert gets of all tokens
-    assert crowding(60, 30, 20, 10, tokens=100) == 0.6
-    # fewer than one
-    assert crowding(40, 10, 0, 0, tokens=100) == 0.8
-    assert crowding(100, 100, 100, 90, tokens=100) == 0.0
+
+def run_step(model: Any, watch: Routers, step: int, mask: Tensor) -> None:
+    begin(watch, mask, step=step, steps=6)
+    with torch.no_grad():
+        model(input_ids=ids_of(4, 16) + step)
+    watch.step_done()
+
+
+def test_budgets_begin_at_the_first_step_that_has_tokens(mixtral: Path) -> None:
+    for options in ({}, {"ramp": 0.0}):
+        model, watch = budgeted(mixtral, **options)
+        before = [float(router.null_bias) for router in routers_of(model)]
+        run_step(model, watch, 0, torch.zeros(4, 16))
+        assert [float(router.null_bias) for router in routers_of(model)] == before
+        for step in range(1, 4):
+            run_step(model, watch, step, torch.ones(4, 16))
+        assert all(slope > 0 for slope in watch.budgets._slopes)
+        assert all(0.5 < watch.budgets.target(r) < 1.0 for r in routers_of(model))
+        assert [float(router.null_bias) for router in routers_of(model)] != before
+
+
+def test_a_process_whose_first_tokens_are_all_padding_does_as_the_others(mixtral: Path) -> None:
+    model, watch = budgeted(mixtral, ramp=0.0)
+    others = {2: torch.tensor([64.0, 120.0, 0.0]), 1: torch.tensor([1.0, 0.75, -0.5, 0.5, 2.0])}
+    watch.reduce = lambda value: value + others[value.dim()]
+    run_step(model, watch, 0, torch.zeros(4, 16))
+    assert watch.budgets._slopes == [2.0, 2.0]
+    # what the others found, which is then where the budget is
+    assert [float(router.null_bias) for router in routers_of(model)] == [0.75, 0.75]
+
+
+def test_budgets_go_on_from_a_state_without_tokens(mixtral: Path) -> None:
+    masks = [torch.zeros(4, 16), *[torch.ones(4, 16)] * 5]
+    (one, whole), (other, parts) = budgeted(mixtral), budgeted(mixtral)
+    for step, mask in enumerate(masks):
+        run_step(one, whole, step, mask)
+        run_step(other, parts, step, mask)
+        state = json.loads(json.dumps(parts.budgets.state()))
+        parts.budgets = Budgets(
+            routers_of(other), {r.path: 0.6 for r in routers_of(other)}, parts.settings
+        )
+        parts.budgets.restore(state)
+    pairs = zip(routers_of(one), routers_of(other), strict=True)
+    assert all(torch.equal(a.null_bias, b.null_bias) for a, b in pairs)
+    assert whole.budgets.state() == parts.budgets.state()
+
+
+def test_targets_move_when_the_losses_train_the_biases(mixtral: Path) -> None:
+    model, watch = budgeted(mixtral, null_rate=0.0, ramp=1.0)
+    (first, *_), seen = routers_of(model), []
+    for step in range(6):
+        seen.append(watch.budgets.target(first))
+        run_step(model, watch, step, torch.ones(4, 16))
+    assert seen[0] is None
+    assert all(a > b > 0.6 for a, b in pairwise(seen[1:]))
+    assert watch.budgets.target(first) == pytest.approx(0.6)
+    # nothing moves a bias but a gradient
+    assert {float(router.null_bias) for router in routers_of(model)} == {
+        float(torch.tensor(0.3, dtype=torch.float32))
+    }
 
 
 @pytest.mark.parametrize("init", ["exact", "bias"])
