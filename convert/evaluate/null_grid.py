@@ -75,10 +75,10 @@ class NullGrid:
         wanted = sum(
             share * site.source_k * len(self._margins[path]) for path, site in self.sites.items()
         )
-        step = _Margins.joined(moved).bias(wanted)
+        step = _Margins.joined(moved).step(wanted)
         if step is None:
             return None
-        biases = {path: _single(site.bias + step) for path, site in self.sites.items()}
+        biases = {path: float(np.float32(site.bias + step)) for path, site in self.sites.items()}
         how = f"biases moved by {step:+.4g}"
         if len(set(biases.values())) == 1:
             how = f"bias {next(iter(biases.values())):.4g} in every block"
@@ -154,27 +154,36 @@ class _Margins:
         return _Margins(ordered=self.ordered + step, always=self.always, tokens=self.tokens)
 
     def bias(self, wanted: float) -> float | None:
-        """Return the bias with which so many real experts run, None when more always do.
+        """Return the float32 bias with which so many real experts run, None when more always do.
 
         It lies midway between two margins where they differ, so that rounding moves no expert.
         """
+        found = self.step(wanted)
+        return None if found is None else _not_below(found)
+
+    def step(self, wanted: float) -> float | None:
+        """Return such a bias in float64, to be rounded when it has been added to another."""
         if wanted < self.always - _SLACK * self.tokens:
             return None
         if not len(self.ordered):
             return 0.0
         running = min(len(self.ordered), max(0, round(wanted) - self.always))
         if running == 0:
-            return _single(np.nextafter(np.float32(self.ordered[-1]), np.float32(np.inf)))
+            # a float32 step, so that adding it to another bias does not lose it
+            return float(np.nextafter(np.float32(self.ordered[-1]), np.float32(np.inf)))
         if running == len(self.ordered):
-            return _single(self.ordered[0])
+            return float(self.ordered[0])
         below, above = self.ordered[-running - 1], self.ordered[-running]
-        middle = _single((below + above) / 2)
-        return middle if below < middle <= above else _single(above)
+        middle = float((below + above) / 2)
+        return middle if below < middle <= above else float(above)
 
 
-def _single(value: Any) -> float:
-    """Return a number as the nearest float32, which biases are."""
-    return float(np.float32(value))
+def _not_below(value: float) -> float:
+    """Return the smallest float32, which biases are, that is not below a number; no float32 margin
+    lies between them, so that it lets the same experts run."""
+    nearest = np.float32(value)
+    # compared in float64
+    return float(nearest if float(nearest) >= value else np.nextafter(nearest, np.float32(np.inf)))
 
 
 def _top_k(counts: Mapping[str, int], name: str, share: float | None) -> Setting:

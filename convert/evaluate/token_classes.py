@@ -5,7 +5,8 @@ kinds of its characters (Unicode's general categories). A token belongs to the u
 character other than white space lies in, so all pieces of a word go with their word.
 
 - number: digits, with marks between them as in 3.14, 1,000 or 2026-11-22.
-- word: letters, or letters and digits, with apostrophes inside; numbers with letters are words.
+- word: letters, or letters and digits, with apostrophes inside; 3rd or 5km is a word, but letters
+  after a number such as 1.5 or 1,000 are a word of their own.
 - function word: a word on a short list of English ones (`function_words`).
 - rare word: any other word that occurs at most c times in the measured text. c is the largest
   number for which such words are no more than a quarter of all words that are no function words,
@@ -50,7 +51,8 @@ RARE_SHARE: Final = 0.25
 _KINDS: Final = {"L": "w", "M": "w", "N": "d", "Z": " "}
 _KEPT: Final = ".,:/'-"
 _UNIT: Final = re.compile(
-    r"(?P<number>d+(?:[.,:/-]d+)*(?![wd]))|(?P<word>[wd]+(?:'[wd]+)*)|(?P<mark>[^ ])"
+    r"(?P<number>d+(?:[.,]d+)+(?=w)|d+(?:[.,:/-]d+)*(?![wd]))"
+    r"|(?P<word>[wd]+(?:'[wd]+)*)|(?P<mark>[^ ])"
 )
 #: a word that was found, before it is known whether it is rare: its place in the vocabulary.
 _FIRST_WORD: Final = len(CLASSES)

@@ -11,7 +11,16 @@ from adaconvert.errors import AdaconvertError
 from adaconvert.export.card_calibration import default_line, is_note
 from adaconvert.export.card_facts import LICENSE_KEYS, known_costs, license_of
 from adaconvert.export.card_stages import roots, routers
-from adaconvert.export.card_text import code, fenced, is_number, listed, plain, sentence, table
+from adaconvert.export.card_text import (
+    code,
+    fenced,
+    is_number,
+    listed,
+    percent,
+    plain,
+    sentence,
+    table,
+)
 from adaconvert.export.card_told import Told
 from adaconvert.export.card_training import was_validated
 from adaconvert.io.card_file import RECIPE
@@ -25,8 +34,8 @@ _COUNTED: Final = (
     "As configured; where the number of experts depends on the token, all are counted. "
 )
 _COUNTED_NULLED: Final = (
-    "Of real experts, those of the target are counted where there is one, else as many as a token "
-    "of the source runs. "
+    "Real experts are counted as every token runs them while the start is as made; once biases "
+    "were fitted or trained, at the target, if there is one, else as in the source. "
 )
 _UNCALIBRATED: Final = (
     "It is not calibrated: `set_compute` gives every layer the same share of its experts, by a "
@@ -91,9 +100,27 @@ def size(told: Told) -> Iterator[str]:
         counted = _COUNTED_NULLED if told.nulled is not None else _COUNTED
         yield (
             f"{counted if told.is_adaptive else ''}FLOPs are at {context} tokens of context, bytes "
-            "at batch 1."
+            f"at batch 1.{_chosen(told)}"
         )
     yield ""
+
+
+def _chosen(told: Told) -> str:
+    """Return what a calibrated default of null experts spends, which costs do not tell; "" where
+    there is none."""
+    found = told.calibration
+    if told.nulled is None or found is None or found.chosen is None:
+        return ""
+    compute = found.rows[found.chosen].compute
+    flops = told.config["adaptive"]["reference"].get("flops_per_token")
+    about = ""
+    if is_number(flops):
+        at = "" if found.length is None else f" at {found.length} tokens of context"
+        about = f", about {human_count(round(compute * flops))}{at}"
+    return (
+        " The default that `adaconvert calibrate` chose is not in these numbers: it runs "
+        f"{percent(compute)} of the reference's FLOPs per token{about}."
+    )
 
 
 def loading(told: Told) -> Iterator[str]:
@@ -136,9 +163,10 @@ def using(told: Told) -> Iterator[str]:
         yield from ("## Running fewer experts", "")
         yield from _python(*_knobs(told))
         if told.calibration is None:
+            biases = ", which gives the null biases of other budgets" if told.nulled else ""
             yield (
                 "How much quality that costs depends on the model and must be measured: "
-                "`adaconvert evaluate`, then `adaconvert calibrate`."
+                f"`adaconvert evaluate`, then `adaconvert calibrate`{biases}."
             )
             yield ""
     elif told.is_mixture and routers(told.stages) == "untrained":
@@ -151,7 +179,7 @@ def _knobs(told: Told) -> Iterator[str]:
     if fraction is not None:
         yield f"model.set_compute({fraction:g})   # of the reference's FLOPs per token"
     if told.nulled is not None:
-        yield 'model.set_select("null", bias=0.5)   # the higher, the fewer real experts'
+        yield 'model.set_select("all")   # what the source decides, no null experts'
         yield "model.set_select(None)   # as configured again"
     if told.nulled == 1:
         yield 'with model.set_select("all"):   # no null experts, until the block ends'

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from adaconvert.export.card_text import code, is_hub_id, listed, plain
 from adaconvert.io import manifest
+from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
 
 #: routers that are no parameters of their own.
 _BARE: Final = frozenset({"gate", "oracle", "none"})
@@ -293,6 +294,20 @@ def _details(stage: Stage) -> Iterator[str]:
     shown = [f"{key}={_short(value)}" for key, value in stage.options.items() if _is_told(value)]
     if shown:
         yield f"Options: {', '.join(code(item, 120) for item in sorted(shown))}"
+    asked = _routing(stage.options.get("routing"))
+    if asked:
+        yield f"Of routers: {', '.join(code(item, 120) for item in asked)}"
+
+
+def _routing(options: object) -> list[str]:
+    """Return what a fine-tune was asked for of budgets and balance, where that is no default."""
+    found = options if isinstance(options, dict) else {}
+    usual = Routing().to_json()
+    return sorted(
+        f"{name}={_short(found[key])}"
+        for name, key in ROUTING_OPTIONS.items()
+        if key in usual and found.get(key, usual[key]) != usual[key] and _is_told(found[key])
+    )
 
 
 def _is_told(value: object) -> bool:

@@ -18,6 +18,7 @@ from adaconvert.data.tokens import token_blocks
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.calibration_output import stale
 from adaconvert.evaluate.calibration_result import CalibrationResult
+from adaconvert.evaluate.null_grid import STORED
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import OPTIONS, assert_whole, documents, sentence, table
@@ -175,6 +176,7 @@ def test_shares_of_each_layer_are_found(nulled: Path, text: Path, tmp_path: Path
         nulled, text, destination=tmp_path / "a", per_layer=True, rules=("null",), **options
     )
     tried = [row for row in said.rows if "per layer" in row.name]
+    assert tried
     for row in tried:
         assert set(row.select) == set(SITES)
     assert said.rows[-1].compute == 1.0
@@ -187,10 +189,12 @@ def test_what_the_model_holds_is_measured_as_well(stock: Path, text: Path, tmp_p
                 tensors[name].fill_(30.0)
 
     held = make_nulled(stock, tmp_path / "held", edit=spend)
-    # values that cost more leave the stored biases the only cheap ones
+    # no share that is swept is as cheap as tokens without a real expert
     said = api.calibrate(held, text, destination=tmp_path / "a", budget=0.9, **OPTIONS)
     cheapest = said.rows[0]
     names = [row.name for row in said.rows]
+    assert cheapest.name == STORED.name
+    assert cheapest.select == {"*": {"rule": "null"}}
     assert cheapest.compute < 0.6
     assert len(names) == len(set(names))
 
@@ -202,8 +206,11 @@ def test_a_promise_is_kept_for_null_experts_too(nulled: Path, text: Path, tmp_pa
     )
     assert said.risk is not None
     assert any(row.guaranteed for row in said.rows)
-    if said.chosen is not None:
-        assert said.rows[said.chosen].guaranteed
+    assert said.chosen is not None
+    chosen = said.rows[said.chosen]
+    assert chosen.guaranteed
+    # of something that costs less than the source, too
+    assert chosen.compute < 1
 
 
 def test_the_table_is_stale_when_biases_or_slots_change(copy: Path) -> None:

@@ -77,6 +77,8 @@ def told(folder: Path, blocks: TokenBlocks, found: TokenClasses) -> list[tuple[s
         ("Don\u2019t pay $1,000.50!", "w:Don\u2019t w:pay m:$ n:1,000.50 m:!"),
         ("2026-11-22, 10:30", "n:2026-11-22 m:, n:10:30"),
         ("3rd x1 33rd", "w:3rd w:x1 w:33rd"),
+        ("1.5km or 1,000km", "n:1.5 w:km w:or n:1,000 w:km"),
+        ("5km 2-3rd 1.5-6km", "w:5km n:2 m:- w:3rd n:1.5 m:- w:6km"),
         ("snake_case", "w:snake m:_ w:case"),
         ("na\u00efve cafe\u0301", "w:na\u00efve w:cafe\u0301"),
         ("3.", "n:3 m:."),

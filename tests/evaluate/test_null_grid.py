@@ -72,6 +72,19 @@ def test_all_blocks_together_run_the_share_and_biases_move_alike(share: float) -
     assert all(np.float32(one["bias"]) == one["bias"] for one in setting.select.values())
 
 
+@pytest.mark.parametrize("share", COARSE)
+def test_a_step_from_a_large_bias_is_rounded_once(share: float) -> None:
+    # a start by bias holds -10000, near which float32 has a grid of 0.001
+    held = {path: (*site[:5], -1e4) for path, site in SITES.items()}
+    margins = {p: decided(p, n, 0.0).margins.numpy() / 1000 for n, p in enumerate(SITES)}
+    known = {p: NullSite(source_k=s[3], forced=s[4], bias=s[5]) for p, s in held.items()}
+    setting = NullGrid(known, margins).pooled(share)
+    assert setting is not None
+    bias = setting.select["*"]["bias"]
+    run = sum(float((margins[p] >= bias).sum()) / TOKENS / held[p][3] for p in held)
+    assert abs(run / len(held) - share) <= 0.5 / TOKENS
+
+
 def test_one_bias_for_all_is_told_once() -> None:
     same = {"a": SITES["a"], "b": (*SITES["b"][:5], 0.0)}
     setting = grid_of(same).pooled(0.6)

@@ -16,13 +16,16 @@ from adaconvert import api
 from adaconvert.export.card import render
 from adaconvert.export.card_classes import classes_of
 from adaconvert.export.card_classes_plot import plot_classes
+from adaconvert.export.card_text import percent
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.card_file import CARD, CLASSES_PLOT, PLOT
 from adaconvert.methods.sources import left_behind, open_source
+from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import assert_whole
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.testing.writing import tree_digest
+from adaconvert.units import human_count
 
 SVG = "{http://www.w3.org/2000/svg}"
 Content = tuple[dict[str, Any], dict[str, Any]]
@@ -147,13 +150,17 @@ def test_the_knobs_are_those_of_null_experts(measured: Path) -> None:
     record, config = content(measured)
     text = render(record, config)
     assert "null experts, which cost nothing, compete for a token's slots" in text
-    assert 'model.set_select("null", bias=0.5)' in text
+    # what a bias does depends on those the checkpoint holds
+    assert 'set_select("null"' not in text
+    assert 'model.set_select("all")   # what the source decides, no null experts' in text
     assert 'with model.set_select("top-k", k=1):' in text
     assert "`model.set_compute(1.0)` runs what the source runs, without null experts." in text
-    assert "as many as a token of the source runs" in text
+    assert "at the target, if there is one, else as in the source." in text
     config["adaptive"]["calibration"] = None
     text = render(record, config)
     assert "after `adaconvert calibrate` it moves the null biases" in text
+    assert 'set_select("null"' not in text
+    assert "`adaconvert calibrate`, which gives the null biases of other budgets." in text
     assert "model.set_compute(0.9)" in text
     # whole experts of a model that is mostly something else
     config["adaptive"]["reference"]["flops_per_token"] *= 10
@@ -165,6 +172,38 @@ def test_the_knobs_are_those_of_null_experts(measured: Path) -> None:
     text = render(record, config)
     assert 'with model.set_select("all"):' in text
     assert "model.set_compute(0." not in text
+
+
+def test_costs_say_what_the_calibrated_default_spends(measured: Path) -> None:
+    record, config = content(measured)
+    told = "The default that `adaconvert calibrate` chose is not in these numbers"
+    assert told not in render(record, config)
+    calibration = config["adaptive"]["calibration"]
+    rows = calibration["rows"]
+    calibration["chosen"] = 0
+    share = percent(rows[0]["compute"])
+    reference = config["adaptive"]["reference"]
+    flops = human_count(round(rows[0]["compute"] * reference["flops_per_token"]))
+    (line,) = [row for row in render(record, config).splitlines() if told in row]
+    assert "bytes at batch 1. The default" in line
+    assert f"it runs {share} of the reference's FLOPs per token, about {flops}" in line
+
+
+def test_every_line_of_the_example_runs(measured: Path, nulled: Path) -> None:
+    record = content(measured)[0]
+    for folder in (measured, nulled):
+        text = (
+            render(record, config_of(folder)).split("## Running fewer experts")[1].split("```")[1]
+        )
+        model = load_model(folder)
+        lines = text.splitlines()[1:]
+        assert lines[-1] == "    model.generate(...)"
+        exec("\n".join([*lines[:-1], "    pass"]), {"model": model})
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize(
@@ -317,6 +356,24 @@ def test_a_fine_tune_tells_its_share(stages: Callable[[str], Path]) -> None:
     assert "| on held-out text: real experts run, share of those without null experts" in text
     assert "| 0.9 | 0.71 |" in text
     assert "Of the real experts 0.705 ran, 0.69 to 0.72 by layer." in text
+
+
+def test_a_fine_tune_tells_the_budget_asked_for(nulled: Path, text: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"target_compute": 0.7, "layer_budget": "0=0.9", "balance": 0.02}
+    options: dict[str, Any] = {"data": [text], "steps": 2, "seq_len": 32, "batch_size": 2}
+    api.finetune(nulled, tmp_path / "a", compute_ramp=0.0, null_rate=0.1, **asked, **options)
+    shown = (
+        "   - Of routers: `balance=0.02`, `compute_ramp=0.0`, `layer_budget=0=0.9`, "
+        "`null_rate=0.1`, `target_compute=0.7`\n"
+    )
+    assert shown in (tmp_path / "a" / CARD).read_text()
+    record, config = content(tmp_path / "a")
+    routing = record["options"]["routing"]
+    routing |= {"target": None, "layers": None, "balance": None, "ramp": None, "null_rate": 0.2}
+    assert "Of routers" not in render(record, config)
+    for damaged in ({"target": []}, [1], None):
+        record["options"]["routing"] = damaged
+        assert "Of routers" not in render(record, config)
 
 
 def test_other_cards_say_nothing_of_it(stages: Callable[[str], Path]) -> None:
