@@ -16,7 +16,7 @@ from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
 from adaconvert.io import manifest
 from adaconvert.io.source import Source
-from adaconvert.planning.estimate import Costs, costs
+from adaconvert.planning.estimate import Costs, costs, counted
 from adaconvert.units import human_bytes, human_count
 
 
@@ -140,6 +140,7 @@ def _replaced_text(spec: ModelSpec) -> str:
 
 
 def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:
+    real = counted(spec)
     return [
         f"shape         {spec.layers} layers, hidden {spec.hidden}, FFN {spec.intermediate}, "
         f"{spec.heads} heads ({spec.kv_heads} KV) of {spec.head_dim}, vocabulary {spec.vocab}",
@@ -148,6 +149,7 @@ def _size_lines(spec: ModelSpec, cost: Costs) -> list[str]:
         f"FLOPs/token   {human_count(cost.flops)} at {cost.context} tokens of context, "
         f"{human_count(cost.ffn_flops)} of them in FFNs",
         f"bytes/token   {human_bytes(cost.weight_bytes)} of weights read at batch 1",
+        *([f"counted       {real}"] if real else []),
     ]
 
 

@@ -15,7 +15,7 @@ from adaconvert.io.writer import layout_shards, parse_size
 from adaconvert.methods.planned import Planned
 from adaconvert.methods.sources import Described, differing_files, left_behind
 from adaconvert.planning.digest import run_digest
-from adaconvert.planning.estimate import Costs, costs, working_memory
+from adaconvert.planning.estimate import Costs, costs, counted, working_memory
 from adaconvert.planning.ops import Exactness
 from adaconvert.units import human_bytes, human_count
 
@@ -37,6 +37,7 @@ class PlanReport:
         disk: bytes the destination takes; the run needs as much free space.
         memory: bound on the memory of the conversion itself, verification not counted.
         before, after: costs of the dense source and of the result.
+        counted: at how many real experts those of blocks with null experts are counted, in words.
         runtimes: what each runtime will do with the result.
         digest: identity of the run, as in adaconvert.json.
     """
@@ -54,6 +55,7 @@ class PlanReport:
     runtimes: tuple[RuntimeVerdict, ...]
     notes: tuple[str, ...]
     digest: str
+    counted: str = ""
 
     @classmethod
     def of(cls, planned: Planned, max_shard_size: str | int) -> PlanReport:
@@ -76,6 +78,7 @@ class PlanReport:
             runtimes=_verdicts(planned),
             notes=(*plan.notes, *_source_notes(planned)),
             digest=run_digest(plan, parse_size(max_shard_size)),
+            counted=counted(target),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -109,6 +112,7 @@ class PlanReport:
             "(without verification)",
             *cost_lines(self.before, self.after, source),
             _flops_line(self.method, more),
+            *([f"counted: {self.counted}"] if self.counted else []),
         ]
         rows += [f"{v.runtime:<18}{v.verdict}: {v.why}" for v in self.runtimes]
         rows += [f"note: {note}" for note in self.notes]

@@ -44,6 +44,8 @@ class NullExperts:
         gain: factor on the weights, for "selected".
         min_real: real experts a token runs in any case.
         target: share of the source's k real experts that is meant to run; None for none.
+        start: real experts every token runs as it was made; None once biases were fitted on text
+            or anything was trained.
         select: which experts run; the rule "null" with the stored bias.
     """
 
@@ -54,10 +56,12 @@ class NullExperts:
     gain: float = 1.0
     min_real: int = 0
     target: float | None = None
+    start: int | None = None
     select: Mapping[str, object] = field(default_factory=lambda: {"rule": "null"})
 
     def content(self) -> dict[str, object]:
         """Return what config.json holds under "null"."""
+        start = {} if self.start is None else {"start": self.start}
         return {
             "count": self.count,
             "slots": self.slots,
@@ -66,6 +70,7 @@ class NullExperts:
             "gain": self.gain,
             "min_real": self.min_real,
             "target": self.target,
+            **start,
         }
 
     def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -87,11 +92,23 @@ class NullExperts:
         return self.slots * mixture.count / ((mixture.count + self.count) * mixture.top_k)
 
     def expected(self, mixture: Mixture) -> float:
-        """Return the real experts per token that costs are stated at: what the target says, else
-        those of the source as far as there are slots."""
+        """Return the real experts per token that costs are stated at: those of the start while it
+        is as made, then what the target says; without one, those of the source."""
+        if self.start is not None:
+            return float(self.start)
         if self.target is not None:
             return self.target * mixture.top_k
         return float(min(mixture.top_k, self.slots))
+
+    def counted(self, mixture: Mixture) -> str:
+        """Return in words what `expected` is."""
+        number = f"{self.expected(mixture):.3g} real experts"
+        if self.start is not None:
+            wanted = "" if self.target is None else f", not yet at its target of {self.target:g}"
+            return f"{number}, what every token runs as made{wanted}"
+        if self.target is not None:
+            return f"{number}, its target of {self.target:g}, if its biases hold it"
+        return f"{number}, those of the source: what it runs now is not known without running it"
 
 
 def slot(spec: ModelSpec, mixture: Mixture, nulls: NullExperts) -> dict[str, object]:
@@ -184,6 +201,7 @@ def _read(spec: ModelSpec, mixture: Mixture, ffn: dict[str, Any]) -> NullExperts
             gain=_number(held["gain"]),
             min_real=_whole(held["min_real"], 0),
             target=None if held["target"] is None else _number(held["target"]),
+            start=None if held.get("start") is None else _whole(held["start"], 0),
             select=dict(ffn["select"]),
         )
     except (KeyError, TypeError, ValueError):

@@ -49,9 +49,8 @@ _NULLS = (
         "null experts",
         "--null-weights",
         type=click.Choice(["real", "selected"]),
-        default="real",
-        help="Whose weights sum to 1: those of the real experts that run, or of all that are "
-        "selected, which --materialize can write later.",
+        help="Whose weights sum to 1: those of the real experts that run (default), or of all that "
+        "are selected, which --materialize takes and can write later.",
     ),
     option(
         "null experts",
@@ -59,7 +58,7 @@ _NULLS = (
         type=int,
         metavar="N",
         help="Real experts a token runs in any case, 0 or 1. Default: 1, but 0 for budgets below "
-        "1/k and for --null-weights selected.",
+        "1/k of a mixture, and for --null-weights selected.",
     ),
     option(
         "null experts",
@@ -73,7 +72,8 @@ _NULLS = (
         "--materialize",
         is_flag=True,
         help="Write a stock mixture instead whose null experts are experts of zeros: it runs "
-        "anywhere and saves nothing.",
+        "anywhere and saves nothing. Of SRC with --top-k as it is by default, or of a result with "
+        "--null-weights selected.",
     ),
 )
 _BUDGET = (

@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
 _POSITIONS = ("max_position_embeddings", "n_positions")
 #: fewer tokens predict nothing.
 _LEAST = 2
+#: position of a document, and token ids of it.
+Piece = tuple[int, list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ def token_blocks(
     length: int = 512,
     max_tokens: int | None = None,
     seed: int = 0,
+    spread: bool = False,
     progress: bool = False,
 ) -> TokenBlocks:
     """Return documents as blocks of at most `length` tokens, cut by the tokenizer of `folder`.
@@ -88,6 +91,8 @@ def token_blocks(
         length: tokens of a block; no more than the positions the config states are used.
         max_tokens: real tokens after which to stop, None for all; the last block is cut to fit.
         seed: of the order of documents.
+        spread: take one block of every document, at a place drawn from `seed`, before a second of
+            any: `max_tokens` of a long text then stand for all of it.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -102,18 +107,17 @@ def token_blocks(
     limits = Limits.of(folder)
     length = min(length, limits.positions or length)
     tokenizer = load_tokenizer(folder)
-    pieces: list[tuple[int, list[int]]] = []
-    room = max_tokens
     with bar(len(documents), "tokens", "docs", enabled=progress) as shown:
-        for index in _order(len(documents), seed):
-            shown.update()
-            ids = encode(tokenizer, documents.texts[index])
-            limits.check(ids, tokenizer, documents.names[index])
-            for piece in _cut(ids, length, room):
-                pieces.append((index, piece))
-                room = None if room is None else room - len(piece)
-            if room is not None and room < _LEAST:
-                break
+
+        def texts() -> Iterator[tuple[int, list[int]]]:
+            for index in _order(len(documents), seed):
+                shown.update()
+                ids = encode(tokenizer, documents.texts[index])
+                limits.check(ids, tokenizer, documents.names[index])
+                yield index, ids
+
+        found = _in_turn(texts(), length, seed) if spread else _one_by_one(texts(), length)
+        pieces = list(_within(found, max_tokens))
     if not pieces:
         raise DataError("no document has two tokens", where=documents.names[0])
     return _packed(pieces, length, padding_id(tokenizer, limits.vocab))
@@ -228,9 +232,43 @@ def _order(count: int, seed: int) -> list[int]:
     return [int(i) for i in generator.permutation(count)]
 
 
-def _cut(ids: list[int], length: int, room: int | None) -> Iterator[list[int]]:
-    """Yield the ids in pieces of `length`, `room` tokens in all; none has fewer than two."""
-    ids = ids if room is None else ids[:room]
+def _one_by_one(texts: Iterator[Piece], length: int) -> Iterator[Piece]:
+    """Yield the blocks of one document after the other."""
+    for index, ids in texts:
+        for piece in _cut(ids, length):
+            yield index, piece
+
+
+def _in_turn(texts: Iterator[Piece], length: int, seed: int) -> Iterator[Piece]:
+    """Yield one block of every document, then another of those that have more, and so on."""
+    import numpy
+
+    generator = numpy.random.Generator(numpy.random.Philox(seed))
+    left: list[tuple[int, list[list[int]]]] = []
+    for index, ids in texts:
+        own = list(_cut(ids, length))
+        if own:
+            own = [own[int(i)] for i in generator.permutation(len(own))]
+            yield index, own.pop()
+            left.append((index, own))
+    while left:
+        left = [(index, own) for index, own in left if own]
+        for index, own in left:
+            yield index, own.pop()
+
+
+def _within(pieces: Iterator[Piece], room: int | None) -> Iterator[Piece]:
+    """Yield pieces while there is room for two tokens; the last one is cut to fit."""
+    for index, piece in pieces:
+        piece = piece if room is None else piece[:room]
+        yield index, piece
+        room = None if room is None else room - len(piece)
+        if room is not None and room < _LEAST:
+            return
+
+
+def _cut(ids: list[int], length: int) -> Iterator[list[int]]:
+    """Yield the ids in pieces of `length`; none has fewer than two."""
     for start in range(0, len(ids), length):
         piece = ids[start : start + length]
         if len(piece) >= _LEAST:

@@ -80,10 +80,13 @@ def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     least = sum(_expert_flops(spec) for spec in sites.values())
     if not sites or budget < least:
         low = compute + (least - budget) / whole
-        raise ValueError(
-            f"compute {compute:g} is out of reach: this model can run {_up(low)} to 1 of the "
-            "reference's FLOPs per token"
-        )
+        reach = f"this model can run {_up(low)} to 1 of the reference's FLOPs per token"
+        if any("null" in spec for spec in sites.values()):
+            reach = (
+                f"without calibration, by top-k of real experts alone, {reach}; `adaconvert "
+                "calibrate` measures what its null biases can do"
+            )
+        raise ValueError(f"compute {compute:g} is out of reach: {reach}")
     share = _share(list(sites.values()), budget)
     return {
         path: {"rule": "top-k", "k": max(1, int(share * _whole(spec) + SLACK))}

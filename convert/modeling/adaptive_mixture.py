@@ -153,6 +153,18 @@ class AdaptiveMixture(nn.Module):
                 f"{self.adaptive_path} has a router of {list(found[0])} and {found[1]} experts per "
                 f"token; its description says {list(wanted[0])} and {wanted[1]}"
             )
+        mixture = spec["mixture"]
+        # routers that have no such attribute have no choice
+        for name, said in (
+            ("norm_topk_prob", mixture["combine"] == "renorm"),
+            ("routed_scaling_factor", mixture["scaling"]),
+        ):
+            does = getattr(router, name, said)
+            if does != said:
+                raise AdaptiveConfigError(
+                    f"{self.adaptive_path} has a router with {name} {does!r}; its description says "
+                    f"{said!r} (combine {mixture['combine']!r}, scaling {mixture['scaling']!r})"
+                )
 
     @property
     def adaptive_router(self) -> nn.Module:

@@ -235,12 +235,11 @@ def check_select(
 
 
 _MIXTURE = {"router", "experts", "top_k", "combine", "scaling", "float32", "glu"}
-_NULL = {"count", "slots", "kind", "weights", "gain", "min_real", "target"}
+_NULL = {"count", "slots", "kind", "weights", "gain", "min_real", "target", "start"}
 _CHOICES = {
     "mixture.combine": ("renorm", "all"),
     "null.kind": ("zero", "identity", "constant"),
     "null.weights": ("real", "selected"),
-    "null.min_real": (0, 1),
 }
 
 
@@ -256,7 +255,7 @@ def check_mixture(where: str, spec: Mapping[str, Any]) -> None:
     """
     for part, keys in (("mixture", _MIXTURE), ("null", _NULL)):
         _check_keys(f"{where}.{part}", spec.get(part), keys)
-        missing = sorted(keys - {"target"} - set(spec[part]))
+        missing = sorted(keys - {"target", "start"} - set(spec[part]))
         if missing:
             raise AdaptiveConfigError(f"{where}.{part} lacks {', '.join(missing)}")
     for name, known in _CHOICES.items():
@@ -266,14 +265,32 @@ def check_mixture(where: str, spec: Mapping[str, Any]) -> None:
             listed = ", ".join(map(str, known))
             raise AdaptiveConfigError(f"{where}.{name} is {found!r}, known: {listed}")
     experts, null = spec["experts"]["count"], spec["null"]
+    _check_whole(f"{where}.experts.count", experts, None)
+    _check_whole(f"{where}.null.min_real", null["min_real"], 1, least=0)
     _check_whole(f"{where}.mixture.top_k", spec["mixture"]["top_k"], experts)
     _check_whole(f"{where}.null.count", null["count"], None)
     # more slots than experts could not all be filled
     _check_whole(f"{where}.null.slots", null["slots"], experts + null["count"])
+    for name, found in (
+        ("mixture.scaling", spec["mixture"]["scaling"]),
+        ("null.gain", null["gain"]),
+    ):
+        if not _is_number(found) or found <= 0:
+            raise AdaptiveConfigError(f"{where}.{name} is {found!r}, expected a number above 0")
+    target = null.get("target")
+    if target is not None and not (_is_number(target) and target >= 0):
+        raise AdaptiveConfigError(
+            f"{where}.null.target is {target!r}, expected null or a number, 0 or more"
+        )
 
 
-def _check_whole(where: str, found: Any, most: int | None) -> None:
+def _is_number(found: Any) -> bool:
+    known = isinstance(found, int | float) and not isinstance(found, bool)
+    return known and math.isfinite(found)
+
+
+def _check_whole(where: str, found: Any, most: int | None, *, least: int = 1) -> None:
     is_whole = isinstance(found, int) and not isinstance(found, bool)
-    if not is_whole or found < 1 or (most is not None and found > most):
-        limit = "1 or more" if most is None else f"1 to {most}"
+    if not is_whole or found < least or (most is not None and found > most):
+        limit = f"{least} or more" if most is None else f"{least} to {most}"
         raise AdaptiveConfigError(f"{where} is {found!r}, expected {limit}")

@@ -37,6 +37,8 @@ _PER_TOKEN = frozenset(
         *("patch_embed", "pixel_head", "projection_up", "projection_down", "projection_router"),
     }
 )
+#: kinds of blocks with null experts that are named.
+_MOST_WORDS = 3
 #: tokens of context an adaptive model's compute is stated at.
 REFERENCE_LENGTH = 512
 
@@ -114,12 +116,24 @@ def _active_share(
 
 
 def experts_run(spec: ModelSpec) -> dict[int, float]:
-    """Return, for each block with null experts, the real experts a token runs: what its target
-    says, else those of the source, whatever the token is."""
+    """Return, for each block with null experts, the real experts a token runs: those of its start
+    while it is as made, else what its target says, or those of the source."""
     if spec.adaptive is None:
         return {}
     found = null_experts.nulled(spec, spec.adaptive)
     return {mixture.layer: nulls.expected(mixture) for mixture, nulls in found}
+
+
+def counted(spec: ModelSpec) -> str:
+    """Return in words at how many real experts `costs` counts blocks with null experts; "" where
+    there are none."""
+    if spec.adaptive is None:
+        return ""
+    found = null_experts.nulled(spec, spec.adaptive)
+    words = [nulls.counted(mixture) for mixture, nulls in found]
+    each = [f"{words.count(word)} blocks at {word}" for word in dict.fromkeys(words)]
+    more = [] if len(each) <= _MOST_WORDS else [f"{len(each) - _MOST_WORDS} more kinds of blocks"]
+    return "; ".join(each[:_MOST_WORDS] + more)
 
 
 def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) -> Costs:

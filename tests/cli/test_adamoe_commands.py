@@ -12,7 +12,7 @@ from typing import Any
 import click
 import pytest
 
-from adaconvert.arch.null_experts import KINDS, WEIGHTS
+from adaconvert.arch.null_experts import KINDS
 from adaconvert.cli.adamoe import adamoe
 from adaconvert.cli.plan import _RUN_ONLY, plan_adamoe
 from adaconvert.methods.adamoe import config
@@ -119,7 +119,7 @@ def test_defaults_and_choices_are_those_of_the_method() -> None:
         for param in adamoe.params
         if isinstance(param.type, click.Choice)
     }
-    assert choices == {"null_kind": KINDS, "null_weights": WEIGHTS, **config._CHOICES}
+    assert choices == {"null_kind": KINDS, **config._CHOICES}
 
 
 @pytest.mark.parametrize("command", [adamoe, plan_adamoe])

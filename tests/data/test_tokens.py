@@ -163,3 +163,86 @@ def test_adaptive_checkpoint_cuts_text_as_its_source(family: str, tmp_path: Path
     )
     expected = token_blocks(documents, source, length=16)
     assert token_blocks(documents, adaptive, length=16).digest == expected.digest
+
+
+def rows(blocks: TokenBlocks) -> list[tuple[int, ...]]:
+    """Return each block as its document and tokens."""
+    found = zip(blocks.document, blocks.ids, blocks.weights, strict=True)
+    return [(int(index), *(int(i) for i in ids[kept])) for index, ids, kept in found]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 26), min_size=1, max_size=5),
+    length=st.integers(2, 12),
+    max_tokens=st.none() | st.integers(2, 60),
+    seed=st.integers(0, 3),
+)
+def test_spread_takes_a_block_of_every_document_before_a_second_of_any(
+    folder: Path, lengths: list[int], length: int, max_tokens: int | None, seed: int
+) -> None:
+    documents = documents_of(tuple("".join(map(chr, range(97, 97 + n))) for n in lengths))
+
+    def cut(most: int | None, *, spread: bool) -> TokenBlocks:
+        return token_blocks(
+            documents, folder, length=length, max_tokens=most, seed=seed, spread=spread
+        )
+
+    if max(lengths) < 2:
+        with pytest.raises(DataError, match="no document has two tokens"):
+            cut(max_tokens, spread=True)
+        return
+    whole, plain = cut(None, spread=True), cut(None, spread=False)
+    assert sorted(rows(whole)) == sorted(rows(plain))
+    # the blocks of a document are taken once around, in the same turn of documents
+    left = {int(index): list(plain.document).count(index) for index in set(plain.document)}
+    turn = list(dict.fromkeys(int(index) for index in plain.document))
+    expected = [index for time in range(max(left.values())) for index in turn if left[index] > time]
+    assert list(whole.document) == expected
+    # what is cut is the start of all of it, to the token or one less
+    some = cut(max_tokens, spread=True)
+    if max_tokens is not None:
+        assert min(max_tokens, whole.tokens) - 1 <= some.tokens <= max_tokens
+    kept = whole.ids[whole.weights][: some.tokens]
+    assert list(some.ids[some.weights]) == list(kept)
+    assert some.weights.sum(1).min() >= 2
+
+
+def test_seed_draws_the_places_of_a_spread(folder: Path) -> None:
+    documents = documents_of((" ".join(str(n) for n in range(200)),))
+    some = [
+        token_blocks(documents, folder, length=8, seed=seed, spread=True, max_tokens=8)
+        for seed in range(8)
+    ]
+    assert len({rows(b)[0] for b in some}) > 1
+    again = token_blocks(documents, folder, length=8, seed=0, spread=True, max_tokens=8)
+    assert again.digest == some[0].digest
+    # without it a long text is its beginning
+    first = [token_blocks(documents, folder, length=8, seed=seed, max_tokens=8) for seed in (0, 1)]
+    ids = encode(load_tokenizer(folder), documents.texts[0])
+    assert [rows(b) for b in first] == [[(0, *ids[:8])]] * 2
+
+
+def test_spread_leaves_out_documents_of_one_token(folder: Path) -> None:
+    documents = documents_of(("x", "", "x y z", "x"))
+    blocks = token_blocks(documents, folder, length=8, spread=True)
+    assert set(blocks.document) == {2}
+    with pytest.raises(DataError, match="no document has two tokens"):
+        token_blocks(documents_of(("x", "y")), folder, length=8, spread=True)
+
+
+def test_spread_reads_no_more_documents_than_it_needs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adaconvert.data import tokens
+
+    read: list[str] = []
+
+    def watched(tokenizer: object, text: str) -> list[int]:
+        read.append(text)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(tokens, "encode", watched)
+    documents = documents_of(("Every tensor is used once. " * 9,) * 20)
+    token_blocks(documents, folder, length=8, spread=True, max_tokens=24)
+    assert len(read) == 3

@@ -85,7 +85,12 @@ def test_set_compute_without_a_table_runs_fewer_real_experts(folders: Any) -> No
         logits(model)
     assert {int(n) for found in run.values() for n in torch.cat(found)} == {1}
     assert account.compute() <= 0.9
-    with pytest.raises(ValueError, match="this model can run"):
+    with pytest.raises(
+        ValueError,
+        match=r"out of reach: without calibration, by top-k of real experts alone, this model can "
+        r"run 0\.\d{4} to 1 of the reference's FLOPs per token; `adaconvert calibrate` measures "
+        r"what its null biases can do$",
+    ):
         model.set_compute(0.1)
     low = account.compute()
     with model.set_compute(low), model.account() as again:
@@ -309,7 +314,22 @@ def test_pairs_are_compacted() -> None:
         ({"null": {"count": 0}}, "null.count is 0"),
         ({"null": {"kind": "copy"}}, "null.kind is 'copy', known: zero, identity, constant"),
         ({"null": {"weights": "some"}}, "null.weights is 'some'"),
-        ({"null": {"min_real": 2}}, "null.min_real is 2, known: 0, 1"),
+        ({"null": {"count": True}}, "null.count is True, expected 1 or more"),
+        ({"null": {"count": 4.0}}, "null.count is 4.0, expected 1 or more"),
+        ({"null": {"slots": True}}, "null.slots is True, expected 1 to 8"),
+        ({"null": {"slots": "4"}}, "null.slots is '4', expected 1 to 8"),
+        ({"experts": {"count": 4.0}}, "experts.count is 4.0, expected 1 or more"),
+        ({"null": {"min_real": 2}}, "null.min_real is 2, expected 0 to 1"),
+        ({"null": {"min_real": True}}, "null.min_real is True, expected 0 to 1"),
+        ({"null": {"min_real": 1.0}}, "null.min_real is 1.0, expected 0 to 1"),
+        ({"null": {"gain": 0}}, "null.gain is 0, expected a number above 0"),
+        ({"null": {"gain": float("inf")}}, "null.gain is inf, expected a number above 0"),
+        ({"null": {"gain": "2"}}, "null.gain is '2', expected a number above 0"),
+        ({"null": {"target": -0.1}}, "null.target is -0.1, expected null or a number, 0 or more"),
+        ({"null": {"target": float("nan")}}, "null.target is nan, expected null or a number"),
+        ({"null": {"target": True}}, "null.target is True, expected null or a number"),
+        ({"mixture": {"scaling": 0.0}}, "mixture.scaling is 0.0, expected a number above 0"),
+        ({"mixture": {"scaling": float("nan")}}, "mixture.scaling is nan, expected a number"),
         ({"null": {"cost": 2}}, "null has unknown keys cost"),
         ({"null": None}, "null is NoneType"),
         ({"mixture": {"combine": "sum"}}, "mixture.combine is 'sum'"),
@@ -330,6 +350,31 @@ def test_descriptions_that_mean_nothing(folders: Any, change: Any, message: str)
     made = modeling_adaptive.AdaptiveMixtralForCausalLM
     with pytest.raises(AdaptiveConfigError, match=message):
         made(made.config_class(**config))
+
+
+@pytest.mark.parametrize("target", [None, 0, 0.7, 1.5])
+def test_targets_a_description_may_have(folders: Any, target: float | None) -> None:
+    config = json.loads((folders("mixtral")[1] / "config.json").read_text())
+    config["adaptive"]["sites"]["model.layers.0.mlp"]["ffn"]["null"]["target"] = target
+    assert adaptive_schema.read(config["adaptive"]) == config["adaptive"]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_moe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
+        ("olmoe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
+        ("deepseek_v2", {"scaling": 3.5}, r"routed_scaling_factor \S+; its description says 3.5"),
+    ],
+)
+def test_weights_the_stock_router_does_not_give(
+    folders: Any, family: str, change: Any, message: str
+) -> None:
+    loaded = load_model(folders(family)[1])
+    site = next(iter(loaded.config.adaptive["sites"].values()))["ffn"]
+    site["mixture"] = {**site["mixture"], **change}
+    with pytest.raises(AdaptiveConfigError, match=message):
+        type(loaded)(loaded.config)
 
 
 def test_the_null_rule_is_of_mixtures_alone() -> None:

@@ -18,17 +18,19 @@ from adaconvert.data.text import Documents, read_documents
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.methods.adamoe import promise
 from adaconvert.methods.adamoe.base import Base, again, from_dense, stock
-from adaconvert.methods.adamoe.config import AdamoeConfig, Start, check_target, start_of
+from adaconvert.methods.adamoe.config import AdamoeConfig
 from adaconvert.methods.adamoe.fit import Budget
 from adaconvert.methods.adamoe.materialize import (
     Zeros,
     check_biases,
+    check_rows,
     config_of,
     copied_rows,
     stock_plan,
     zeros_of,
 )
 from adaconvert.methods.adamoe.plan import Nulling, nulled_plan
+from adaconvert.methods.adamoe.start import Start, check_target, start_of
 from adaconvert.methods.budget import parse_layers
 from adaconvert.methods.options import option
 from adaconvert.methods.planned import Fitted, PlainPlan, Prepared
@@ -226,6 +228,13 @@ def _prepared(
 def _prepare_nulled(config: AdamoeConfig, described: Sequence[Described]) -> Prepared:
     """Return the run that writes a checkpoint with null experts as a stock mixture."""
     item = described[0]
+    if len(described) > 1:
+        raise OptionError(
+            "takes one checkpoint with null experts",
+            where="SRC",
+            expected=1,
+            found=len(described),
+        )
     if not config.materialize:
         raise SourceError(
             "has null experts already",
@@ -237,6 +246,7 @@ def _prepare_nulled(config: AdamoeConfig, described: Sequence[Described]) -> Pre
 
     def check(progress: bool) -> Fitted:
         check_biases(item)
+        check_rows(item, zeros_of(item))
         return {}
 
     planned = PlainPlan(

@@ -5,14 +5,11 @@ Letters: n real experts, M null ones, k experts per token of the source, K' slot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from adaconvert.arch.mixture import Mixture
-from adaconvert.arch.null_experts import KINDS, WEIGHTS, NullExperts
+from adaconvert.arch.null_experts import KINDS, WEIGHTS
 from adaconvert.errors import OptionError
-from adaconvert.methods.budget import check_share, reach_of
 from adaconvert.methods.moefy.config import MATRICES, MoefyConfig
 from adaconvert.methods.moefy.config import SPLITS as MOEFY_SPLITS
 from adaconvert.methods.options import check_choice, check_range, check_types, option
@@ -63,6 +60,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "matrices": MATRICES,
     "via": VIAS,
     "null_init": INITS,
+    "null_weights": WEIGHTS,
 }
 
 
@@ -83,10 +81,11 @@ class AdamoeConfig:
             logits. None for "exact" where the source leaves experts out, else "bias".
         null_weights: "real" (AdaMoE): the real experts a token runs weigh what they would among
             themselves. "selected": null ones take part in the sum, which a stock mixture can hold
-            (`materialize`).
+            (`materialize`). None for "selected" with `materialize`, else "real".
         min_real: real experts a token runs in any case, 0 or 1; None for 1 where no share
-            below 1/k is asked for and the result is not to become a stock mixture. Ours: of a
-            pretrained model briefly tuned, tokens without any expert lose most.
+            below 1/k is asked for, of a fresh upcycle also then, and for 0 with weights of all
+            selected, which are to become a stock mixture. Ours: of a pretrained model briefly
+            tuned, tokens without any expert lose most.
         target_compute: share of the source's k real experts that is meant to run; kept in
             config.json for a fine-tune, or reached at once on `data`.
         layer_budget: shares of single blocks instead, such as "0-4=0.9,5-=0.6".
@@ -113,7 +112,7 @@ class AdamoeConfig:
     top_k: int | None = None
     null_kind: str = "zero"
     null_init: str | None = None
-    null_weights: str = "real"
+    null_weights: str | None = None
     min_real: int | None = None
     target_compute: float | None = None
     layer_budget: str | None = None
@@ -148,7 +147,6 @@ class AdamoeConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_choice(self, "null_kind", KINDS)
-        check_choice(self, "null_weights", WEIGHTS)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None:
                 check_choice(self, name, allowed)
@@ -166,6 +164,7 @@ class AdamoeConfig:
         self._check_via()
         self._check_budget()
         self._check_materialize()
+        self._check_stock_form()
 
     def _check_via(self) -> None:
         own = {"upcycle": UPCYCLE_OPTIONS, "moefy": MOEFY_OPTIONS}
@@ -200,6 +199,7 @@ class AdamoeConfig:
             "null_kind": "zero",
             "min_real": 0,
             "null_init": "exact",
+            "null_weights": "selected",
             "target_compute": None,
             "layer_budget": None,
         }
@@ -212,6 +212,23 @@ class AdamoeConfig:
                     expected="nothing" if only is None else str(only),
                     found=found,
                 )
+
+    def _check_stock_form(self) -> None:
+        """Refuse a stock mixture whose start is not the copied one, before anything is opened."""
+        if self.materialize and self.via == "moefy":
+            raise OptionError(
+                "does not go with --via moefy: all experts of a split model run, so there is "
+                "nothing that experts of zeros could stand for",
+                where="--materialize",
+                hint="`moefy --native` writes a split model as a stock mixture.",
+            )
+        if self.materialize and self.router_init == "zeros":
+            raise OptionError(
+                "does not go with --materialize: all logits tie, and the slots cut them anywhere",
+                where="--router-init",
+                expected="small, orthogonal or hidden",
+                found="zeros",
+            )
 
     def given_for_dense(self) -> list[str]:
         """Return the options that were given and only mean something for a dense source."""
@@ -253,119 +270,6 @@ def _renamed(given: dict[str, Any]) -> UpcycleConfig:
 def option_names() -> list[str]:
     """Return the name of every option."""
     return [field.name for field in fields(AdamoeConfig)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """How null experts begin.
-
-    Attributes:
-        init: "exact" or "bias".
-        nulls: of every block, without a target.
-        same: every token runs the experts it runs in the source, with their weights.
-        real: real experts a token runs, None where that depends on the token.
-    """
-
-    init: str
-    nulls: NullExperts
-    same: bool
-    real: int | None
-
-
-def start_of(
-    config: AdamoeConfig, mixture: Mixture, *, fresh: bool, shares: Sequence[float] = ()
-) -> Start:
-    """Return M, K' and the rest for the blocks of a model.
-
-    Args:
-        config: the options.
-        mixture: one of its blocks; all have as many experts.
-        fresh: it was just upcycled, so its experts are copies.
-        shares: that blocks are meant to spend.
-
-    Raises:
-        OptionError: the numbers do not fit the model.
-    """
-    n, k = mixture.count, mixture.top_k
-    init = config.null_init or ("exact" if k < n else "bias")
-    count = config.null_experts or _default_count(init, n, k)
-    if init == "exact":
-        _check_exact(count, n, k)
-    exact_slots = k * (1 + count // n) if init == "exact" else k
-    slots = _slots(config, exact_slots, n, count)
-    selected = config.materialize or config.null_weights == "selected"
-    nulls = NullExperts(
-        count=count,
-        slots=slots,
-        kind=config.null_kind,
-        weights="selected" if selected else "real",
-        gain=1 + count / n if selected and init == "exact" else 1.0,
-        min_real=_min_real(config, k, fresh, shares),
-    )
-    real = min(slots, n) if init == "bias" else k if slots == exact_slots else None
-    return Start(init=init, nulls=nulls, same=slots == exact_slots, real=real)
-
-
-def _slots(config: AdamoeConfig, exact: int, experts: int, nulls: int) -> int:
-    """Return K', by default what an exact start takes.
-
-    Raises:
-        OptionError: there are fewer experts.
-    """
-    slots = config.top_k or exact
-    if slots > experts + nulls:
-        raise OptionError(
-            f"more slots than experts: {experts} real and {nulls} null",
-            where="--top-k",
-            expected=f"1 to {experts + nulls}",
-            found=slots,
-        )
-    return slots
-
-
-def _min_real(config: AdamoeConfig, top_k: int, fresh: bool, shares: Sequence[float]) -> int:
-    if config.min_real is not None:
-        return config.min_real
-    if config.materialize or (config.null_weights == "selected" and not fresh):
-        return 0
-    return int(fresh or (top_k > 1 and all(share * top_k >= 1 for share in shares)))
-
-
-def _default_count(init: str, experts: int, top_k: int) -> int:
-    """Return M = c n with the least c at which a bias can leave no real expert: c (n - k) >= k."""
-    if init == "bias":
-        return experts
-    return experts * max(1, -(-top_k // max(experts - top_k, 1)))
-
-
-def _check_exact(count: int, experts: int, top_k: int) -> None:
-    if count % experts:
-        raise OptionError(
-            f"an exact start copies each of the {experts} rows of the router equally often",
-            where="--null-experts",
-            expected=f"a multiple of {experts}",
-            found=count,
-            hint="--null-init bias takes any number.",
-        )
-    if top_k >= experts:
-        raise OptionError(
-            f"every token runs all {experts} experts, so copies of their rows can displace none",
-            where="--null-init",
-            expected="bias",
-            found="exact",
-        )
-
-
-def check_target(where: str, share: float, nulls: NullExperts, mixture: Mixture) -> None:
-    """Hold a share to what the slots allow.
-
-    Raises:
-        OptionError: it cannot be reached; says what can.
-    """
-    reach = reach_of(
-        mixture.top_k, nulls.slots, nulls.count, mixture.count, min_real=nulls.min_real
-    )
-    check_share(where, share, reach)
 
 
 def _means_nothing(name: str, when: str, found: object) -> OptionError:

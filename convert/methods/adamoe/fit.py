@@ -2,8 +2,9 @@
 
 The mixture is loaded with its null experts as the plan would write them, runs the text in batches,
 and the bias of each block moves after every batch: the first ones set it by the quantiles of their
-margins, the others by the budget controller, as blocks change what later blocks receive. Source of
-the proportional rule: LongCat-Flash 2509.01322; one bias for all null experts of a block is ours.
+margins, the others by the budget controller, as blocks change what later blocks receive. What they
+spend is then measured, where the text is long enough on tokens that set nothing. Source of the
+proportional rule: LongCat-Flash 2509.01322; one bias for all null experts of a block is ours.
 
 Shapes: T tokens, J choices of a token, L blocks.
 """
@@ -33,6 +34,8 @@ from adaconvert.units import human_bytes
 if TYPE_CHECKING:
     import torch
 
+    from adaconvert.data.tokens import TokenBlocks
+
 #: tokens of a sequence, and of what biases are moved after.
 LENGTH = 512
 BATCH = 2048
@@ -41,8 +44,14 @@ BATCH = 2048
 _WARM = 3
 #: of the controller after that: about the mean of all batches, where nothing else changes.
 _RATE, _DECAY = 0.5, 0.25
-#: share of the tokens, at the end, whose realised shares are reported.
-_MEASURED = 0.5
+#: share of the tokens, at the end, that sets nothing: what is reported is measured on it. A text
+#: shorter than so many batches sets the biases as a whole and is what they are measured on.
+_KEPT_OUT = 1 / 8
+_LEAST_BATCHES = 8
+#: batches measured, at most.
+_MEASURED = 8
+#: fewer tokens say little about other text.
+FEW = 4096
 #: of the memory that is free, what the model may take.
 _SHARE = 0.6
 
@@ -90,7 +99,9 @@ class Budget:
         described: the sources.
         documents: the text.
         device: torch device the model runs on, or "auto".
-        found: realised share of each block on the last half of the text, by layer; filled by `fit`.
+        found: share each block spends with the biases that were set, by layer; filled by `fit`.
+        seen: tokens that set the biases ("set"), that `found` was measured on ("measured"), and
+            that set nothing ("apart"); filled by `fit`.
     """
 
     plan: Plan
@@ -99,6 +110,7 @@ class Budget:
     documents: Documents
     device: str = "auto"
     found: dict[int, float] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
 
     def fit(self, tokens: int, *, progress: bool) -> Fitted:
         """Return the arrays of every fitted leaf, the null biases among them.
@@ -158,40 +170,66 @@ class Budget:
         self, model: Any, layers: Mapping[str, int], tokens: int, progress: bool
     ) -> dict[int, float]:
         """Return the bias of each block, and keep the shares it realises."""
-        targets = [self.nulling.targets[layer] for layer in layers.values()]
-        control = Control(model, tuple(layers), targets, self.nulling)
-        with bar(tokens, "biases", "tokens", enabled=progress) as shown:
-            for inputs in self._batches(tokens):
-                control.step(inputs)
-                shown.update(int(inputs["attention_mask"].sum()))
-        names = dict(zip(layers, control.shares(), strict=True))
-        self.found.update({layers[path]: share for path, share in names.items()})
-        return {layers[path]: bias for path, bias in control.biases().items()}
-
-    def _batches(self, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
-        import torch
-
         from adaconvert.data.tokens import token_blocks
 
         root = self.described[0].source.root
-        blocks = token_blocks(self.documents, root, length=LENGTH, max_tokens=tokens)
-        each = max(BATCH // blocks.length, 1)
-        for first in range(0, len(blocks), each):
-            rows = slice(first, first + each)
-            yield {
-                "input_ids": torch.from_numpy(blocks.ids[rows]),
-                "attention_mask": torch.from_numpy(blocks.weights[rows]).long(),
-            }
+        blocks = token_blocks(self.documents, root, length=LENGTH, max_tokens=tokens, spread=True)
+        first, start = parts_of(blocks)
+        targets = [self.nulling.targets[layer] for layer in layers.values()]
+        control = Control(model, tuple(layers), targets, self.nulling)
+        with bar(blocks.tokens, "biases", "tokens", enabled=progress) as shown:
+            for inputs in batches(blocks, 0, first):
+                control.step(inputs)
+                shown.update(int(inputs["attention_mask"].sum()))
+            shares = control.shares(batches(blocks, start, len(blocks)))
+        self.found.update(zip(layers.values(), shares, strict=True))
+        used, measured = int(blocks.weights[:first].sum()), int(blocks.weights[start:].sum())
+        self.seen.update(set=used, measured=measured, apart=blocks.tokens - used)
+        return {layers[path]: bias for path, bias in control.biases().items()}
 
     def notes(self) -> list[str]:
         """Return what was found, one sentence."""
         mean = sum(self.found.values()) / max(len(self.found), 1)
         goal = sum(self.nulling.targets.values()) / max(len(self.nulling.targets), 1)
         low, high = min(self.found.values()), max(self.found.values())
-        return [
+        where = "of it kept out of the setting" if self.seen["apart"] else "they were set on"
+        note = (
             f"null biases set on the text give {mean:.3f} of the source's real experts per token "
-            f"on its last half (blocks {low:.3f} to {high:.3f}), wanted {goal:.3f}"
-        ]
+            f"(blocks {low:.3f} to {high:.3f}) on {self.seen['measured']:,} tokens {where}, wanted "
+            f"{goal:.3f}"
+        )
+        if self.seen["set"] < FEW:
+            note += (
+                f"; only {self.seen['set']:,} tokens set them, so other text may spend other "
+                f"shares: give {FEW:,} or more"
+            )
+        return [note]
+
+
+def parts_of(blocks: TokenBlocks) -> tuple[int, int]:
+    """Return how many blocks set biases, and the first of those they are measured on, which go on
+    to the end: those that set nothing; of a short text all."""
+    import numpy
+
+    if blocks.tokens < _LEAST_BATCHES * BATCH:
+        return len(blocks), 0
+    until = numpy.cumsum(blocks.weights.sum(axis=1))
+    kept = min(int(blocks.tokens * _KEPT_OUT), _MEASURED * BATCH)
+    first = int(numpy.searchsorted(until, blocks.tokens - kept)) + 1
+    return first, first
+
+
+def batches(blocks: TokenBlocks, first: int, end: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what the model takes, of some of the blocks."""
+    import torch
+
+    each = max(BATCH // blocks.length, 1)
+    for at in range(first, end, each):
+        rows = slice(at, min(at + each, end))
+        yield {
+            "input_ids": torch.from_numpy(blocks.ids[rows]),
+            "attention_mask": torch.from_numpy(blocks.weights[rows]).long(),
+        }
 
 
 class Control:
@@ -211,15 +249,14 @@ class Control:
         self._unit = nulling.base.blocks[0].top_k
         self._min_real = nulling.start.nulls.min_real
         self._control = BudgetController(targets=targets, rate=_RATE, decay=_DECAY)
-        self._seen: list[tuple[int, list[float]]] = []
+        self._steps = 0
 
     def step(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Run one batch, then move the bias of every block."""
         import torch
 
         with torch.no_grad(), self._model.collect("router_scores") as scores:
-            given = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
-            self._model(**given, use_cache=False)
+            self._run(inputs)
         margins = [torch.cat(scores[path]) for path in self._paths]
         for path, found in zip(self._paths, margins, strict=True):
             if bool(found.isnan().any()):
@@ -228,7 +265,11 @@ class Control:
             self._share(found, bias) for found, bias in zip(margins, self._bias(), strict=True)
         ]
         self._set(self._moved(margins, spent))
-        self._seen.append((len(margins[0]), spent))
+        self._steps += 1
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        given = {name: tensor.to(self._model.device) for name, tensor in inputs.items()}
+        self._model(**given, use_cache=False)
 
     def _share(self, margins: torch.Tensor, bias: float) -> float:
         return Quantiles(margins, self._unit, min_real=self._min_real).share(bias)
@@ -237,7 +278,7 @@ class Control:
         """Return the next biases."""
         options = {"unit": self._unit, "min_real": self._min_real}
         pairs = list(zip(margins, self._control.targets, strict=True))
-        if len(self._seen) < _WARM:
+        if self._steps < _WARM:
             return [bias_for(found, share, **options) for found, share in pairs]
         slopes = [float(slope_at(found, share, **options)) for found, share in pairs]
         steps = self._control.update(spent, slopes)
@@ -259,20 +300,18 @@ class Control:
         sites = self._model.adaptive_sites()
         return {path: sites[path].null_experts.bias.item() for path in self._paths}
 
-    def shares(self) -> list[float]:
-        """Return the share each block spent on the last half of the text."""
-        total = sum(count for count, _ in self._seen)
-        left, rows = total * _MEASURED, []
-        for count, spent in reversed(self._seen):
-            rows.append((count, spent))
-            left -= count
-            if left <= 0:
-                break
-        seen = sum(count for count, _ in rows)
-        return [
-            sum(count * spent[index] for count, spent in rows) / seen
-            for index in range(len(self._paths))
-        ]
+    def shares(self, given: Iterator[Mapping[str, torch.Tensor]]) -> list[float]:
+        """Return the share each block spends on text with the biases as they are."""
+        import torch
+
+        run, tokens = [0] * len(self._paths), 0
+        for inputs in given:
+            with torch.no_grad(), self._model.collect("experts_run") as found:
+                self._run(inputs)
+            numbers = [torch.cat(found[path]) for path in self._paths]
+            run = [old + int(new.sum()) for old, new in zip(run, numbers, strict=True)]
+            tokens += len(numbers[0])
+        return [number / (tokens * self._unit) for number in run]
 
 
 def _tensor(target: TargetTensor, sources: list[Source], fitted: Fitted) -> Any:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch import adaptive, registry
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.null_experts import MODULE, NullExperts, nulled
-from adaconvert.dtypes import nbytes_of
+from adaconvert.dtypes import BY_NAME, nbytes_of
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
 from adaconvert.methods.adamoe.base import Base, stored_targets
@@ -34,6 +35,9 @@ from adaconvert.planning.ops import (
     Plan,
     TargetTensor,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +108,7 @@ def _check_same(item: Described, found: Sequence[NullExperts]) -> None:
     """
     first = found[0]
     for nulls in found:
-        if replace(nulls, target=None) != replace(first, target=None):
+        if replace(nulls, target=None, start=None) != replace(first, target=None, start=None):
             raise _refused(item, "its blocks differ in their null experts")
     reasons = {
         f"null experts of kind {first.kind}": first.kind != "zero",
@@ -116,6 +120,10 @@ def _check_same(item: Described, found: Sequence[NullExperts]) -> None:
     for what, is_held in reasons.items():
         if is_held:
             raise _refused(item, f"it has {what}")
+    if first.start is not None and first.gain > 1 and first.slots % first.gain:
+        raise _refused(
+            item, f"its {first.slots} slots cut groups of {first.gain:g} rows that are still equal"
+        )
 
 
 def _refused(item: Described, why: str) -> OptionError:
@@ -126,6 +134,48 @@ def _refused(item: Described, why: str) -> OptionError:
         hint="A stock mixture holds null experts of kind zero, with --null-weights selected, no "
         "bias and --min-real 0.",
     )
+
+
+def check_rows(item: Described, zeros: Zeros) -> None:
+    """Hold the slots to whole groups of equal logits where null rows are still copies; reads them.
+
+    An adaptive model gives a cut group's slots to the real expert, a stock router to any of it.
+
+    Raises:
+        OptionError: slots cut a group, or only some null rows are copies.
+    """
+    from adaconvert.io.reader import read_torch
+
+    stored = item.source.tensors
+    for block in zeros.base.blocks:
+        router = read_torch(item.source, stored[block.router_tensor])
+        rows = read_torch(item.source, stored[f"{block.stored}.{MODULE}.weight"])
+        why = _cut(router, rows.to(router.dtype), zeros.nulls.slots)
+        if why:
+            raise _refused(item, f"in {block.path} {why}")
+
+
+def _cut(router: torch.Tensor, rows: torch.Tensor, slots: int) -> str:
+    """Return why slots cut groups of equal rows that hold a real expert; "" when they do not.
+
+    Args:
+        router: [n, d].
+        rows: [M, d] of null experts.
+        slots: K'.
+    """
+    import torch
+
+    both: Any = torch.cat([router, rows])
+    _, group, sizes = both.unique(dim=0, return_inverse=True, return_counts=True)
+    held = group[: len(router)].unique()
+    if int(sizes[held].max()) == 1:
+        return ""
+    size = int(sizes[held[0]])
+    if bool((sizes != size).any()):
+        return "only some rows of null experts are copies of real ones, whose logits tie"
+    if slots % size:
+        return f"{slots} slots cut groups of {size} equal rows, whose logits tie"
+    return ""
 
 
 def check_biases(item: Described) -> None:
@@ -162,7 +212,6 @@ def stock_plan(
         notes: what the user should know.
     """
     targets = tuple(_targets(zeros))
-    lossy = any(rounds(target.expr, target.dtype) for target in targets)
     return Plan(
         method="adamoe",
         options=options,
@@ -170,18 +219,27 @@ def stock_plan(
         targets=targets,
         drops=zeros.base.drops,
         config=config_of(zeros.base.spec, zeros.nulls),
-        exactness=_rounded(exactness) if lossy else exactness,
+        exactness=_stored(exactness, zeros, targets),
         notes=tuple(notes),
     )
 
 
-def _rounded(exactness: Exactness) -> Exactness:
-    if exactness.kind != "exact":
+def _stored(exactness: Exactness, zeros: Zeros, targets: Sequence[TargetTensor]) -> Exactness:
+    """Return what is left of a promise in the dtypes of the stored tensors."""
+    if exactness.kind not in {"exact", "exact-fp32"}:
         return exactness
-    return Exactness(
-        kind="exact-fp32",
-        why=f"{exactness.why}; the stored dtype rounds the scaled down projections",
-    )
+    routers = {block.router_tensor for block in zeros.base.blocks}
+    reasons = []
+    if exactness.kind == "exact" and any(rounds(t.expr, t.dtype) for t in targets):
+        reasons.append("the stored dtype rounds the scaled down projections")
+    if any(t.name in routers and BY_NAME[t.dtype].nbytes < 4 for t in targets):
+        reasons.append(
+            "run in the 16 bits the router is stored in, logits of two experts can tie, and a "
+            "token then gets a part of one"
+        )
+    if not reasons:
+        return exactness
+    return Exactness(kind="exact-fp32", why="; ".join([exactness.why, *reasons]))
 
 
 def config_of(spec: ModelSpec, nulls: NullExperts) -> dict[str, object]:

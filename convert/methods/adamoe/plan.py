@@ -13,7 +13,8 @@ from adaconvert.arch.base import TensorSpec
 from adaconvert.arch.mixture import Mixture
 from adaconvert.arch.null_experts import NullExperts
 from adaconvert.methods.adamoe.base import Base
-from adaconvert.methods.adamoe.config import OFF, Start
+from adaconvert.methods.adamoe.config import OFF
+from adaconvert.methods.adamoe.start import Start
 from adaconvert.methods.moefy.plan import target
 from adaconvert.methods.upcycle.experts import concat
 from adaconvert.planning.estimate import reference
@@ -45,7 +46,10 @@ class Nulling:
 
     def nulls_of(self, block: Mixture) -> NullExperts:
         """Return the null experts of a block."""
-        return replace(self.start.nulls, target=self.targets.get(block.layer))
+        target = self.targets.get(block.layer)
+        is_fitted = target is not None and self.digest is not None
+        real = None if is_fitted else self.start.real
+        return replace(self.start.nulls, target=target, start=real)
 
 
 def nulled_plan(

@@ -5,10 +5,13 @@ Letters: n real experts, M null ones, k experts per token of the source, K' slot
 
 from __future__ import annotations
 
+import math
+
 from adaconvert.arch.null_experts import NullExperts
 from adaconvert.methods.adamoe.base import Base
 from adaconvert.methods.adamoe.plan import Nulling
 from adaconvert.planning.ops import Exactness
+from adaconvert.units import human_bytes
 
 _EXACT = ("exact", "exact-fp32")
 
@@ -28,11 +31,31 @@ def exactness_of(nulling: Nulling) -> Exactness:
             "network, and the weights of those that run sum to 1",
         )
     why = (
-        f"{start.nulls.slots} slots cut groups of equal logits, which the null bias then decides"
+        _other_slots(nulling)
         if nulling.digest is None
-        else "tokens run fewer real experts than the source, as many as their blocks' shares say"
+        else "tokens run other numbers of real experts than in the source, on average those of "
+        "their blocks' shares"
     )
     return Exactness(kind="approximate", why=f"{why}; with null experts off it is the source")
+
+
+def _other_slots(nulling: Nulling) -> str:
+    """Return why a start with other slots than the exact one's is not the source."""
+    start, block = nulling.start, nulling.base.blocks[0]
+    slots, runs = start.nulls.slots, f"{start.real} real experts, {block.top_k} in the source"
+    if start.init == "bias":
+        return f"no null expert is chosen, so every token runs the best {runs}"
+    if start.real == block.top_k:
+        return (
+            f"{slots} slots cut a group of {start.copies} equal logits: every token runs its "
+            "source's experts as long as ties go to the real one, which rounding can undo"
+        )
+    if slots % start.copies:
+        return (
+            f"{slots} slots cut a group of {start.copies} equal logits, of which the real expert "
+            f"comes first: every token runs {runs}"
+        )
+    return f"{slots} slots hold groups of {start.copies} equal logits: every token runs {runs}"
 
 
 def _as_source(nulling: Nulling) -> Exactness:
@@ -77,8 +100,9 @@ def notes_of(nulling: Nulling, runtimes: str) -> list[str]:
         f"the null bias reaches {low:.4g} to {high:.4g} of the source's real-expert compute, "
         f"{low * block.top_k:.3g} to {high * block.top_k:.3g} real experts per token",
         *_target_notes(nulling),
+        *_fit_notes(nulling),
         *_kind_notes(nulls),
-        *_runtime_notes(runtimes),
+        *_runtime_notes(nulls, runtimes),
     ]
     return notes
 
@@ -87,8 +111,6 @@ def _runs(nulling: Nulling) -> str:
     start = nulling.start
     if nulling.digest is not None:
         return "biases found on text say how many real ones a token runs"
-    if start.real is None:
-        return "how many real ones a token runs depends on ties that the null bias breaks"
     return f"every token runs {start.real} real experts at the start"
 
 
@@ -98,8 +120,19 @@ def _target_notes(nulling: Nulling) -> list[str]:
     shares = sorted(set(nulling.targets.values()))
     said = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
     return [
-        f"the share of {said} is kept for `finetune`, and costs are stated at it; without --data "
-        "nothing is spent less yet"
+        f"the share of {said} is kept for `finetune`; without --data nothing is spent less yet, "
+        "and costs are stated as the start runs"
+    ]
+
+
+def _fit_notes(nulling: Nulling) -> list[str]:
+    """Return the memory that running the mixture on text takes."""
+    if nulling.digest is None:
+        return []
+    size = 4 * sum(math.prod(target.shape) for target in nulling.base.targets)
+    return [
+        f"setting biases on the text loads the whole mixture in float32: {human_bytes(size)} of "
+        "memory, which is not in the memory stated above"
     ]
 
 
@@ -109,14 +142,20 @@ def _kind_notes(nulls: NullExperts) -> list[str]:
     return [f"null experts of kind {nulls.kind} start at nothing and have to be trained"]
 
 
-def _runtime_notes(runtimes: str) -> list[str]:
+def _runtime_notes(nulls: NullExperts, runtimes: str) -> list[str]:
     found = [
         "LongCat-Flash's zero-computation experts cannot hold this exactly: they are identity "
         "experts of an architecture with other attention, other blocks and weights that are not "
         "renormalised"
     ]
-    if runtimes:
-        found.append(f"--materialize writes a stock mixture that saves nothing: {runtimes}")
+    if runtimes and nulls.weights == "selected" and not nulls.min_real:
+        found.append(f"--materialize writes this as a stock mixture that saves nothing: {runtimes}")
+    elif runtimes:
+        found.append(
+            "`adamoe SRC --materialize`, from the source, writes a stock mixture that saves "
+            f"nothing: {runtimes}; weights of the real experts alone, or a real expert in every "
+            "token, cannot be written as one later"
+        )
     return found
 
 

@@ -86,6 +86,54 @@ def test_unseen_text_spends_the_share(
     assert 0 < realised < 2 * max(wanted) + 0.5
 
 
+def measured(out: Path, source: Path, text: Path, tokens: int) -> tuple[int, int, float, bool]:
+    """Return the tokens that set the biases of a checkpoint and those they are measured on, what it
+    spends on the latter, mean over blocks, and whether those set nothing."""
+    from adaconvert.data.text import read_documents
+    from adaconvert.data.tokens import token_blocks
+
+    blocks = token_blocks(
+        read_documents(text), source, length=fit.LENGTH, max_tokens=tokens, spread=True
+    )
+    first, start = fit.parts_of(blocks)
+    model: Any = load_model(out)
+    with torch.no_grad(), model.account() as account:
+        for inputs in fit.batches(blocks, start, len(blocks)):
+            model(**inputs)
+    uses = [int(site.experts.sum()) / (2 * site.tokens) for site in account.sites.values()]
+    seen = int(blocks.weights[start:].sum())
+    assert {site.tokens for site in account.sites.values()} == {seen}
+    return int(blocks.weights[:first].sum()), seen, sum(uses) / len(uses), start > 0
+
+
+def test_what_is_reported_is_what_the_checkpoint_spends(
+    convert: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    out, result = convert("mixtral", target_compute=0.7)
+    found = measured(out, tmp_path / "mixtral", tmp_path / "text0.jsonl", 24_000)
+    used, seen, share, apart = found
+    assert apart
+    assert 0 < seen <= (used + seen) / 8
+    (sentence,) = result.found
+    assert f"give {share:.3f} of the source's real experts per token" in sentence
+    assert f"on {seen:,} tokens of it kept out of the setting, wanted 0.700" in sentence
+    assert "only" not in sentence
+
+
+def test_a_text_of_one_batch_reports_what_its_biases_give(
+    convert: Callable[..., tuple[Path, Any]], tmp_path: Path
+) -> None:
+    out, result = convert("mixtral", target_compute=0.7, data_tokens=400)
+    used, seen, share, apart = measured(out, tmp_path / "mixtral", tmp_path / "text0.jsonl", 400)
+    assert used == seen <= 400
+    assert not apart
+    assert abs(share - 0.7) <= 0.1
+    (sentence,) = result.found
+    assert f"give {share:.3f} of" in sentence
+    assert f"on {seen:,} tokens they were set on, wanted 0.700; only {used:,} tokens" in sentence
+    assert sentence.endswith("so other text may spend other shares: give 4,096 or more")
+
+
 def test_blocks_without_a_budget_keep_their_start(
     convert: Callable[..., tuple[Path, Any]],
 ) -> None:
@@ -124,6 +172,16 @@ def test_a_model_that_does_not_fit_is_refused(
     with pytest.raises(ResourceError, match="the mixture has to be loaded to set its biases"):
         convert("mixtral", target_compute=0.7)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_states_the_memory_of_the_run_on_text(tmp_path: Path) -> None:
+    source = make("mixtral", tmp_path / "mixtral", max_shard_size="1GB")
+    text = str(text_file(tmp_path, 0))
+    report = adaconvert.plan(source, method="adamoe", target_compute=0.7, data=text)
+    assert any("loads the whole mixture in float32" in note for note in report.notes)
+    assert (
+        report.counted == "2 blocks at 1.4 real experts, its target of 0.7, if its biases hold it"
+    )
 
 
 def test_a_missing_text_is_named_before_anything_is_written(

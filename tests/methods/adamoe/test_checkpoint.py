@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adaconvert
-from adaconvert.errors import InterruptedRunError, VerificationError
+from adaconvert.errors import InterruptedRunError, OptionError, VerificationError
 from adaconvert.methods.registry import method_of
 from adaconvert.methods.sources import open_source
 from adaconvert.modeling.loading import CODE_FILES, load_model
@@ -109,6 +109,7 @@ def test_config_states_the_contract(nulled: Make) -> None:
             "gain": 1.0,
             "min_real": 1,
             "target": 0.7,
+            "start": 2,
         },
     }
     # two experts of three matrices, and the router, in two blocks
@@ -270,14 +271,79 @@ def test_plan_says_what_can_be_reached(nulled: Make, tmp_path: Path) -> None:
     )
     notes = "\n".join(report.notes)
     assert "random logits would run 1.67" in notes
-    assert "the null bias reaches 0 to 2 of the source's real-expert compute" in notes
+    assert "the null bias reaches 0.5 to 2 of the source's real-expert compute" in notes
     assert "the share of 0.5 is kept for `finetune`" in notes
     assert "LongCat-Flash" in notes
     verdicts = {verdict.runtime: verdict.verdict for verdict in report.runtimes}
     assert verdicts["transformers 5"] == "right"
     exact = adaconvert.plan(tmp_path / "source", method="adamoe")
-    assert "--materialize writes a stock mixture" in "\n".join(exact.notes)
-    assert report.after.ffn_flops < exact.after.ffn_flops
+    assert "`adamoe SRC --materialize`, from the source, writes" in "\n".join(exact.notes)
+    # nothing is spent less before biases are fitted or trained; 4 null rows more in each router
+    assert report.after.ffn_flops - exact.after.ffn_flops == 2 * 2 * 4 * 32
+    line = "2 blocks at 2 real experts, what every token runs as made"
+    assert exact.counted == line
+    assert f"counted: {line}, not yet at its target of 0.5" in report.lines()
+    selected = adaconvert.plan(tmp_path / "source", method="adamoe", null_weights="selected")
+    assert "--materialize writes this as a stock mixture" in "\n".join(selected.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "real", "why"),
+    [
+        ({"null_init": "bias", "top_k": 4}, 4, "no null expert is chosen, so every token runs"),
+        ({"null_experts": 8, "top_k": 3}, 1, "3 slots hold groups of 3 equal logits"),
+        ({"null_experts": 8, "top_k": 7}, 3, "7 slots cut a group of 3 equal logits"),
+        ({"null_experts": 8, "top_k": 5}, 2, "as long as ties go to the real one"),
+    ],
+)
+def test_costs_are_those_the_start_spends(
+    options: dict[str, Any], real: int, why: str, nulled: Make
+) -> None:
+    out = nulled("mixtral", target_compute=0.8, **options)
+    record = json.loads((out / "adaconvert.json").read_text())
+    assert record["exactness"]["kind"] == "approximate"
+    assert why in record["exactness"]["why"]
+    assert record["verification"]["configured"]["real_experts"] == real
+    found = adaconvert.inspect(out)
+    # three matrices of 64 x 32 an expert, the router; null rows are counted apart
+    assert found.costs is not None
+    experts = 2 * 2 * real * 3 * 32 * 64
+    assert 0 <= found.costs.ffn_flops - experts < 2 * 2 * 32 * 17
+    words = f"counted       2 blocks at {real} real experts, what every token runs as made, not yet"
+    assert any(line.startswith(words) for line in found.lines())
+    config = json.loads((out / "config.json").read_text())
+    for site in config["adaptive"]["sites"].values():
+        del site["ffn"]["null"]["start"]
+    (out / "config.json").write_text(json.dumps(config))
+    later = adaconvert.inspect(out)
+    assert any("1.6 real experts, its target of 0.8, if its" in line for line in later.lines())
+
+
+def test_a_stock_form_in_16_bits_says_that_logits_can_tie(nulled: Make) -> None:
+    out = nulled("mixtral", {"dtype": "bfloat16"}, materialize=True)
+    exactness = json.loads((out / "adaconvert.json").read_text())["exactness"]
+    assert exactness["kind"] == "exact-fp32"
+    assert "logits of two experts can tie" in exactness["why"]
+
+
+@pytest.mark.parametrize("slots", [6, 7])
+def test_rows_that_are_still_copies_are_not_cut(slots: int, nulled: Make, tmp_path: Path) -> None:
+    out = nulled("mixtral", null_weights="selected", null_experts=8, top_k=slots)
+    (out / "adaconvert.json").unlink()
+    config = json.loads((out / "config.json").read_text())
+    stock = tmp_path / "stock"
+    if slots == 7:
+        with pytest.raises(OptionError, match="its 7 slots cut groups of 3 rows that are still"):
+            adaconvert.plan(out, method="adamoe", materialize=True)
+    for site in config["adaptive"]["sites"].values():
+        del site["ffn"]["null"]["start"]
+    (out / "config.json").write_text(json.dumps(config))
+    if slots == 6:
+        adaconvert.convert(out, destination=stock, method="adamoe", materialize=True)
+        return
+    with pytest.raises(OptionError, match="7 slots cut groups of 3 equal rows"):
+        adaconvert.convert(out, destination=stock, method="adamoe", materialize=True)
+    assert not stock.exists()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe", "olmoe", "deepseek_v2"])

@@ -89,6 +89,18 @@ def test_one_copy_is_as_good_as_several(convert: Convert, tmp_path: Path) -> Non
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
+def test_weights_of_all_selected_become_a_stock_form_later(
+    convert: Convert, tmp_path: Path
+) -> None:
+    out = convert("llama", experts=4, null_weights="selected")
+    record = record_of(out)
+    assert (record["options"]["min_real"], record["exactness"]["kind"]) == (0, "exact")
+    assert set(real_experts(out).tolist()) == {2}
+    stock = tmp_path / "stock"
+    adaconvert.convert(out, destination=stock, method="adamoe", materialize=True)
+    assert record_of(stock)["verification"]["relative_difference_below"] <= 1e-5
+
+
 def test_router_rows_and_their_copies_are_drawn_once(convert: Convert) -> None:
     out = convert("llama", experts=4, null_experts=8)
     held = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}

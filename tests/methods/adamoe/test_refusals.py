@@ -79,6 +79,12 @@ OF_MIXTURES = [
     ({"materialize": True, "null_init": "bias"}, "--null-init: does not go with --materialize"),
     ({"materialize": True, "min_real": 1}, "--min-real: does not go with --materialize"),
     ({"materialize": True, "target_compute": 0.5}, "--target-compute: does not go with"),
+    ({"materialize": True, "null_weights": "real"}, "--null-weights: does not go with"),
+    (
+        {"materialize": True, "top_k": 3},
+        "--top-k: does not go with --materialize: with other slots",
+    ),
+    ({"target_compute": 0.4, "min_real": 1}, "found 0.4. --min-real 0 allows 0 to 2"),
     ({"nul_experts": 4}, "adamoe: nul_experts: unknown option. Did you mean null_experts?"),
 ]
 OF_DENSE_MODELS = [
@@ -95,6 +101,18 @@ OF_DENSE_MODELS = [
     (
         {"router_init": "zeros", "target_compute": 0.5, "data": "text.txt"},
         "--router-init: does not go with --data: no bias can tell tokens apart by routers of zeros",
+    ),
+    (
+        {"via": "moefy", "materialize": True},
+        "--materialize: does not go with --via moefy: all experts of a split model run",
+    ),
+    (
+        {"router_init": "zeros", "materialize": True},
+        "--router-init: does not go with --materialize: all logits tie",
+    ),
+    (
+        {"experts": 4, "base_top_k": 4, "materialize": True},
+        "--materialize: every token runs all 4 experts of the source",
     ),
     ({"base_top_k": 9}, "--base-top-k: more experts per token than there are experts"),
     ({"target": "glm4_moe"}, "--target: "),
@@ -168,6 +186,11 @@ def test_a_split_model_gets_none(dense: Path, tmp_path: Path) -> None:
 def test_several_mixtures_do_not_become_one(mixture: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="takes one mixture; several sources are for dense"):
         adaconvert.convert(mixture, mixture, destination=tmp_path / "out", method="adamoe")
+
+
+def test_several_checkpoints_with_null_experts_do_not_become_one(nulled: Path) -> None:
+    with pytest.raises(OptionError, match="takes one checkpoint with null experts"):
+        adaconvert.plan(nulled, nulled, method="adamoe", materialize=True)
 
 
 @pytest.mark.parametrize(
