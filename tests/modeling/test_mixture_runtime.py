@@ -359,24 +359,6 @@ def test_targets_a_description_may_have(folders: Any, target: float | None) -> N
     assert adaptive_schema.read(config["adaptive"]) == config["adaptive"]
 
 
-@pytest.mark.parametrize(
-    ("family", "change", "message"),
-    [
-        ("qwen3_moe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
-        ("olmoe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
-        ("deepseek_v2", {"scaling": 3.5}, r"routed_scaling_factor \S+; its description says 3.5"),
-    ],
-)
-def test_weights_the_stock_router_does_not_give(
-    folders: Any, family: str, change: Any, message: str
-) -> None:
-    loaded = load_model(folders(family)[1])
-    site = next(iter(loaded.config.adaptive["sites"].values()))["ffn"]
-    site["mixture"] = {**site["mixture"], **change}
-    with pytest.raises(AdaptiveConfigError, match=message):
-        type(loaded)(loaded.config)
-
-
 def test_the_null_rule_is_of_mixtures_alone() -> None:
     with pytest.raises(AdaptiveConfigError, match="'null', known: all, top-k"):
         adaptive_schema.check_select("here", {"rule": "null"}, 4)

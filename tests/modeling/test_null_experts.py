@@ -338,3 +338,22 @@ def test_autocast(folders: Any, family: str) -> None:
         wanted = logits(source, ids)
     assert {int(n) for found in run.values() for n in torch.cat(found).unique()} == {2}
     assert error(got.float(), wanted.float()) <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_moe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
+        ("olmoe", {"combine": "all"}, "norm_topk_prob True; its description says False"),
+        ("deepseek_v2", {"scaling": 3.5}, r"routed_scaling_factor \S+; its description says 3.5"),
+    ],
+)
+def test_weights_the_stock_router_does_not_give(
+    tmp_path: Path, family: str, change: Any, message: str
+) -> None:
+    stock = tiny_models.make(family, tmp_path / "stock", max_shard_size="1GB")
+    loaded = load_model(make_nulled(stock, tmp_path / "nulled"))
+    site = next(iter(loaded.config.adaptive["sites"].values()))["ffn"]
+    site["mixture"] = {**site["mixture"], **change}
+    with pytest.raises(AdaptiveConfigError, match=message):
+        type(loaded)(loaded.config)
