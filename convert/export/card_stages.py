@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from adaconvert.export.card_text import code, is_hub_id, listed, plain
 from adaconvert.io import manifest
-from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
 
 #: routers that are no parameters of their own.
 _BARE: Final = frozenset({"gate", "oracle", "none"})
@@ -23,6 +22,18 @@ _TAGS: Final = {
 _VIA: Final = {"upcycle": "sparse-upcycling", "moefy": "moefication"}
 #: sources that are named one by one.
 _NAMED: Final = 4
+#: what a fine-tune records of routers -> its option, and what is no news.
+ROUTING: Final[Mapping[str, tuple[str, Any]]] = {
+    "balance": ("balance", None),
+    "kind": ("balance_kind", "loss"),
+    "rate": ("balance_rate", 1e-3),
+    "z_loss": ("z_loss", 0.0),
+    "regression": ("router_regression", 0.0),
+    "target": ("target_compute", None),
+    "layers": ("layer_budget", None),
+    "ramp": ("compute_ramp", None),
+    "null_rate": ("null_rate", 0.2),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,11 +313,10 @@ def _details(stage: Stage) -> Iterator[str]:
 def _routing(options: object) -> list[str]:
     """Return what a fine-tune was asked for of budgets and balance, where that is no default."""
     found = options if isinstance(options, dict) else {}
-    usual = Routing().to_json()
     return sorted(
         f"{name}={_short(found[key])}"
-        for name, key in ROUTING_OPTIONS.items()
-        if key in usual and found.get(key, usual[key]) != usual[key] and _is_told(found[key])
+        for key, (name, usual) in ROUTING.items()
+        if found.get(key, usual) != usual and _is_told(found[key])
     )
 
 

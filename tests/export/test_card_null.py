@@ -16,6 +16,7 @@ from adaconvert import api
 from adaconvert.export.card import render
 from adaconvert.export.card_classes import classes_of
 from adaconvert.export.card_classes_plot import plot_classes
+from adaconvert.export.card_stages import ROUTING
 from adaconvert.export.card_text import percent
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.card_file import CARD, CLASSES_PLOT, PLOT
@@ -25,6 +26,7 @@ from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import assert_whole
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.testing.writing import tree_digest
+from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
 from adaconvert.units import human_count
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -384,3 +386,9 @@ def test_other_cards_say_nothing_of_it(stages: Callable[[str], Path]) -> None:
         record, config = content(folder)
         assert classes_of(record) is None
         assert "runs every expert" in render(record, config) or name == "moefy"
+
+
+def test_what_is_told_of_routers_is_what_a_fine_tune_records() -> None:
+    options = {field: name for name, field in ROUTING_OPTIONS.items()}
+    recorded = {key: (options[key], value) for key, value in Routing().to_json().items()}
+    assert dict(ROUTING) == recorded
