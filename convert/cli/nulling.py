@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from adaconvert.cli.options import Decorator, apply, option, revision_option
+from adaconvert.cli.options import Decorator, apply, option, storage_but_dtype
 
 
 def adamoe_options() -> Decorator[Any]:
     """Return what decides the result of `adamoe`: null experts, budget, what is made first."""
-    return apply(*_NULLS, *_BUDGET, *_VIA, *_UPCYCLE, *_MOEFY, *_STORED)
+    return apply(*_NULLS, *_BUDGET, *_VIA, *_UPCYCLE, *_MOEFY, *storage_but_dtype())
 
 
 _NULLS = (
@@ -216,28 +216,5 @@ _MOEFY = (
         "--matrices",
         type=click.Choice(["auto", "gate", "up", "gate+up"]),
         help="As of moefy.",
-    ),
-)
-_STORED = (
-    option(
-        "output",
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="Largest file, such as 5GB or 500MiB.",
-    ),
-    revision_option(),
-    option(
-        "output",
-        "--keep-config",
-        multiple=True,
-        metavar="KEY",
-        help="Copy this key of the source's config.json too; may be repeated.",
-    ),
-    option(
-        "checks",
-        "--ignore-unindexed",
-        is_flag=True,
-        help="Leave out tensors the source's index does not list, and record it.",
     ),
 )

@@ -156,6 +156,11 @@ def plain_storage() -> tuple[Decorator[Any], ...]:
     return tuple(_STORED[i] for i in (1, 2, 4))
 
 
+def storage_but_dtype() -> tuple[Decorator[Any], ...]:
+    """Return every option for how a result is stored but its dtype."""
+    return _STORED[1:]
+
+
 _ROUTING = (
     option(
         "routing", "--experts", type=int, default=8, metavar="N", help="Routed experts per layer."

@@ -33,6 +33,24 @@ def documents(count: int, seed: int) -> list[str]:
     return list(found)
 
 
+def teach(folder: Path, sentences: int) -> None:
+    """Train the checkpoint in `folder` on its language, so that leaving parts out costs it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(1)
+    ids = [tokenizer(sentence(rng))["input_ids"][:24] for _ in range(sentences)]
+    data = torch.tensor([row for row in ids if len(row) == 24])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for batch in torch.split(data, 24):
+        optimiser.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimiser.step()
+    model.save_pretrained(folder)
+
+
 def table(folder: Path) -> dict[str, Any]:
     """Return `config.adaptive` of a checkpoint."""
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())["adaptive"]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adaconvert.api import convert
 from adaconvert.arch import registry
 from adaconvert.arch.mixture import Mixture, mixtures
 from adaconvert.io.source import Source
@@ -65,6 +66,12 @@ def make_mixture(name: str, folder: Path, *, seed: int = 1, dtype: str = "float3
     make(variant, folder, seed=seed, dtype=dtype, max_shard_size="1GB", **overrides)
     scale_routers(folder, SEEDS[seed])
     return folder
+
+
+def null(source: Path, out: Path, *, verify: bool = False, **options: Any) -> Path:
+    """Return `out`, now the source with null experts."""
+    convert(source, destination=out, method="adamoe", verify=verify, **options)
+    return out
 
 
 def scale_routers(folder: Path, factor: float) -> None:

@@ -183,11 +183,10 @@ class Routers:
     def _on_site(
         self, index: int, router: AdaptiveRouter, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        now = self._now
+        x, now = args[0] if args else kwargs["hidden_states"], self._now
         if now is None or x.shape[:-1].numel() != now.mask.numel():
             return None
-        select = current().select(router.path) or router.site.adaptive_spec["select"]
+        select = _select_of(router)
         routed = not runs_all(select, router.experts)
         if not routed and not self.settings.regression:
             return None
@@ -211,11 +210,10 @@ class Routers:
     def _on_nulls(
         self, index: int, router: NullRouter, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
-        now = self._now
+        x, now = args[0] if args else kwargs["hidden_states"], self._now
         if now is None or x.shape[:-1].numel() != now.mask.numel():
             return None
-        select = current().select(router.path) or router.site.adaptive_spec["select"]
+        select = _select_of(router)
         choice = choice_of(router, x, select)
         shape = (*now.mask.shape, -1)
         probabilities = choice.logits.softmax(dim=-1).reshape(shape)
@@ -372,3 +370,9 @@ class Routers:
                     for name in ("counts", "sums")
                 )
                 tallies.end.add(counts, sums)
+
+
+def _select_of(router: AdaptiveRouter | NullRouter) -> Mapping[str, Any]:
+    """Return how a router of the adaptive runtime chooses now."""
+    found: Mapping[str, Any] = current().select(router.path) or router.site.adaptive_spec["select"]
+    return found

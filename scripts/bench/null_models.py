@@ -157,17 +157,7 @@ class Models:
         )
 
     def _set_free(self, path: Path, target: float, text: str) -> None:
-        api.convert(
-            self.folder("base"),
-            destination=path,
-            method="adamoe",
-            null_experts=self.setup.nulls,
-            target_compute=target,
-            data=text,
-            data_tokens=self.setup.control_tokens,
-            seed=self.setup.seed,
-            verify=False,
-        )
+        self._start(path, target, {"data": text, "data_tokens": self.setup.control_tokens})
 
     def _tune(self, start: str, path: Path, stage: int, options: Mapping[str, Any]) -> None:
         """Tune a model in the first or second of the two stages."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from adaconvert import api
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
-from adaconvert.testing.calibrating import OPTIONS, documents, sentence
+from adaconvert.testing.calibrating import OPTIONS, documents, teach
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +25,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an adaptive model that knows the language, so that fewer neurons cost it something."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = tmp_path_factory.mktemp("trained")
     dense = tiny_models.make("llama", folder / "dense", max_shard_size="60KB")
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    rng = random.Random(1)
-    ids = [tokenizer(sentence(rng))["input_ids"][:24] for _ in range(1500)]
-    data = torch.tensor([row for row in ids if len(row) == 24])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for batch in data.split(24):
-        optimiser.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimiser.step()
-    model.save_pretrained(dense)
+    teach(dense, 1500)
     return make_adaptive(dense, folder / "adaptive", router="gate", experts=64)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.null_grid import STORED
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
-from adaconvert.testing.calibrating import OPTIONS, assert_whole, documents, sentence, table
+from adaconvert.testing.calibrating import OPTIONS, assert_whole, documents, table, teach
 from adaconvert.testing.null_by_hand import make_nulled
 
 SITES = [f"model.layers.{layer}.mlp" for layer in range(2)]
@@ -37,20 +36,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a mixture that knows the language, so that fewer experts cost it something."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = tiny_models.make("mixtral", tmp_path_factory.mktemp("trained") / "stock")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rng = random.Random(1)
-    ids = [tokenizer(sentence(rng))["input_ids"][:24] for _ in range(1200)]
-    data = torch.tensor([row for row in ids if len(row) == 24])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for batch in data.split(24):
-        optimiser.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimiser.step()
-    model.save_pretrained(folder)
+    teach(folder, 1200)
     return folder
 
 

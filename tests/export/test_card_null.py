@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -200,7 +201,20 @@ def test_every_line_of_the_example_runs(measured: Path, nulled: Path) -> None:
         model = load_model(folder)
         lines = text.splitlines()[1:]
         assert lines[-1] == "    model.generate(...)"
-        exec("\n".join([*lines[:-1], "    pass"]), {"model": model})
+        for line in lines[:-1]:
+            call(model, line.removeprefix("with ").split(":   #")[0])
+
+
+def call(model: Any, line: str) -> None:
+    """Call the method of the model that a line of code calls."""
+    (statement,) = ast.parse(line).body
+    assert isinstance(statement, ast.Expr)
+    assert isinstance(statement.value, ast.Call)
+    method = statement.value.func
+    assert isinstance(method, ast.Attribute)
+    assert ast.unparse(method.value) == "model"
+    given = {key.arg: ast.literal_eval(key.value) for key in statement.value.keywords}
+    getattr(model, method.attr)(*map(ast.literal_eval, statement.value.args), **given)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

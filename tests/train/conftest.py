@@ -11,6 +11,7 @@ import pytest
 
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
+from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.result import FinetuneResult
 from adaconvert.train.run import RunSettings, finetune
@@ -38,6 +39,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make("mixtral", tmp_path_factory.mktemp("stock") / "mixtral")
+
+
+@pytest.fixture(scope="module")
+def nulled(stock: Path) -> Path:
+    """Return the mixture with null experts."""
+    return make_nulled(stock, stock.parent / "nulled")
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from adaconvert.train import losses
 from adaconvert.train.config import Sparsity
 from adaconvert.train.sparsify import Meter
 
+EPS = torch.finfo(torch.float32).eps
+
 
 def test_square_hoyer_ranges_from_one_neuron_to_all() -> None:
     a = torch.tensor([[0.0, 3.0, 0.0, 0.0], [2.0, 2.0, -2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
@@ -63,7 +65,7 @@ def test_penalty_adds_the_gradient_of_its_definition(penalty: str, norm: str, ma
     mean = (values * real).sum() / real.sum()
     ((a**2).sum() + 0.3 * 0.5 / 2 * mean).backward()
     # the same float32 operations, added in another order
-    torch.testing.assert_close(found, z.grad, rtol=1e-6, atol=1e-7)
+    assert (found - z.grad).norm() <= 4 * EPS * z.grad.norm()
     value, (zeros,), _ = meter.drain(1)
     assert value == pytest.approx(0.5 * float(mean.detach()), rel=1e-6)
     share = ((a == 0).float().mean(-1).flatten() * real).sum() / real.sum()

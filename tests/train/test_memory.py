@@ -17,6 +17,7 @@ from adaconvert.methods.sources import open_source
 from adaconvert.modeling import stock_experts
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.kept import kept_bytes
 from adaconvert.train.checkpoints import ResumableTrainer
 from adaconvert.train.checks import is_usable
 from adaconvert.train.config import FinetuneConfig
@@ -104,20 +105,11 @@ def test_activations_are_estimated(family: str, tmp_path: Path) -> None:
         estimate = need_of(load_model(folder, device_map="meta"), config).activations
         model: Any = load_model(folder).float().train()
         stock_experts.use(model)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def keep(value: Any) -> Any:
-            if value.untyped_storage().data_ptr() not in weights:
-                kept[value.untyped_storage().data_ptr()] = value
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        with kept_bytes(model) as kept:
             logits = model(input_ids=torch.zeros(2, 64, dtype=torch.long), use_cache=False).logits
-    real = sum(value.untyped_storage().nbytes() for value in kept.values())
     logit_bytes = 4 * logits.numel() * 4
     # counted in bfloat16, where norms keep a float32 copy that float32 does not need
-    assert 0.9 * real <= estimate - logit_bytes <= 1.6 * real
+    assert 0.9 * kept.total <= estimate - logit_bytes <= 1.6 * kept.total
 
 
 def test_frozen_parameters_keep_no_state_and_no_wide_copy(

@@ -46,16 +46,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(first), str(second)
 
 
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make("mixtral", tmp_path_factory.mktemp("stock") / "mixtral")
-
-
-@pytest.fixture(scope="module")
-def nulled(stock: Path) -> Path:
-    return make_nulled(stock, stock.parent / "nulled")
-
-
 @pytest.fixture
 def train(tune: Tune, texts: tuple[str, str]) -> Tune:
     """Return what fine-tunes on one text and measures on the other."""

@@ -10,21 +10,10 @@ from typing import Any
 import pytest
 
 from adaconvert.errors import OptionError
-from adaconvert.testing import tiny_models
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.make("mixtral", tmp_path_factory.mktemp("stock") / "mixtral")
-
-
-@pytest.fixture(scope="module")
-def nulled(stock: Path) -> Path:
-    return make_nulled(stock, stock.parent / "nulled")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from adaconvert.layerwise.quiet import quiet
 from adaconvert.modeling import stock_experts
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.kept import kept_bytes
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.train.budgets import Budgets, realised
 from adaconvert.train.config import FinetuneConfig
@@ -334,15 +335,6 @@ def test_activations_are_estimated_at_what_the_budget_lets_run(init: str, tmp_pa
         estimate = need_of(load_model(folder, device_map="meta"), config).activations
         model: Any = load_model(folder).float().train()
         stock_experts.use(model)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def keep(value: Any) -> Any:
-            if value.untyped_storage().data_ptr() not in weights:
-                kept[value.untyped_storage().data_ptr()] = value
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        with kept_bytes(model) as kept:
             logits = model(input_ids=ids_of(2, 64), use_cache=False).logits
-    real = sum(value.untyped_storage().nbytes() for value in kept.values())
-    assert 0.9 * real <= estimate - 4 * logits.numel() * 4 <= 1.6 * real
+    assert 0.9 * kept.total <= estimate - 4 * logits.numel() * 4 <= 1.6 * kept.total

@@ -18,6 +18,8 @@ from adaconvert.train.routing import Routers
 from adaconvert.train.routing_config import Routing
 from adaconvert.train.routing_sites import expert_norms, find_routers
 
+EPS = torch.finfo(torch.float32).eps
+
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "flex_olmo", "glm4_moe", "dots1"]
 BOTH = Routing(balance=0.3, z_loss=0.2)
 
@@ -90,7 +92,7 @@ def test_gradients_are_those_of_the_losses_written_out(mixtral: Path) -> None:
     assert set(found) == set(expected)
     for name in expected:
         # the same float32 numbers, added in another order
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+        assert (found[name] - expected[name]).norm() <= 16 * EPS * expected[name].norm(), name
     values, layers = watch.drain(1)
     assert sum(factor * values[name] for name, factor in (("balance", 0.3), ("z", 0.2))) == (
         pytest.approx(float(penalty.detach() / 2), rel=1e-6)
@@ -124,7 +126,7 @@ def test_padding_is_neither_balanced_nor_counted(family: str, tmp_path: Path) ->
     assert {layer.tokens for layer in layers} == {16}
     for name in padded:
         # attention over other lengths sums in another order
-        torch.testing.assert_close(padded[name], alone[name], rtol=1e-4, atol=1e-6)
+        assert (padded[name] - alone[name]).norm() <= 64 * EPS * alone[name].norm(), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])

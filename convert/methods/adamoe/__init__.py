@@ -86,14 +86,14 @@ def _check_source(item: Described) -> None:
 def _base(config: AdamoeConfig, described: Sequence[Described]) -> Base:
     if not described[0].spec.num_experts:
         return from_dense(config, described)
-    if len(described) > 1:
-        raise OptionError(
-            "takes one mixture; several sources are for dense models",
-            where="SRC",
-            expected=1,
-            found=len(described),
-        )
+    _check_one(described, "takes one mixture; several sources are for dense models")
     return stock(config, described[0])
+
+
+def _check_one(described: Sequence[Described], message: str) -> None:
+    """Refuse several sources."""
+    if len(described) > 1:
+        raise OptionError(message, where="SRC", expected=1, found=len(described))
 
 
 def _documents(config: AdamoeConfig, base: Base) -> Documents | None:
@@ -228,13 +228,7 @@ def _prepared(
 def _prepare_nulled(config: AdamoeConfig, described: Sequence[Described]) -> Prepared:
     """Return the run that writes a checkpoint with null experts as a stock mixture."""
     item = described[0]
-    if len(described) > 1:
-        raise OptionError(
-            "takes one checkpoint with null experts",
-            where="SRC",
-            expected=1,
-            found=len(described),
-        )
+    _check_one(described, "takes one checkpoint with null experts")
     if not config.materialize:
         raise SourceError(
             "has null experts already",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-import adaconvert
 from adaconvert.arch.mixture import RENORM, Mixture
 from adaconvert.evaluate.compute import estimated
 from adaconvert.io.source import Source
@@ -24,30 +23,12 @@ from adaconvert.testing.mixtures_by_case import (
     blocks_of,
     gates_of,
     logits_of,
-    make_mixture,
+    null,
 )
 
 EPS = torch.finfo(torch.float32).eps
 
 Sources = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Return what makes a tiny mixture by name, seed and dtype, its routers scaled."""
-    root = tmp_path_factory.mktemp("mixtures")
-
-    def source(name: str, seed: int = 1, dtype: str = "float32") -> Path:
-        folder = root / f"{name}-{seed}-{dtype}"
-        return folder if folder.exists() else make_mixture(name, folder, seed=seed, dtype=dtype)
-
-    return source
-
-
-def null(source: Path, out: Path, *, verify: bool = False, **options: object) -> Path:
-    """Return `out`, now the source with null experts."""
-    adaconvert.convert(source, destination=out, method="adamoe", verify=verify, **options)
-    return out
 
 
 def by_rule(

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import adaconvert
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.mixtures_by_case import (
     CASES,
@@ -31,7 +30,7 @@ from adaconvert.testing.mixtures_by_case import (
     blocks_of,
     gates_of,
     logits_of,
-    make_mixture,
+    null,
     stock,
 )
 
@@ -40,24 +39,6 @@ NAMES = [pytest.param(n, marks=pytest.mark.smoke if n in SMOKE else ()) for n in
 EPS = torch.finfo(torch.float32).eps
 BF16 = torch.finfo(torch.bfloat16).eps
 Sources = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Return what makes a tiny mixture by name, seed and dtype, its routers scaled."""
-    root = tmp_path_factory.mktemp("mixtures")
-
-    def source(name: str, seed: int = 1, dtype: str = "float32") -> Path:
-        folder = root / f"{name}-{seed}-{dtype}"
-        return folder if folder.exists() else make_mixture(name, folder, seed=seed, dtype=dtype)
-
-    return source
-
-
-def null(source: Path, out: Path, *, verify: bool = False, **options: object) -> Path:
-    """Return `out`, now the source with null experts."""
-    adaconvert.convert(source, destination=out, method="adamoe", verify=verify, **options)
-    return out
 
 
 @pytest.mark.parametrize("seed", SEEDS)
