@@ -35,12 +35,17 @@ class Runtime:
 
     Attributes:
         knobs: selections that override the configuration's, set for the model.
-        sites: paths of the feed-forward networks; without any, passes make no call.
+        sites: paths of what chooses experts.
+        adapted: paths of the linears with routed adapters; without these and sites, passes make no
+            call.
+        adapters: selection that overrides the configuration's at them, None for none.
     """
 
     def __init__(self) -> None:
         self.knobs: Knobs = {}
         self.sites: tuple[str, ...] = ()
+        self.adapted: tuple[str, ...] = ()
+        self.adapters: Mapping[str, Any] | None = None
 
     @contextmanager
     def overridden(self, knobs: Knobs) -> Iterator[None]:
@@ -81,6 +86,7 @@ class Runtime:
             knobs=override[1] if override and override[0] == id(self) else self.knobs,
             account=watch.get("account"),
             collected=watch.get("collected", {}),
+            adapters=self.adapters,
         )
         if call.account is not None and isinstance(given, Tensor):
             _count_tokens(call, config, given, mask, cached)
@@ -110,7 +116,7 @@ def forward_of(stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self.adaptive_runtime
-        if not runtime.sites or current().owner is runtime:
+        if not (runtime.sites or runtime.adapted) or current().owner is runtime:
             return stock(self, *args, **kwargs)
         inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
         with entered(runtime.call(self.config, inputs, training=self.training)):

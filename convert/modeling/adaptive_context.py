@@ -25,7 +25,8 @@ class SiteAccount:
     """What one site did, summed over the passes counted.
 
     Attributes:
-        slot: "ffn", or "linear" for a network in place of a projection.
+        slot: "ffn", "linear" for a network in place of a projection, or "adapters" for those of a
+            linear, where a neuron is an adapter.
         tokens: tokens that reached the site, padding not counted.
         routed_tokens: those of them that a router looked at; with every expert on none runs.
         neurons: (token, neuron) pairs that were selected, always-on neurons included.
@@ -105,8 +106,8 @@ class Account:
 
     def flops_per_token(self) -> dict[str, float]:
         """Return routed FLOPs per token: "ffn" (selected neurons of feed-forward networks),
-        "linear" (those of networks in place of projections), "router" (routers and full gates) and
-        "total" (these, the other projections, attention and head)."""
+        "linear" (those of networks in place of projections), "adapters" (selected ones), "router"
+        (routers and full gates) and "total" (these, the other projections, attention and head)."""
         tokens = max(self.tokens, 1)
         ideal = self._by_slot("ideal_flops")
         routed = sum(site.routed_flops for site in self.sites.values()) / tokens
@@ -122,7 +123,7 @@ class Account:
 
     def _by_slot(self, what: str) -> dict[str, float]:
         """Return a sum over the sites of each slot, per token."""
-        found = dict.fromkeys(("ffn", "linear"), 0.0)
+        found = dict.fromkeys(("ffn", "linear", "adapters"), 0.0)
         for site in self.sites.values():
             found[site.slot] += getattr(site, what) / max(self.tokens, 1)
         return found
@@ -133,7 +134,7 @@ class Account:
         whole = self.reference["flops_per_token"]
         converted = self.reference["ffn_flops_per_token"]
         converted += self.reference.get("linear_flops_per_token", 0)
-        routed = flops["ffn"] + flops["linear"] + flops["router"]
+        routed = flops["ffn"] + flops["linear"] + flops["adapters"] + flops["router"]
         return float((whole - converted + routed) / whole)
 
 
@@ -149,6 +150,7 @@ class Call:
         account: who counts, None for nobody.
         collected: what -> site path -> list of tensors; empty when nobody collects.
         recomputing: this is the second run of a checkpointed segment.
+        adapters: selection that overrides the config's at every linear with routed adapters.
     """
 
     owner: object = None
@@ -158,6 +160,7 @@ class Call:
     account: Account | None = None
     collected: Mapping[str, dict[str, list[Tensor]]] = field(default_factory=dict)
     recomputing: bool = False
+    adapters: Mapping[str, Any] | None = None
 
     def select(self, path: str) -> Mapping[str, Any] | None:
         """Return the selection that overrides the config's at a site, None for none."""

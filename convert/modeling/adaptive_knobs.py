@@ -18,8 +18,8 @@ SLACK = 1e-9
 class Setting:
     """Knobs that were just set; as a context manager it puts back what was there before."""
 
-    def __init__(self, runtime: Any, before: Knobs) -> None:
-        self._runtime, self._before = runtime, before
+    def __init__(self, runtime: Any, before: Knobs, adapters: Select | None) -> None:
+        self._runtime, self._before = runtime, (before, adapters)
 
     def __enter__(self) -> Setting:
         return self
@@ -30,7 +30,7 @@ class Setting:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._runtime.knobs = self._before
+        self._runtime.knobs, self._runtime.adapters = self._before
 
 
 def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:

@@ -16,6 +16,14 @@ A "linear" slot holds {"mlp": ...} where a two-layer network split into experts 
 module's matrix; it is described as an "ffn" is, with the width of its `output` and which of its
 two layers have a `bias`.
 
+Or it holds {"adapters", "router", "select"}: E routed adapters beside the matrix.
+
+    adapters: {kind: "lora", count, rank, share: None | "a", scaling: number | [E], input, output}
+              {kind: "ia3", count, on: "input" | "output", input, output}
+    router:   {kind: "none"}: uniform gates; or {kind: "linear", reads: "module" | "layer" |
+              "shared", of: path of the linear that holds it, input: its width, score, norm, scale}
+    select:   {rule, k | p, renormalize}
+
 An "ffn" site may be a sparse block of a mixture with null experts: then `mixture` says where its
 router and experts are and how it weighs them, `null` what is beside them, and the rules are "null"
 (the configuration's decision; `bias` in place of the stored one), "all" (the source's decision) and
@@ -148,7 +156,10 @@ def _check_site(path: str, slots: Mapping[str, Any]) -> None:
             check_mixture(f"{where}.ffn", slots["ffn"])
     linear = slots.get("linear")
     if isinstance(linear, Mapping) and "mlp" in linear:
+        _check_keys(f"{where}.linear", linear, {"mlp"})
         _check_mlp(f"{where}.linear.mlp", linear["mlp"])
+    elif isinstance(linear, Mapping):
+        check_adapters(f"{where}.linear", linear)
 
 
 _EXPERTS = {
@@ -294,3 +305,84 @@ def _check_whole(where: str, found: Any, most: int | None, *, least: int = 1) ->
     if not is_whole or found < least or (most is not None and found > most):
         limit = f"{least} or more" if most is None else f"{least} to {most}"
         raise AdaptiveConfigError(f"{where} is {found!r}, expected {limit}")
+
+
+#: rule of routed adapters -> the name of its value.
+GATE_RULES: Mapping[str, str | None] = {
+    "soft": None,
+    "uniform": None,
+    "sigmoid": None,
+    "top-k": "k",
+    "top-p": "p",
+}
+_ADAPTERS = {
+    "lora": {"kind", "count", "rank", "share", "scaling", "input", "output"},
+    "ia3": {"kind", "count", "on", "input", "output"},
+}
+_ROUTER = {"kind", "reads", "of", "input", "score", "norm", "scale"}
+_ROUTER_CHOICES = {
+    "reads": ("module", "layer", "shared"),
+    "score": ("dot", "abs"),
+    "norm": ("none", "layernorm"),
+}
+
+
+def check_adapters(where: str, slot: Mapping[str, Any]) -> None:
+    """Refuse routed adapters that mean nothing.
+
+    Args:
+        where: named in the message.
+        slot: the "linear" slot of a site.
+
+    Raises:
+        AdaptiveConfigError: a key is missing or unknown, or a value is out of range.
+    """
+    _check_keys(where, slot, {"adapters", "router", "select"})
+    try:
+        adapters, router, select = slot["adapters"], slot["router"], slot["select"]
+        kind, count = adapters["kind"], adapters["count"]
+        _check_keys(f"{where}.adapters", adapters, _ADAPTERS.get(kind, set()))
+        sizes = [count, *(adapters[name] for name in ("input", "output"))]
+        sizes += [adapters["rank"]] if kind == "lora" else []
+        on = adapters["on"] if kind == "ia3" else "input"
+        names = [] if router["kind"] == "none" else [(n, router[n]) for n in _ROUTER_CHOICES]
+        shared = router["of"] if router["kind"] == "linear" and router["reads"] != "module" else ""
+    except (KeyError, TypeError) as error:
+        raise AdaptiveConfigError(f"{where} lacks {error}") from None
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    if not whole or on not in ("input", "output") or not isinstance(shared, str):
+        raise AdaptiveConfigError(f"{where}.adapters has sizes {sizes}, on {on!r}")
+    _check_keys(f"{where}.router", router, _ROUTER)
+    if router["kind"] not in ("none", "linear"):
+        raise AdaptiveConfigError(f"{where}.router.kind is {router['kind']!r}")
+    for name, value in names:
+        if value not in _ROUTER_CHOICES[name]:
+            known = ", ".join(_ROUTER_CHOICES[name])
+            raise AdaptiveConfigError(f"{where}.router.{name} is {value!r}, known: {known}")
+    check_gates(f"{where}.select", select, count)
+
+
+def check_gates(where: str, select: Mapping[str, Any], count: int) -> None:
+    """Refuse a selection of routed adapters that means nothing.
+
+    Args:
+        where: named in the message.
+        select: {"rule", its value, "renormalize"}.
+        count: adapters of the linear.
+
+    Raises:
+        AdaptiveConfigError: unknown rule, or its value is missing or out of range.
+    """
+    rule = str(select.get("rule"))
+    if rule not in GATE_RULES:
+        raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(GATE_RULES)}")
+    name = GATE_RULES[rule]
+    _check_keys(where, select, {"rule", "renormalize", *([name] if name else [])})
+    if name is None:
+        return
+    value, most = select.get(name), count if name == "k" else 1
+    kinds = (int,) if name == "k" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+        raise AdaptiveConfigError(
+            f"{where}: {rule} needs {name} above 0, at most {most}: {value!r}"
+        )

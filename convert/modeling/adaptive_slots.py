@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from .adaptive_ffn import AdaptiveFFN
+from .adaptive_linear import AdaptiveLinear
 from .adaptive_mixed import mixed_class
 from .adaptive_mixture import AdaptiveMixture
 from .adaptive_projection import AdaptiveProjection
@@ -26,7 +27,8 @@ SLOTS: dict[str, type[nn.Module]] = {"linear": AdaptiveProjection, "ffn": Adapti
 
 
 def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str, nn.Module]:
-    """Fill the sites of a stock model; return path -> module of those that choose experts.
+    """Fill the sites of a stock model; return path -> module of those that choose experts or have
+    routed adapters.
 
     Args:
         model: the stock model.
@@ -48,15 +50,22 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
             module = _module(model, own)
             if slot not in SLOTS:
                 raise AdaptiveConfigError(f"site {path!r}: this code cannot fill slot {slot!r}")
-            chosen = AdaptiveMixture if "mixture" in slots[slot] else SLOTS[slot]
+            chosen = _class_for(slot, slots[slot])
             stock = getattr(chosen, "adaptive_stock", type(module))
             module.__class__ = mixed_class(chosen, stock)
             module.adaptive_init(path, slots[slot])  # type: ignore[operator]
-            if isinstance(module, SITES):
+            if isinstance(module, (*SITES, AdaptiveLinear)):
                 found[path] = module
             if slot == "ffn":
                 _name_down(model, module, slots[slot].get("down_path"), inside if bare else "")
     return found
+
+
+def _class_for(slot: str, spec: Mapping[str, Any]) -> type[nn.Module]:
+    """Return the class that fills a slot."""
+    if "mixture" in spec:
+        return AdaptiveMixture
+    return AdaptiveLinear if "adapters" in spec else SLOTS[slot]
 
 
 def _name_down(model: nn.Module, site: nn.Module, path: str | None, outside: str) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 PREFIX = "adaptive_"
 #: the files of this package that a checkpoint carries to load without adaconvert.
 CODE_FILES = (
+    "adaptive_adapted.py",
+    "adaptive_adapters.py",
     "adaptive_batch.py",
     "adaptive_calls.py",
     "adaptive_compiled.py",
@@ -27,6 +29,7 @@ CODE_FILES = (
     "adaptive_inductor.py",
     "adaptive_knobs.py",
     "adaptive_layout.py",
+    "adaptive_linear.py",
     "adaptive_many.py",
     "adaptive_masks.py",
     "adaptive_mixed.py",

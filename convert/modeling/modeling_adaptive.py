@@ -23,12 +23,15 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from .adaptive_adapted import AdaptedMixin, init_adapters
+from .adaptive_adapters import RoutedAdapters
 from .adaptive_calls import AdaptiveBackbone, Runtime, forward_of
 from .adaptive_context import Account, checkpointed
 from .adaptive_costs import static_costs
 from .adaptive_execution import prepare
 from .adaptive_ffn import AdaptiveFFN
 from .adaptive_knobs import Knobs, Setting, knobs_for
+from .adaptive_linear import AdaptiveLinear
 from .adaptive_mixed import mixed_class
 from .adaptive_mixture import AdaptiveMixture
 from .adaptive_null import NullExperts
@@ -54,12 +57,12 @@ _AUTO = {
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "Model": "AutoModel",
 }
-_COLLECTED = {"router_scores", "experts_run", "decisions"}
+_COLLECTED = {"router_scores", "experts_run", "decisions", "adapter_logits"}
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 
 
-class AdaptiveMixin:
+class AdaptiveMixin(AdaptedMixin):
     """What every adaptive model can do besides what its stock class can."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,10 +77,14 @@ class AdaptiveMixin:
             return
         adaptive = read(config.adaptive)
         own: Any = self
-        sites = fill(own, adaptive, own.base_model_prefix)
+        filled = fill(own, adaptive, own.base_model_prefix)
+        adapted = {p: site for p, site in filled.items() if isinstance(site, AdaptiveLinear)}
+        sites = {path: site for path, site in filled.items() if path not in adapted}
         self.adaptive_runtime.sites = tuple(sites)
+        self.adaptive_runtime.adapted = tuple(adapted)
         self._share_runtime()
-        drop_plans(own, [path for path, site in sites.items() if site.adaptive_slot == "linear"])
+        drop_plans(own, [path for path, site in filled.items() if site.adaptive_slot == "linear"])
+        self._fill_adapters(adapted)
         for module in sites.values():
             assert isinstance(module, SITES)
             mixture = isinstance(module, AdaptiveMixture)
@@ -141,10 +148,10 @@ class AdaptiveMixin:
             ValueError: unknown rule, site or value.
         """
         runtime = self.adaptive_runtime
-        before = runtime.knobs
+        before = (runtime.knobs, runtime.adapters)
         if rule is None:
             runtime.knobs = {}
-            return Setting(runtime, before)
+            return Setting(runtime, *before)
         select = {"rule": rule, **value}
         unknown = sorted(set(sites or ()) - set(self._adaptive_sites))
         if unknown:
@@ -159,9 +166,9 @@ class AdaptiveMixin:
                 f"{rule} takes {RULES[rule] or 'no value'}, not {sorted(value)}"
             )
         runtime.knobs = (
-            {"*": select} if sites is None else {**before, **dict.fromkeys(sites, select)}
+            {"*": select} if sites is None else {**before[0], **dict.fromkeys(sites, select)}
         )
-        return Setting(runtime, before)
+        return Setting(runtime, *before)
 
     def set_compute(self, compute: float | None) -> Setting:
         """Spend at most this fraction of the reference's FLOPs per token from now on.
@@ -175,10 +182,10 @@ class AdaptiveMixin:
             ValueError: out of reach; the message gives the range.
         """
         runtime = self.adaptive_runtime
-        before = runtime.knobs
+        before = (runtime.knobs, runtime.adapters)
         adaptive = self.config.adaptive  # type: ignore[attr-defined]
         runtime.knobs = {} if compute is None else knobs_for(adaptive, compute)
-        return Setting(runtime, before)
+        return Setting(runtime, *before)
 
     def prepare_decoding(self, *, in_place: bool = False) -> int:
         """Lay matrices out so that decoding one sequence on the CPU reads only chosen neurons.
@@ -207,7 +214,8 @@ class AdaptiveMixin:
 
         "router_scores": [T, E] of the real tokens, with their gradients; of mixtures with null
         experts the margins, [T, J]. Of these alone "experts_run": [T] how many real experts the
-        real tokens run, and "decisions": the `Decision` on all tokens, padding as well.
+        real tokens run, and "decisions": the `Decision` on all tokens, padding as well. Of linears
+        with routed adapters "adapter_logits": [T, E] of the real tokens, by the site of the router.
 
         Yields:
             path -> list, one entry per pass; of several names, name -> path -> list.
@@ -240,6 +248,7 @@ class AdaptiveMixin:
                 raise AdaptiveConfigError(
                     f"{path} was replaced while loading; its experts are lost"
                 )
+        model._check_adapters()
         return (model, info) if wanted else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,6 +262,8 @@ class AdaptiveMixin:
             for added in (module.bias, module.scale, module.value):
                 if added is not None:
                     init.zeros_(added)
+        elif isinstance(module, RoutedAdapters):
+            init_adapters(module)
         elif isinstance(module, AdaptiveFFN) and hasattr(module, "neuron_order"):
             order: Any = module.neuron_order
             init.copy_(order, torch.arange(order.numel(), dtype=order.dtype))
