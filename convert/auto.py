@@ -2,18 +2,22 @@
 
 No code of a checkpoint runs then, and `trust_remote_code` is not needed. It also makes
 `experts_implementation="adaconvert"` known to transformers, which runs the experts of stock
-mixture-of-experts models, in training and generation, by `adaconvert.kernels`. Importing twice is
-harmless.
+mixture-of-experts models, in training and generation, by `adaconvert.kernels`. Where peft is
+installed, adapter folders of the type MOLORA load by its and transformers' own functions. Importing
+twice is harmless.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import transformers
 
 from adaconvert.arch.registry import FAMILIES
+from adaconvert.errors import ResourceError
 from adaconvert.modeling import modeling_adaptive, stock_experts
 from adaconvert.modeling.configuration_adaptive import made_config
 from adaconvert.modeling.stock_experts import EXPERTS
@@ -31,11 +35,24 @@ _AUTO_CLASSES = (
 
 
 def register() -> None:
-    """Register the adaptive classes of every dense family, and the experts implementation."""
+    """Register the adaptive classes of every dense family, the experts implementation, and the PEFT
+    method of routed adapters."""
     stock_experts.register()
+    if importlib.util.find_spec("peft") is not None:
+        _register_adapters()
     for family in FAMILIES.values():
         for architecture in family.architectures:
             _register(architecture)
+
+
+def _register_adapters() -> None:
+    from adaconvert.adapters.register import register as register_method
+
+    try:
+        register_method()
+    except ResourceError as error:
+        # everything else works with any PEFT
+        warnings.warn(str(error), stacklevel=2)
 
 
 def _register(architecture: str) -> None:

@@ -19,10 +19,12 @@ from adaconvert.export.adaptive import code_files
 from adaconvert.export.card import write_card
 from adaconvert.export.card_facts import facts_of
 from adaconvert.io import aux_files, manifest
+from adaconvert.io.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
+from adaconvert.methods.molora.taken import Taken, standing_sources
 from adaconvert.methods.planned import PlainPlan, Planned, Prepared
 from adaconvert.methods.registry import Method, make_config, method_of, prepare
 from adaconvert.methods.sources import (
@@ -38,7 +40,7 @@ from adaconvert.planning.digest import run_digest
 from adaconvert.planning.execute import Execution, execute
 from adaconvert.planning.ops import Plan
 from adaconvert.proof import checked, found_complete, probe_of
-from adaconvert.reports import ConversionResult, PlanReport
+from adaconvert.reports import ConversionResult, PlanReport, target_costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,21 +158,25 @@ def run(
     sources: Sequence[str], method: str, options: Mapping[str, object], settings: RunSettings
 ) -> ConversionResult:
     """Return once the destination is committed; see `api.convert` for the errors."""
+    with standing_sources(sources, method, options, settings.revision) as taken:
+        return _run(taken, method, settings)
+
+
+def _run(taken: Taken, method: str, settings: RunSettings) -> ConversionResult:
+    """Return once the destination is committed, of sources that are checkpoints."""
     cap = parse_size(settings.max_shard_size)
     memory = None if settings.memory is None else parse_size(settings.memory, "--memory")
     prepared = prepare_run(
-        sources,
+        taken.sources,
         method,
-        options,
-        settings.revision,
+        taken.options,
+        taken.revision,
         settings.keep_config,
         settings.ignore_unindexed,
     )
     planned = prepared.planned
     opened = [d.source for d in planned.described]
-    layouts = aligned(
-        layout_shards(planned.plan.targets, cap), planned.plan, [s.tensors for s in opened]
-    )
+    layouts = aligned(_layouts(planned, cap), planned.plan, [s.tensors for s in opened])
     report = PlanReport.of(planned, cap)
     digest = run_digest(planned.plan, cap)
     probe = probe_of(settings.probe, opened[0].root) if settings.verify else None
@@ -187,6 +193,7 @@ def run(
             probe=probe,
             memory=memory,
             progress=settings.progress,
+            base=taken.base,
         )
         return ConversionResult(
             destination=settings.destination,
@@ -196,7 +203,7 @@ def run(
         )
     with Staging.open(
         settings.destination,
-        sources=[source.root for source in opened],
+        sources=[*(source.root for source in opened), *taken.folders],
         overwrite=settings.overwrite,
         resume=settings.resume,
         plan_digest=_session(digest, opened),
@@ -233,10 +240,15 @@ def run(
                 memory=memory,
                 progress=settings.progress,
                 name=settings.destination.name,
+                base=taken.base,
             )
         record["verification"] = proven.record() if proven else None
-        record["history"] = manifest.histories_of(_places(opened), done.sources)
-        record["card"] = facts_of(opened, staging.path)
+        record["history"] = manifest.histories_of(
+            _places(opened, taken),
+            # a folder of adapters stands for more than its own weights
+            None if taken.folders else done.sources,
+        )
+        record["card"] = facts_of(opened, staging.path, after=_costs(planned))
         record = write_card(staging, record)
         for source in opened:
             source.assert_unchanged()
@@ -280,9 +292,25 @@ def _facts(plan: Plan, cap: int, sources: Sequence[Source]) -> dict[str, object]
     }
 
 
-def _places(sources: Sequence[Source]) -> list[tuple[Path, str]]:
-    """Return folder and label of each source."""
-    return [(source.root, source.label) for source in sources]
+def _layouts(planned: Planned, cap: int) -> tuple[ShardLayout, ...]:
+    """Return the shards of the result; PEFT reads one file of a name of its own."""
+    if planned.folder is None:
+        return layout_shards(planned.plan.targets, cap)
+    (only,) = layout_shards(planned.plan.targets, None)
+    return (replace(only, file=ADAPTER_WEIGHTS),)
+
+
+def _costs(planned: Planned) -> dict[str, int] | None:
+    """Return what a PEFT folder costs with its base; None where the result says so itself."""
+    if planned.folder is None:
+        return None
+    return target_costs(planned).to_json()
+
+
+def _places(sources: Sequence[Source], taken: Taken) -> list[tuple[Path, str]]:
+    """Return folder and label of each source; of adapters, that of the adapters."""
+    folders = taken.folders or tuple(source.root for source in sources)
+    return [(folder, source.label) for folder, source in zip(folders, sources, strict=True)]
 
 
 def _hashes(done: Execution) -> dict[str, str]:
@@ -297,12 +325,16 @@ def _write_side_files(
     layouts: Sequence[ShardLayout],
 ) -> None:
     """Write every file beside the weights: those of the first source byte for byte, then our
-    own."""
+    own; beside adapters their configuration alone."""
+    if planned.folder is not None:
+        own = {ADAPTER_CONFIG: _json(planned.folder.complete(config)), **planned.files}
+        for name, content in own.items():
+            staging.write_file(name, content)
+        return
     source = planned.described[0].source
     for name in aux_files.classify(source).copied:
         staging.copy_file(name, source.path(name))
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-    own = {"config.json": text.encode(), **planned.files}
+    own = {"config.json": _json(config), **planned.files}
     if isinstance(config.get("adaptive"), dict):
         own |= code_files()
     for name, content in own.items():
@@ -310,6 +342,10 @@ def _write_side_files(
     index = index_json(layouts)
     if index is not None:
         staging.write_file("model.safetensors.index.json", index)
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
 def _manifest(

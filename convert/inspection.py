@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
+from adaconvert.arch.adapters import LORA, adapted
 from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.calibration import stale_reasons, table_of
@@ -83,7 +84,8 @@ def _family_line(spec: ModelSpec | None) -> str:
         return "not a model adaconvert can describe"
     experts = f", {spec.num_experts} experts top-{spec.top_k}" if spec.num_experts else ", dense"
     if spec.adaptive is not None:
-        experts = f", adaptive: {_nulled_text(spec) or _split_text(spec)}"
+        found = [_nulled_text(spec) or _split_text(spec), _adapted_text(spec)]
+        experts = f", adaptive: {'; '.join(filter(None, found)) or 'nothing is split'}"
     tied = ", tied embeddings" if spec.traits.tied else ""
     return f"{spec.model_type} ({spec.architecture}){experts}{tied}"
 
@@ -106,13 +108,31 @@ def _nulled_text(spec: ModelSpec) -> str:
     )
 
 
+def _adapted_text(spec: ModelSpec) -> str:
+    """Return what routed adapters an adaptive checkpoint has, as on the first linear; "" when it
+    has none."""
+    assert spec.adaptive is not None
+    slots = [slot for _, slot in adapted(stock_spec(spec), spec.adaptive)]
+    if not slots:
+        return ""
+    adapters, router, select = (slots[0][part] for part in ("adapters", "router", "select"))
+    is_low_rank = adapters["kind"] == LORA
+    what = f"LoRA of rank {adapters['rank']}" if is_low_rank else "vectors that scale (ia3)"
+    reads = {"module": "a router each", "layer": "a router a block", "shared": "one router"}
+    routed = reads[router["reads"]] if router["kind"] != "none" else "no router"
+    return (
+        f"{adapters['count']} {what} on {len(slots)} linears, weighed by {select['rule']}, {routed}"
+    )
+
+
 def _split_text(spec: ModelSpec) -> str:
-    """Return how many networks of an adaptive checkpoint are split, and how the first one is."""
+    """Return how many networks of an adaptive checkpoint are split, and how the first one is; ""
+    when none is."""
     assert spec.adaptive is not None
     found = [partition for _, partition in sites_of(spec, spec.adaptive)]
     replaced = _replaced_text(spec)
     if not found:
-        return replaced or "nothing is split"
+        return replaced
     first = found[0]
     numbers = [f"{value:g}" for value in first.select.values() if isinstance(value, int | float)]
     rule = " ".join([str(first.select.get("rule")), *numbers])

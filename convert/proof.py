@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ from adaconvert.io.digest import DigestPool
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.io.writer import parse_size
+from adaconvert.methods.molora.adapter_source import is_adapter_folder, open_adapters
+from adaconvert.methods.molora.parts import holds_adapters
+from adaconvert.methods.molora.taken import standing_sources
+from adaconvert.methods.molora.view import viewed
 from adaconvert.methods.registry import method_of
 from adaconvert.methods.sources import Described, open_source
 from adaconvert.planning.ops import Plan
@@ -37,6 +42,7 @@ def found_complete(
     probe: Probe | None,
     memory: int | None,
     progress: bool,
+    base: str | None = None,
 ) -> tuple[str, ...]:
     """Return what is said of an output that an earlier run completed, once it is checked.
 
@@ -53,7 +59,8 @@ def found_complete(
             hint="Replace it with --overwrite.",
         )
     if not verify:
-        found = check(folder, record, sources=sources, plan=plan)
+        adapters = open_adapters(folder).source if is_adapter_folder(folder) else None
+        found = check(folder, record, sources=sources, plan=plan, adapters=adapters)
         if found.problems:
             raise VerificationError(found.problems[0].line(), where=where)
         return ("an earlier run completed it; every byte is as written",)
@@ -72,6 +79,7 @@ def found_complete(
         memory=memory,
         progress=progress,
         name=where,
+        base=base,
     )
     return ("an earlier run completed it", *report.lines())
 
@@ -108,28 +116,79 @@ def checked(
     memory: int | None,
     progress: bool,
     name: str,
+    base: str | None = None,
 ) -> VerificationReport:
     """Return the verification of a checkpoint that keeps its promise.
+
+    Args:
+        sources: what it was made of.
+        folder: the checkpoint, or a PEFT folder.
+        record: content of its adaconvert.json.
+        plan: it was made by, None where that is not known.
+        probe: tokens to compare on, None for the shipped text.
+        memory: bytes the comparison may take.
+        progress: show a progress bar.
+        name: of the folder in messages.
+        base: of a PEFT folder, where its base is; None for the first source, unless that holds
+            adapters itself.
 
     Raises:
         VerificationError: it does not; the report is attached.
     """
     from adaconvert.verification.report import verify_checkpoint
 
-    report = verify_checkpoint(
-        [source.root for source in sources],
-        folder,
-        manifest=record,
-        memory=memory,
-        probe=probe,
-        progress=progress,
-        plan=plan,
-    )
+    if is_adapter_folder(folder):
+        report = _checked_adapters(
+            sources, folder, record, plan, probe, memory, progress, base=base
+        )
+    else:
+        report = verify_checkpoint(
+            [source.root for source in sources],
+            folder,
+            manifest=record,
+            memory=memory,
+            probe=probe,
+            progress=progress,
+            plan=plan,
+        )
     if not report.ok:
         error = VerificationError(report.problem(), where=name)
         error.report = report
         raise error
     return report
+
+
+def _checked_adapters(
+    sources: Sequence[Source],
+    folder: Path,
+    record: Mapping[str, object],
+    plan: Plan | None,
+    probe: Probe | None,
+    memory: int | None,
+    progress: bool,
+    *,
+    base: str | None,
+) -> VerificationReport:
+    """Return the verification of a PEFT folder, on its base where that is at hand."""
+    from adaconvert.verification.adapters import verify_adapters
+
+    opened = open_adapters(folder).source
+    if base is None and not holds_adapters(sources[0].config):
+        base = str(sources[0].root)
+    with ExitStack() as stack:
+        view = None
+        if base is not None:
+            view = stack.enter_context(viewed(folder, base=base)).root
+        return verify_adapters(
+            sources,
+            opened,
+            view,
+            manifest=record,
+            memory=memory,
+            probe=probe,
+            progress=progress,
+            plan=plan,
+        )
 
 
 def verify_existing(
@@ -151,21 +210,24 @@ def verify_existing(
             "is no folder", where=escape(target), hint="Name the converted checkpoint last."
         )
     record = manifest.read(folder)
-    described = [
-        open_source(source, revision=revision, ignore_unindexed=True) for source in sources
-    ]
-    opened = [item.source for item in described]
-    _check_made_of(record, opened, folder.resolve().name)
-    return checked(
-        opened,
-        folder,
-        record,
-        _planned_again(record, described),
-        probe=probe_of(probe, opened[0].root),
-        memory=size,
-        progress=progress,
-        name=folder.resolve().name,
-    )
+    with standing_sources(sources, str(record["method"]), {}, revision) as taken:
+        described = [
+            open_source(source, revision=taken.revision, ignore_unindexed=True)
+            for source in taken.sources
+        ]
+        opened = [item.source for item in described]
+        _check_made_of(record, opened, folder.resolve().name)
+        return checked(
+            opened,
+            folder,
+            record,
+            _planned_again(record, described),
+            probe=probe_of(probe, opened[0].root),
+            memory=size,
+            progress=progress,
+            name=folder.resolve().name,
+            base=taken.base,
+        )
 
 
 def _check_made_of(record: Mapping[str, object], sources: Sequence[Source], name: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaconvert.arch.base import RuntimeVerdict
+from adaconvert.arch.base import ModelSpec, RuntimeVerdict
 from adaconvert.arch.registry import FAMILIES, describe
 from adaconvert.io import aux_files
 from adaconvert.io.layout import PAGE
@@ -62,7 +62,6 @@ class PlanReport:
         """Return the report of a planned run."""
         plan = planned.plan
         spec, source = planned.described[0].spec, planned.described[0].source
-        target = describe(plan.config, {tensor.name for tensor in plan.targets})
         layouts = layout_shards(plan.targets, parse_size(max_shard_size))
         return cls(
             method=plan.method,
@@ -74,11 +73,11 @@ class PlanReport:
             disk=sum(layout.nbytes + PAGE for layout in layouts),
             memory=BASE_MEMORY + working_memory(plan),
             before=costs(spec, {n: r.dtype for n, r in source.tensors.items()}),
-            after=costs(target, {t.name: t.dtype for t in plan.targets}),
+            after=target_costs(planned),
             runtimes=_verdicts(planned),
             notes=(*plan.notes, *_source_notes(planned)),
             digest=run_digest(plan, parse_size(max_shard_size)),
-            counted=counted(target),
+            counted=counted(_target(planned)),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -119,6 +118,22 @@ class PlanReport:
         return rows
 
 
+def _target(planned: Planned) -> ModelSpec:
+    """Return what the result is: of a PEFT folder, its base with the adapters."""
+    folder = planned.folder
+    if folder is not None:
+        return describe(folder.target, folder.dtypes)
+    return describe(planned.plan.config, {tensor.name for tensor in planned.plan.targets})
+
+
+def target_costs(planned: Planned) -> Costs:
+    """Return the costs of the result; of a PEFT folder, with its base."""
+    folder = planned.folder
+    if folder is not None:
+        return costs(_target(planned), folder.dtypes)
+    return costs(_target(planned), {t.name: t.dtype for t in planned.plan.targets})
+
+
 def _verdicts(planned: Planned) -> tuple[RuntimeVerdict, ...]:
     """Return the verdicts; a result that is not the dense model is compared with itself."""
     found = planned.runtimes
@@ -143,12 +158,14 @@ def _source_notes(planned: Planned) -> list[str]:
         if item.spec.adaptive is not None:
             # what makes it adaptive is undone or made anew, which goes without saying
             found = [note for note in found if "dropped auto_map" not in note]
-        left = left_behind(item)
+        left = {} if planned.folder is not None else left_behind(item)
         found += [f"{name} is not copied: {why}" for name, why in left.items() if name != CARD]
-        keys = _keys_left(item, planned.plan.config)
+        keys = _keys_left(item, planned.plan.config) if planned.folder is None else []
         if keys:
             found.append(f"config keys not carried over (see --keep-config): {', '.join(keys)}")
         notes += [f"{label}: {note}" for note in found]
+    if planned.folder is not None:
+        return notes
     copied = aux_files.classify(planned.described[0].source).copied
     return notes + differing_files(planned.described, copied)
 

@@ -1,6 +1,6 @@
 """Trains one LoRA adapter with PEFT and transformers' Trainer, as people do without adaconvert.
 
-    python scripts/train_lora.py MODEL OUT --data a.jsonl [--data b.jsonl ...] --tokens 65536 --rank 16
+    python scripts/train_lora.py MODEL OUT --data a.jsonl [--data b.jsonl ...] --tokens 65536
 
 Documents are packed into sequences of --seq-len tokens, taken from the texts in turn and in a
 seeded order. OUT is a PEFT adapter folder; OUT/training.json tells what it was trained on.

@@ -24,12 +24,18 @@ ALLOWED: dict[str, set[str]] = {
     "arch": {"io"},
     "planning": {"io", "arch"},
     "modeling": {"kernels"},
-    "auto": {"arch", "kernels", "modeling"},
+    # the PEFT method of routed adapters
+    "adapters": {"io", "modeling"},
+    "auto": {"adapters", "arch", "kernels", "modeling"},
     "clustering": set(),
     "layerwise": {"io", "arch", "modeling"},
     "data": {"io", "layerwise"},
     "evaluate": {"io", "arch", "planning", "data", "layerwise", "modeling", "export"},
-    "methods": {"io", "arch", "planning", "layerwise", "modeling", "clustering", "data"},
+    "methods": {
+        *("io", "arch", "planning", "layerwise", "modeling", "clustering", "data"),
+        # the fingerprint of the base of adapters
+        "adapters",
+    },
     "verification": {"io", "arch", "planning", "layerwise", "modeling"},
     "reports": {"io", "arch", "planning", "methods"},
     "train": {
@@ -52,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     # the classes that check the options of a verb, and nothing that runs one
     "recipe": {"io", "methods", "evaluate", "train", "export", "recipes"},
     "running": {
-        *("io", "planning", "data", "layerwise", "modeling", "methods"),
+        *("io", "arch", "planning", "data", "layerwise", "modeling", "methods"),
         *("recipe", "train", "reports", "conversion"),
     },
     "cli": {"api", "recipe"},
@@ -62,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {
         *("io", "arch", "planning", "layerwise", "methods", "verification"),
         *("export", "reports", "inspection", "conversion", "api", "modeling", "data", "running"),
+        "adapters",
     },
     "kernels": set(),
     "recipes": set(),

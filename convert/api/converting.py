@@ -51,7 +51,8 @@ def convert(
             them.
         progress: show progress bars on a terminal.
         options: the method's own options: fields of `methods.upcycle.config.UpcycleConfig`,
-            `methods.moefy.config.MoefyConfig` or `methods.adamoe.config.AdamoeConfig`.
+            `methods.moefy.config.MoefyConfig`, `methods.adamoe.config.AdamoeConfig` or
+            `methods.molora.config.MoloraOptions`.
 
     Raises:
         OptionError: an option is wrong or the method does not support the source (exit code 2).
@@ -107,25 +108,40 @@ def plan(
     Args and errors as for `convert`.
     """
     from adaconvert.conversion import prepare_run
+    from adaconvert.methods.molora.taken import standing_sources
     from adaconvert.stage_one import Stages
 
     if method == "d2dmoe":
         # stage 1 leaves the shapes as they are
         options = {**Stages.of(options).rest}
-    prepared = prepare_run(
-        [str(s) for s in sources], method, options, revision, keep_config, ignore_unindexed
-    )
-    return PlanReport.of(prepared.planned, max_shard_size)
+    with standing_sources([str(s) for s in sources], method, options, revision) as taken:
+        prepared = prepare_run(
+            taken.sources, method, taken.options, taken.revision, keep_config, ignore_unindexed
+        )
+        return PlanReport.of(prepared.planned, max_shard_size)
 
 
-def inspect(source: PathLike, *, revision: str | None = None) -> Inspection:
+def inspect(
+    source: PathLike, *, revision: str | None = None, base: PathLike | None = None
+) -> Inspection:
     """Return what a checkpoint is: family, sizes, costs, dtypes, ties and problems; reads no
-    weights.
+    weights. An adapter folder of PEFT is looked at on its base.
+
+    Args:
+        source: folder, hub-cache snapshot or hub id.
+        revision: branch, tag or commit of a hub id.
+        base: folder or hub id of the model an adapter folder is for; what that names itself when
+            None.
 
     Raises:
+        OptionError: `base` does not go with `source` (2).
         SourceError: it cannot be read as a checkpoint at all (3).
     """
-    return inspect_source(str(source), revision=revision)
+    from adaconvert.methods.molora.view import standing
+
+    under = None if base is None else str(base)
+    with standing(str(source), base=under, revision=revision) as (found, view):
+        return inspect_source(found, revision=revision if view is None else None)
 
 
 def verify(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.api.paths import PathLike
 
 if TYPE_CHECKING:
     from adaconvert.evaluate.calibration_result import CalibrationResult
+    from adaconvert.evaluate.options import EvaluateOptions
     from adaconvert.evaluate.report import Evaluation
 
 
-def evaluate(checkpoint: PathLike, **options: Any) -> Evaluation:
+def evaluate(checkpoint: PathLike, *, base: PathLike | None = None, **options: Any) -> Evaluation:
     """Return how good a checkpoint is and what it costs; its weights are not changed.
 
     Args:
-        checkpoint: folder, hub-cache snapshot or hub id; adaptive, Mixture-of-Experts or dense.
+        checkpoint: folder, hub-cache snapshot or hub id; adaptive, Mixture-of-Experts or dense, or
+            a PEFT folder of routed adapters or of a LoRA.
+        base: folder or hub id of the model a PEFT folder is for; what that names itself when None.
         options: fields of `adaconvert.evaluate.options.EvaluateOptions`.
 
     Raises:
@@ -27,8 +33,30 @@ def evaluate(checkpoint: PathLike, **options: Any) -> Evaluation:
     """
     from adaconvert.evaluate.options import EvaluateOptions
     from adaconvert.evaluate.run import evaluate_checkpoint
+    from adaconvert.methods.molora.view import standing
 
-    return evaluate_checkpoint(str(checkpoint), EvaluateOptions(**options))
+    asked = EvaluateOptions(**options)
+    asked.check()
+    under, where = None if base is None else str(base), str(checkpoint)
+    with (
+        standing(where, base=under, revision=asked.revision) as (found, view),
+        _reference(asked) as compared,
+    ):
+        revision = asked.revision if view is None else None
+        settled = replace(asked, reference=compared, revision=revision)
+        return evaluate_checkpoint(found, settled, kept_in=where)
+
+
+@contextmanager
+def _reference(options: EvaluateOptions) -> Iterator[str | None]:
+    """Yield the checkpoint to compare with; an adapter folder as a checkpoint."""
+    from adaconvert.methods.molora.view import standing
+
+    if options.reference is None:
+        yield None
+        return
+    with standing(str(options.reference)) as (found, _):
+        yield found
 
 
 def calibrate(
@@ -62,6 +90,8 @@ def calibrate(
     """
     from adaconvert.evaluate.calibration import calibrate as run
     from adaconvert.evaluate.calibration_settings import CalibrationSettings
+    from adaconvert.methods.molora.adapter_source import refuse_adapters
 
+    refuse_adapters(checkpoint)
     settings = CalibrationSettings.of([str(where) for where in data], options)
     return run(checkpoint, settings, destination=destination, overwrite=overwrite)

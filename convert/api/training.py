@@ -20,6 +20,7 @@ def finetune(
     destination: PathLike,
     *,
     data: PathLike | Sequence[PathLike],
+    base: PathLike | None = None,
     overwrite: bool = False,
     resume: bool = False,
     device: str = "auto",
@@ -37,9 +38,11 @@ def finetune(
     Under torchrun or `accelerate launch` every process calls it; the first alone writes.
 
     Args:
-        source: checkpoint of a causal language model: dense, native mixture or adaptive.
+        source: checkpoint of a causal language model: dense, native mixture or adaptive; or a PEFT
+            folder of routed adapters or of a LoRA, of which adapters and routers are trained.
         destination: folder that must not exist, or be empty, unless `overwrite`.
         data: one text or several, each as "FILE" or "FILE,WEIGHT".
+        base: folder or hub id of the model a PEFT folder is for; what that names itself when None.
         overwrite: replace a folder adaconvert wrote.
         resume: go on from the last complete checkpoint of an interrupted run.
         device: "auto", "cpu" or an accelerator such as "cuda".
@@ -73,6 +76,7 @@ def finetune(
     config = FinetuneConfig.of([str(where) for where in sources], options)
     settings = RunSettings(
         destination=Path(destination),
+        base=None if base is None else str(base),
         overwrite=overwrite,
         resume=resume,
         device=device,

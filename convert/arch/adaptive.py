@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from adaconvert.arch import null_experts, registry
+from adaconvert.arch.adapters import adapter_tensors
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict, TensorSpec
 from adaconvert.arch.projections import replaced_tensors
 from adaconvert.arch.sites import FfnSite, ffn_site
@@ -258,6 +259,7 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
     ]
     for mixture, nulls in null_experts.nulled(spec, adaptive):
         own += null_experts.tensors(spec, mixture, nulls)
+    own += adapter_tensors(spec, adaptive)
     return replace(spec, tensors=(*replaced_tensors(spec, adaptive), *own), adaptive=adaptive)
 
 

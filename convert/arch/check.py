@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adaconvert.arch import expressions, registry, values
+from adaconvert.arch.adapters import ADAPTER_ROLES
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.family import Family, Template
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, WEIGHT_DTYPES
@@ -17,7 +18,10 @@ from adaconvert.io.names import escape
 
 #: tensors of adaptive checkpoints whose dtype is not that of the model.
 _OWN_ROLES = frozenset(
-    {"router", "neuron_order", "projection_router", "null_bias", "null_scale", "null_value"}
+    {
+        *("router", "neuron_order", "projection_router", "null_bias", "null_scale", "null_value"),
+        *ADAPTER_ROLES,
+    }
 )
 #: names given in full before the rest is only counted.
 _SHOWN = 5

@@ -138,11 +138,13 @@ class Site:
         path: of the module in memory; {p} stands for the family's prefix.
         stored: what a tensor of that module is called by on disk.
         children: role -> child module that holds the matrix.
+        attention: role of a projection -> its path in memory.
     """
 
     path: str
     stored: str
     children: Mapping[str, str]
+    attention: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +183,8 @@ class Family:
         model_type: key in config.json.
         stem: what the names of its transformers classes begin with.
         site: where its feed-forward modules lie; None where the names of `up` say it.
+        order: roles of a block's linears in the order of the modules in memory; empty when that of
+            its tensors is the same.
         routing: how its sparse blocks choose experts; None for a dense family.
         kind: "decoder", "encoder" or "vision".
         architectures: supported class -> flags it sets; the first is assumed when none is named.
@@ -217,3 +221,4 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     site: Site | None = None
     routing: Routing | None = None
+    order: tuple[str, ...] = ()

@@ -60,7 +60,8 @@ def data_options() -> options.Decorator[Any]:
     "checkpoint",
     cls=Argument,
     metavar="CKPT",
-    describe="Checkpoint folder or hub id: adaptive, Mixture-of-Experts or dense.",
+    describe="Checkpoint folder or hub id: adaptive, Mixture-of-Experts or dense; or an adapter "
+    "folder of PEFT.",
 )
 @data_options()
 @option(
@@ -94,6 +95,7 @@ def data_options() -> options.Decorator[Any]:
     "of its own.",
 )
 @option("tasks", "--task-limit", type=int, metavar="N", help="Documents of each task.")
+@options.base_option()
 @option("run", "--device", metavar="NAME", help="Default: an accelerator if there is one.")
 @option(
     "run",

@@ -345,7 +345,8 @@ def _router_options() -> options.Decorator[Any]:
     "source",
     cls=Argument,
     metavar="CKPT",
-    describe="Checkpoint folder or hub id: dense, Mixture-of-Experts or adaptive.",
+    describe="Checkpoint folder or hub id: dense, Mixture-of-Experts or adaptive; or an adapter "
+    "folder of PEFT.",
 )
 @options.destination_argument("Folder to write; must not exist yet, or be empty.")
 @_data_options()
@@ -360,7 +361,8 @@ def _router_options() -> options.Decorator[Any]:
 def finetune(source: str, destination: str, as_json: bool, **settings: Any) -> None:
     """Tune a dense, mixture or adaptive checkpoint briefly on text.
 
-    The result is a checkpoint of the same kind, under the same names and in the same dtype. With
+    The result is a checkpoint of the same kind, under the same names and in the same dtype; of an
+    adapter folder, whose adapters and routers are trained, such a folder. With
     --activation and --sparsity this is stage 1 of D2DMoE: the same command without them gives the
     dense model tuned on the same tokens with the same schedule, to compare with. DST appears whole
     or not at all. On several devices or machines: torchrun -m adaconvert finetune ...

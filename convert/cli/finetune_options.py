@@ -214,6 +214,7 @@ def run_options() -> options.Decorator[Any]:
             metavar="SIZE",
             help="Largest file, such as 5GB or 500MiB.",
         ),
+        options.base_option(),
         options.revision_option(),
         options.json_option(),
     )

@@ -43,11 +43,17 @@ from adaconvert.cli.settings import begin, verbosity_options
     metavar="N",
     help="Tokens of it to run the model on.",
 )
+@options.base_option()
 @options.revision_option()
 @options.json_option()
 @verbosity_options
 def inspect(
-    source: str, revision: str | None, activations: bool, as_json: bool, **text: Any
+    source: str,
+    revision: str | None,
+    base: str | None,
+    activations: bool,
+    as_json: bool,
+    **text: Any,
 ) -> None:
     """Say what a checkpoint is.
 
@@ -59,11 +65,13 @@ def inspect(
         raise click.UsageError("--activations and --data go together.")
     if activations and revision is not None:
         raise click.UsageError("--revision does nothing with --activations.")
+    if activations and base is not None:
+        raise click.UsageError("--base does nothing with --activations.")
     heard = begin(versions.COMPUTING if activations else versions.READING)
     from adaconvert import api
 
     if not activations:
-        output.show(api.inspect(source, revision=revision), as_json=as_json)
+        output.show(api.inspect(source, revision=revision, base=base), as_json=as_json)
         return
     report = api.inspect_activations(
         source,

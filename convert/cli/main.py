@@ -47,6 +47,11 @@ VERBS = {
         attribute="adamoe",
         summary="Let easy tokens run fewer experts, by null experts beside the real ones.",
     ),
+    "molora": Verb(
+        module="adaconvert.cli.molora",
+        attribute="molora",
+        summary="Put a mixture of low-rank adapters beside the linears of a model.",
+    ),
     "unmoefy": Verb(
         module="adaconvert.cli.unmoefy",
         attribute="unmoefy",

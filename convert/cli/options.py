@@ -75,6 +75,16 @@ def revision_option() -> Decorator[Any]:
     return option("output", "--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
 
 
+def base_option() -> Decorator[Any]:
+    """Return the option that says where the base of an adapter folder is."""
+    return option(
+        "output",
+        "--base",
+        metavar="SRC",
+        help="Of an adapter folder: the model it is for. Default: what it names itself.",
+    )
+
+
 def run_options(*, hidden: bool = False) -> Decorator[Any]:
     """Return what decides how a conversion runs and what is checked, but not what comes out.
 

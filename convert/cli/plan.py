@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import nulling, options, output, splitting, versions
+from adaconvert.cli import adapting, nulling, options, output, splitting, versions
 from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
@@ -31,6 +31,11 @@ METHODS = {
         module="adaconvert.cli.plan",
         attribute="plan_adamoe",
         summary="Plan null experts beside those of a mixture.",
+    ),
+    "molora": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_molora",
+        summary="Plan a mixture of low-rank adapters beside the linears of a model.",
     ),
 }
 _RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
@@ -112,6 +117,32 @@ def plan_adamoe(sources: tuple[str, ...], as_json: bool, **settings: Any) -> Non
 
     report = api.plan(*_without_destination(sources), method="adamoe", **settings)
     output.show(report, as_json=as_json)
+
+
+@click.command("molora", cls=Command)
+@adapting.source_argument()
+@click.argument(
+    "destination",
+    cls=Argument,
+    metavar="[DST]",
+    required=False,
+    describe="Accepted, so that the arguments of `molora` can stand; it is not looked at.",
+)
+@adapting.molora_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_molora(source: str, destination: str | None, as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert molora`, with the same arguments.
+
+    Options that only matter to the run itself are accepted too and do not change the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    output.show(api.plan(source, method="molora", **settings), as_json=as_json)
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:

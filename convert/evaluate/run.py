@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 
 
-def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation:
+def evaluate_checkpoint(
+    checkpoint: str, options: EvaluateOptions, *, kept_in: str | None = None
+) -> Evaluation:
     """Return quality, cost and speed of a checkpoint at every setting asked for.
 
     Args:
         checkpoint: folder, hub-cache snapshot or hub id; adaptive, Mixture-of-Experts or dense.
         options: what to measure.
+        kept_in: folder whose manifest and card keep the results where that is asked for; that of
+            the checkpoint when None.
 
     Raises:
         OptionError: options that do not fit together or the model (exit code 2).
@@ -44,8 +48,9 @@ def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation
     options.check()
     if options.out is not None:
         check_report(Path(options.out))
+    recorded = kept_in or checkpoint
     if options.record:
-        check_recordable(checkpoint)
+        check_recordable(recorded)
     settings = settings_of(options.set_compute, options.select)
     tasks = find_tasks(options.tasks, options.task_limit) if options.tasks else None
     device = options.chosen_device()
@@ -70,7 +75,7 @@ def evaluate_checkpoint(checkpoint: str, options: EvaluateOptions) -> Evaluation
     )
     if options.out is not None:
         write_report(Path(options.out), evaluation.to_json())
-    if options.record and not keep(checkpoint, evaluation):
+    if options.record and not keep(recorded, evaluation):
         kept = "README.md was edited and stays as it is; adaconvert.json has the results"
         evaluation = replace(evaluation, notes=(*evaluation.notes, kept))
     return evaluation

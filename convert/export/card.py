@@ -6,6 +6,7 @@ Nothing else enters it, so that it can be made again from the folder at any time
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
 from adaconvert.export import (
+    card_adapters,
     card_calibration,
     card_classes,
     card_proof,
@@ -33,6 +35,7 @@ from adaconvert.export.card_stages import (
 )
 from adaconvert.export.card_text import is_hub_id, yaml_text
 from adaconvert.export.card_told import Told
+from adaconvert.io.adapter_files import ADAPTER_CONFIG
 from adaconvert.io.card_file import CARD, CLASSES_PLOT, MARKER, PLOT, RECIPE
 from adaconvert.io.commit import Staging
 from adaconvert.io.regular import read_text
@@ -81,13 +84,14 @@ def card_files(folder: Path, record: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the card of an output and the drawing beside it, by file name.
 
     Args:
-        folder: holds its config.json, and the recipe if there is one.
+        folder: holds its config.json or adapter_config.json, and the recipe if there is one.
         record: content of its adaconvert.json.
 
     Raises:
         SourceError: config.json is missing or damaged.
     """
-    config = load_object(folder / CONFIG_FILE, CONFIG_FILE, MAX_CONFIG_BYTES)
+    name = CONFIG_FILE if os.path.lexists(folder / CONFIG_FILE) else ADAPTER_CONFIG
+    config = load_object(folder / name, name, MAX_CONFIG_BYTES)
     # as it will be read back: keys in their order in the file
     read = json.loads(json.dumps(record, sort_keys=True))
     told = told_of(read, config, _recipe(folder))
@@ -141,7 +145,7 @@ def _text(told: Told) -> str:
         MARKER,
         f"# {title(told.stages, name if isinstance(name, str) else None)}",
         "",
-        card_sections.intro(told),
+        card_adapters.intro(told) if told.is_adapter else card_sections.intro(told),
         "",
         card_sections.class_line(told),
         "",
@@ -152,7 +156,7 @@ def _text(told: Told) -> str:
         *card_proof.quality(told),
         *card_classes.section(told.classes),
         *([] if told.calibration is None else card_calibration.section(told.calibration)),
-        *card_sections.loading(told),
+        *(card_adapters.loading(told) if told.is_adapter else card_sections.loading(told)),
         *card_sections.using(told),
         *card_sections.runtimes(told),
         *card_sections.limits(told),
@@ -163,7 +167,7 @@ def _text(told: Told) -> str:
 
 
 def _front_matter(told: Told) -> list[str]:
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", f"library_name: {'peft' if told.is_adapter else 'transformers'}"]
     if told.pipeline:
         lines.append(f"pipeline_tag: {told.pipeline}")
     lines += _license_lines(told)
@@ -198,6 +202,8 @@ def _all_stated(entries: object) -> bool:
 
 def _relation(told: Told) -> str:
     """Return how the hub relates it to its base model; a converted model counts as fine-tuned."""
+    if told.is_adapter:
+        return "adapter"
     if merged_at(told.stages) is not None:
         return "merge"
     return "quantized" if told.config.get("quantization_config") else "finetune"
@@ -205,9 +211,9 @@ def _relation(told: Told) -> str:
 
 def _tags(told: Told) -> list[str]:
     found = ["adaconvert", *tags(told.stages)]
-    if told.is_mixture:
+    if told.is_mixture and (told.is_split or not told.is_adaptive):
         found.append("moe")
-    if told.is_adaptive:
+    if told.is_split:
         found.append("adaptive-compute")
     if told.config.get("auto_map"):
         found.append("custom_code")

@@ -30,7 +30,11 @@ _VALUE = re.compile(r"[\w .:/+#?=&%~(),-]{1,200}", re.ASCII)
 
 
 def facts_of(
-    sources: Sequence[Source], result: Path, *, inherit_costs: bool = False
+    sources: Sequence[Source],
+    result: Path,
+    *,
+    inherit_costs: bool = False,
+    after: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the "card" entry of the manifest of a new output.
 
@@ -38,6 +42,7 @@ def facts_of(
         sources: what it was made of.
         result: folder that holds its config.json and weights.
         inherit_costs: compare costs with what the source is compared with, not with the source.
+        after: what the result costs, where its folder does not say (a PEFT folder); else None.
     """
     cards = [_card_of(source) for source in sources]
     fronts = [front_matter(source.root) for source in sources]
@@ -60,7 +65,7 @@ def facts_of(
         "licenses": [] if same else licenses,
         "base_models": list(dict.fromkeys(bases))[:_MOST],
         "before": inherited if inherit_costs else _before(sources[0]),
-        "after": costs_of(result),
+        "after": costs_of(result) if after is None else dict(after),
     }
 
 

@@ -51,6 +51,8 @@ def _proof(told: Told, found: Mapping[str, Any]) -> Iterator[str]:
     if is_number(found.get("argmax_agreement")):
         share = percent(found["argmax_agreement"])
         yield f"same most likely next token{every}: {share} of tokens"
+    if is_number(found.get("kl_nats_below")) and told.stages[-1].method == "molora" and not bound:
+        yield f"KL divergence of its next tokens from the source's: below {found['kl_nats_below']}"
     if isinstance(configured, dict):
         yield f"as configured{_widths(told)}: {_configured(configured, told)}"
     notes = found.get("notes")

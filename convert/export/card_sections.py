@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from adaconvert.arch.runtimes import verdicts
 from adaconvert.errors import AdaconvertError
+from adaconvert.export.card_adapters import adapted_words, knobs
 from adaconvert.export.card_calibration import default_line, is_note
 from adaconvert.export.card_facts import LICENSE_KEYS, known_costs, license_of
 from adaconvert.export.card_stages import roots, routers
@@ -56,6 +57,8 @@ def intro(told: Told) -> str:
             f"An adaptive {kind}: null experts, which cost nothing, compete for a token's slots, "
             "so that it runs as many real ones as it needs"
         )
+    elif told.is_adaptive and not told.is_split:
+        what = f"A {kind} with routed adapters: {adapted_words(told.config)}"
     elif told.is_adaptive:
         what = f"An adaptive {kind}: each token runs as many experts as it is given"
     elif told.is_mixture:
@@ -81,6 +84,8 @@ def size(told: Told) -> Iterator[str]:
     before = known_costs(told.facts.get("before"))
     yield from ("## What it is", "")
     rows = [["architecture", code(told.architecture)]]
+    if told.is_adapter:
+        rows = [["adapter type", code(told.config["peft_type"])]]
     if before and after:
         rows[0].append("")
     if after is not None:
@@ -98,9 +103,12 @@ def size(told: Told) -> Iterator[str]:
         context = after["context"]
         yield ""
         counted = _COUNTED_NULLED if told.nulled is not None else _COUNTED
+        if told.is_adapter:
+            counted = "With its base, which the folder does not hold. "
+        elif not told.is_adaptive:
+            counted = ""
         yield (
-            f"{counted if told.is_adaptive else ''}FLOPs are at {context} tokens of context, bytes "
-            f"at batch 1.{_chosen(told)}"
+            f"{counted}FLOPs are at {context} tokens of context, bytes at batch 1.{_chosen(told)}"
         )
     yield ""
 
@@ -159,7 +167,10 @@ def _python(*lines: str) -> Iterator[str]:
 
 def using(told: Told) -> Iterator[str]:
     """Yield how to run fewer experts, or how to train routers that are not trained."""
-    if told.is_adaptive:
+    if told.is_adaptive and adapted_words(told.config):
+        yield from ("## Weighing the adapters", "")
+        yield from _python(*knobs())
+    if told.is_split:
         yield from ("## Running fewer experts", "")
         yield from _python(*_knobs(told))
         if told.calibration is None:
@@ -169,7 +180,7 @@ def using(told: Told) -> Iterator[str]:
                 f"`adaconvert evaluate`, then `adaconvert calibrate`{biases}."
             )
             yield ""
-    elif told.is_mixture and routers(told.stages) == "untrained":
+    elif told.is_mixture and not told.is_adaptive and routers(told.stages) == "untrained":
         yield from _balance(told)
 
 
@@ -288,7 +299,7 @@ def _state(told: Told) -> Iterator[str]:
         yield (
             f"Its calibration table is left out: {plain(reason)}. Run `adaconvert calibrate` again."
         )
-    if told.is_adaptive and told.calibration is None and not told.stale:
+    if told.is_split and told.calibration is None and not told.stale:
         yield _UNCALIBRATED if told.nulled is None else _UNCALIBRATED_NULLED
     last = told.stages[-1]
     if last.method == "finetune" and not was_validated(last) and not told.record.get("quality"):

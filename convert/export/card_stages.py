@@ -17,6 +17,7 @@ _TAGS: Final = {
     "moefy": ("moefication",),
     "d2dmoe": ("moefication", "d2dmoe"),
     "adamoe": ("null-experts", "adamoe"),
+    "molora": ("lora", "molora"),
 }
 #: what makes a mixture of a dense model before it gets null experts -> its own tags.
 _VIA: Final = {"upcycle": "sparse-upcycling", "moefy": "moefication"}
@@ -141,6 +142,8 @@ def _became(stage: Stage) -> str:
         return f"{split}, with networks for projections" if _replaces(stage) else split
     if stage.method == "adamoe":
         return listed([*_first_became(options), _null_words(options)])
+    if stage.method == "molora":
+        return _adapter_words(options)
     if _replaces(stage):
         return "with networks for projections"
     known = {"unmoefy": "dense again", "finetune": "fine-tuned", "d2dmoe": "with fitted routers"}
@@ -164,6 +167,31 @@ def _was_dense(stage: Stage) -> bool:
 def _null_words(options: Mapping[str, Any]) -> str:
     kind = "experts of zeros" if options.get("materialize") else "null experts"
     return f"with {plain(options.get('null_experts', 'several'))} {kind}"
+
+
+def _adapter_words(options: Mapping[str, Any]) -> str:
+    """Return what `molora` made of a model."""
+    if options.get("as_moe"):
+        return "adapters merged into experts"
+    if options.get("as_plain_lora"):
+        return "as one LoRA"
+    count = options.get("experts")
+    if count is None:
+        return "in another form"
+    what = "vectors" if options.get("experts_kind") == "ia3" else "LoRA adapters"
+    return f"with {plain(count)} routed {what}"
+
+
+def _adapter_sentence(stage: Stage) -> str:
+    """Return what `molora` did."""
+    options, names = stage.options, stage.names
+    form = next((key for key in ("as_plain_lora", "as_moe") if options.get(key)), None)
+    into = {"as_plain_lora": "one stock LoRA", "as_moe": "the experts of a stock mixture"}
+    after = f", written as {into[form]}" if form else ""
+    if options.get("experts") is None:
+        return f"the adapters of {names} in another form{after}"
+    what = _adapter_words({**options, "as_plain_lora": False, "as_moe": False})
+    return f"{names} {what}, routing {plain(options.get('routing'))}{after}"
 
 
 def _replaces(stage: Stage) -> bool:
@@ -234,6 +262,8 @@ def _sentence(stage: Stage) -> str:
         return f"the feed-forward networks of {names} were copied into {how}"
     if stage.method == "adamoe":
         return _null_sentence(stage)
+    if stage.method == "molora":
+        return _adapter_sentence(stage)
     if stage.method == "d2dmoe" and _replaces(stage):
         return _replaced_sentence(stage)
     if stage.method in ("moefy", "d2dmoe"):

@@ -82,6 +82,22 @@ class Told:
         return None
 
     @property
+    def is_adapter(self) -> bool:
+        """Return whether it is a PEFT folder, adapters without their base."""
+        return "peft_type" in self.config
+
+    @property
+    def is_split(self) -> bool:
+        """Return whether something in an adaptive checkpoint chooses among experts."""
+        adaptive = self.config.get("adaptive")
+        sites = adaptive.get("sites") if isinstance(adaptive, dict) else None
+        return any(
+            "ffn" in slots or "mlp" in (slots.get("linear") or {})
+            for slots in (sites.values() if isinstance(sites, dict) else ())
+            if isinstance(slots, dict)
+        )
+
+    @property
     def kind(self) -> str:
         """Return the exactness class."""
         return str(self.record["exactness"].get("kind"))

@@ -16,6 +16,7 @@ from typing import Final, cast
 
 from adaconvert.errors import SourceError, VerificationError
 from adaconvert.export.hub_secrets import faults, own_places, remarks
+from adaconvert.io.adapter_files import ADAPTER_CONFIG
 from adaconvert.io.card_file import CARD, is_edited
 from adaconvert.io.header import read_header
 from adaconvert.io.layout import ShardRecord, digest_order, shard_digest, shard_digest_of_file
@@ -160,7 +161,8 @@ def _check_names(names: list[str]) -> None:
         reason = _foreign(name)
         if reason is not None:
             raise VerificationError(f"lists '{escape(name)}', which {reason}", where=MANIFEST_FILE)
-    if CARD not in names or "config.json" not in names:
+    described = "config.json" in names or ADAPTER_CONFIG in names
+    if CARD not in names or not described:
         missing = CARD if CARD not in names else "config.json"
         raise VerificationError(f"lists no {missing}", where=MANIFEST_FILE)
 

@@ -1,6 +1,7 @@
 """An adaptive checkpoint seen as the stock model it was made of: same tensors, permuted neurons.
 
-A mixture with null experts is the mixture without them.
+A mixture with null experts is the mixture without them, and one with routed adapters the model they
+are beside.
 Projections that networks took the place of are gone from it, so those networks stay, with every
 neuron on.
 """
@@ -16,6 +17,8 @@ from adaconvert.arch import adaptive
 from adaconvert.arch.null_experts import MODULE, holds_nulls
 from adaconvert.io.source import Source
 
+#: what names of tensors of routed adapters hold.
+ADAPTERS = ".adapters."
 #: what names of the tensors hold that a converted FFN has besides its dense ones.
 EXTRA = (f".{adaptive.NEURON_ORDER}", ".router.")
 
@@ -37,7 +40,13 @@ def dense_view(where: Path | Source) -> Source:
         return source
     # the routers of a mixture are its own
     extra = (f".{MODULE}.",) if holds_nulls(source.config["adaptive"]) else EXTRA
-    tensors = {n: ref for n, ref in source.tensors.items() if not any(e in n for e in extra)}
+    adapted = {name.partition(ADAPTERS)[0] for name in source.tensors if ADAPTERS in name}
+    tensors = {
+        name: ref
+        for name, ref in source.tensors.items()
+        if not any(part in name for part in (*extra, ADAPTERS))
+        and name.removesuffix(".router.weight") not in adapted
+    }
     config = adaptive.dense_config(source.config)
     kept = _networks(source.config)
     if kept:

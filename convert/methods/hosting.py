@@ -35,7 +35,7 @@ class Carrier:
             )
         return expr
 
-    def _read(self, index: int, carry: Carry) -> Bytes:
+    def _read(self, index: int, carry: Carry) -> Expr:
         assert carry.tensor is not None
         ref = self.stored[index][carry.tensor]
         first, count = carry.rows or (0, ref.shape[0])

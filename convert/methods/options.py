@@ -18,6 +18,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
+    "tuple[str, ...]": (tuple,),
 }
 
 

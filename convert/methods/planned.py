@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 Fitted = Mapping[str, "Array"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFolder:
+    """What a PEFT folder is, written where a checkpoint is not: adapters alone, for a base that
+    stays where it is.
+
+    Attributes:
+        target: config.json of the base with these adapters, which says what both cost.
+        dtypes: stored dtype of every tensor of both by name.
+        complete: adds to adapter_config.json what only the base's weights say; reads a few bytes.
+    """
+
+    target: Mapping[str, object]
+    dtypes: Mapping[str, str]
+    complete: Callable[[Mapping[str, object]], dict[str, object]] = dict
+
+
 class Planned(Protocol):
     """A plan with what reports want to know beside it."""
 
@@ -41,6 +57,10 @@ class Planned(Protocol):
     def files(self) -> Mapping[str, bytes]:
         """Further files by name; one called config.json stands for the plan's own."""
 
+    @property
+    def folder(self) -> AdapterFolder | None:
+        """What is said of a PEFT folder; None where the result is a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainPlan:
@@ -51,6 +71,7 @@ class PlainPlan:
     target: str
     runtimes: tuple[RuntimeVerdict, ...]
     files: Mapping[str, bytes]
+    folder: AdapterFolder | None = None
 
 
 def _nothing(progress: bool) -> Fitted:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaconvert.errors import OptionError
-from adaconvert.methods import adamoe, d2dmoe, moefy, upcycle
+from adaconvert.methods import adamoe, d2dmoe, moefy, molora, upcycle
 from adaconvert.methods.adamoe.config import AdamoeConfig
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
 from adaconvert.methods.moefy.config import MoefyConfig, UnmoefyConfig
+from adaconvert.methods.molora.config import MoloraOptions
 from adaconvert.methods.planned import Prepared as Prepared
 from adaconvert.methods.sources import Described
 from adaconvert.methods.upcycle.config import UpcycleConfig
@@ -70,6 +71,14 @@ METHODS: dict[str, Method] = {
         mixtures=True,
         several=True,
         refusal="adamoe needs a mixture of experts or a dense model.",
+    ),
+    "molora": Method(
+        config=MoloraOptions,
+        prepare=molora.prepare,
+        replan=molora.replan,
+        accepts="any",
+        mixtures=True,
+        refusal="molora needs a checkpoint, or a folder of routed adapters.",
     ),
     "unmoefy": Method(
         config=UnmoefyConfig,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from adaconvert.arch import rope
 from adaconvert.arch.base import ModelSpec
@@ -19,6 +20,9 @@ from adaconvert.io.card_file import FIGURES, RECIPE
 from adaconvert.io.reader import iter_chunks
 from adaconvert.io.regular import read_whole
 from adaconvert.io.source import Source
+
+if TYPE_CHECKING:
+    from adaconvert.methods.molora.view import View
 
 _MAX_TOKENIZER = 512 << 20
 #: config keys that must agree as they stand.
@@ -43,11 +47,16 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
-    """One source, what it is, and which of its tensors are needed."""
+    """One source, what it is, and which of its tensors are needed.
+
+    Attributes:
+        view: the adapter folder that it stands for, None where it is what was given.
+    """
 
     source: Source
     spec: ModelSpec
     audit: Audit
+    view: View | None = None
 
 
 def open_source(

@@ -39,10 +39,12 @@ class Gates(NamedTuple):
     Attributes:
         weights: [T, K] float32.
         adapters: [T, K] which adapter a slot is of, below 0 for none; None: slot e is adapter e.
+        plan: the slots in the order of the adapters, where kernels are to run them; see `planned`.
     """
 
     weights: Tensor
     adapters: Tensor | None = None
+    plan: Any = None
 
     def dense(self, experts: int) -> Tensor:
         """Return the weight of every adapter, [T, E]."""
@@ -85,6 +87,21 @@ def gates_of(logits: Tensor, select: Mapping[str, Any]) -> Gates:
     return Gates(weights, adapters)
 
 
+def planned(gates: Gates, experts: int) -> Gates:
+    """Return gates with the plan that all linears they hold for share, where kernels run them."""
+    if _planned is None or gates.adapters is None or gates.plan is not None:
+        return gates
+    return gates._replace(plan=_planned(gates.adapters, experts))
+
+
+def runs_selected(x: Tensor, gates: Gates, a: Tensor, b: Tensor) -> bool:
+    """Return whether `add_adapters` computes nothing but what is selected."""
+    if _kernels is None or gates.adapters is None or a.shape[0] != b.shape[0]:
+        return False
+    plan = planned(gates, b.shape[0]).plan
+    return bool(_lora.choose_form(plan, x, a, b)[0] == "sorted")
+
+
 def add_adapters(
     x: Tensor,
     out: Tensor,
@@ -106,7 +123,7 @@ def add_adapters(
     """
     experts = b.shape[0]
     if _kernels is not None and gates.adapters is not None and a.shape[0] == experts:
-        plan = _planned(gates.adapters, experts)
+        plan = planned(gates, experts).plan
         each = scaling if isinstance(scaling, int | float) else x.new_tensor(scaling).float()
         found: Tensor = _kernels(x, out, plan, gates.weights, a=a, b=b, scaling=each)
         return found
@@ -158,6 +175,8 @@ class AdapterRouter(Router):
 
     def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
         """Return the logits, [..., n] -> [..., E] float32."""
+        # of a router for every block, which may be on several devices
+        x = x.to(self.weight.device)
         return logits_of(x, self.weight, score=self.score, norm=self.norm, scale=self.scale)
 
 
@@ -196,15 +215,26 @@ class RoutedAdapters(nn.Module):
         self.kind, self.count = spec["kind"], int(spec["count"])
         self.scaling = spec.get("scaling", 1.0)
         self.on_input = spec.get("on") == "input"
+        self._shares_a = spec.get("share") == "a"
         made: dict[str, tuple[int, ...]] = {}
         if self.kind == "lora":
-            made["a"] = (1 if spec.get("share") == "a" else self.count, spec["rank"], spec["input"])
+            made["a"] = (1 if self._shares_a else self.count, spec["rank"], spec["input"])
             made["b"] = (self.count, spec["output"], spec["rank"])
         else:
             made["vectors"] = (self.count, spec["input" if self.on_input else "output"])
         for name, shape in made.items():
             zeros = torch.zeros(*shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(zeros))
+
+    @property
+    def takes_plans(self) -> bool:
+        """Return whether `after` runs selected adapters by kernels."""
+        return self.kind == "lora" and _kernels is not None and not self._shares_a
+
+    def runs_selected(self, x: Tensor, gates: Gates) -> bool:
+        """Return whether nothing but what is selected is computed for x, [T, n]."""
+        parts: Any = self
+        return self.kind == "lora" and runs_selected(x, gates, parts.a, parts.b)
 
     def before(self, x: Tensor, gates: Gates) -> Tensor:
         """Return what the linear gets, [T, n]."""

@@ -31,6 +31,7 @@ from .adaptive_execution import (
 )
 from .adaptive_gather import observed, unrecorded
 from .adaptive_knobs import neuron_flops
+from .adaptive_linear import AdaptiveLinear
 from .adaptive_routers import Router, grouped, make_router
 from .adaptive_schema import RULES
 from .adaptive_select import runs_all, select_experts
@@ -293,9 +294,11 @@ class AdaptiveFFN(nn.Module):
         """Return the norm of each neuron's output column, [f]; ones where the down projection is no
         matrix at hand (quantised, offloaded), so that the oracle then knows hidden units alone."""
         down = self._down()
-        if down is None or not is_untouched(down):
+        # what routed adapters add is left out
+        known = down is not None and (is_untouched(down) or isinstance(down, AdaptiveLinear))
+        if not known or not down.weight.is_floating_point() or down.weight.is_meta:
             return torch.ones(self.adaptive_spec["intermediate"], device=device)
-        weight: Any = down.weight if type(down) is nn.Linear else down.weight.T
+        weight: Any = down.weight.T if isinstance(down, Conv1D) else down.weight
         norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=0)
         return norms
 

@@ -73,12 +73,16 @@ def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
 
 def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     sites = routed_specs(adaptive)
+    if not sites:
+        raise ValueError(
+            f"compute {compute:g} is out of reach: this model has no experts to leave out"
+        )
     whole = adaptive["reference"]["flops_per_token"]
     # what is not converted costs what it costs
     budget = compute * whole - (whole - sum(_dense_flops(spec) for spec in sites.values()))
     budget -= sum(_least_fixed(spec) for spec in sites.values())
     least = sum(_expert_flops(spec) for spec in sites.values())
-    if not sites or budget < least:
+    if budget < least:
         low = compute + (least - budget) / whole
         reach = f"this model can run {_up(low)} to 1 of the reference's FLOPs per token"
         if any("null" in spec for spec in sites.values()):

@@ -12,7 +12,7 @@ Shapes: T tokens, E adapters.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .adaptive_adapters import AdapterRouter, Gates, RoutedAdapters, gates_of
+from .adaptive_adapters import AdapterRouter, Gates, RoutedAdapters, gates_of, planned
 from .adaptive_context import Call, SiteAccount, current
 from .adaptive_schema import AdaptiveConfigError
 
@@ -35,8 +35,40 @@ def block_of(path: str) -> str | None:
     return None if found is None else found.group()
 
 
-def read(name: str) -> Tensor:
-    """Return the logits of the router `name` in the block that runs, [..., E].
+class Read:
+    """What a router says of the input of the block that runs.
+
+    Attributes:
+        logits: [T, E].
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.reshape(-1, logits.shape[-1])
+        self._made: dict[tuple[object, ...], Gates] = {}
+
+    def again(self) -> Read:
+        """Return the same with nothing made of it, as recomputation repeats every operation."""
+        return Read(self.logits)
+
+    def gates(self, select: Mapping[str, Any], device: torch.device, *, plan: bool) -> Gates:
+        """Return the gates of a rule, made once for the linears that share them.
+
+        Args:
+            select: the rule and its value.
+            device: of the linear.
+            plan: kernels are to run them.
+        """
+        # what was made without gradients has none to give
+        key = (*sorted(select.items()), device, plan, torch.is_grad_enabled())
+        found = self._made.get(key)
+        if found is None:
+            found = gates_of(self.logits.to(device), select)
+            found = self._made[key] = planned(found, self.logits.shape[1]) if plan else found
+        return found
+
+
+def read(name: str) -> Read:
+    """Return what the router `name` says in the block that runs.
 
     Raises:
         RuntimeError: no block that it reads is running.
@@ -46,7 +78,7 @@ def read(name: str) -> Tensor:
         raise RuntimeError(
             f"a linear whose adapters are routed by its block ({name}) was called outside the block"
         )
-    found: Tensor = known[name]
+    found: Read = known[name]
     return found
 
 
@@ -55,7 +87,7 @@ class Reader:
 
     Args:
         name: the router is known by.
-        logits: [..., d] -> [..., E], or None to do nothing this time.
+        logits: [..., d] -> [..., E], or None while nobody asks.
     """
 
     def __init__(self, name: str, logits: Any) -> None:
@@ -69,15 +101,63 @@ class Reader:
         ]
 
     def enter(self, block: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Keep the logits of the block's input."""
+        """Keep the logits of the block's input.
+
+        Raises:
+            ValueError: the block is checkpointed in the reentrant form.
+        """
+        given = getattr(block, "_gradient_checkpointing_func", None)
+        if given is not None and not hasattr(given, "adaptive_carries"):
+            block._gradient_checkpointing_func = carried(given)  # type: ignore[assignment]
         outer = _READ.get()
-        x = args[0] if args else kwargs["hidden_states"]
-        _READ.set({**(outer or {}), "": outer, self.name: self.logits(x)})
+        known = {**(outer or {}), "": outer}
+        if (current().adapters or {}).get("rule") != "uniform":
+            x = args[0] if args else kwargs["hidden_states"]
+            logits = self.logits(x)
+            if logits is not None:
+                known[self.name] = Read(logits)
+        _READ.set(known)
 
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
         """Forget them."""
         known = _READ.get()
         _READ.set(None if known is None else known[""])
+
+
+def carried(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a checkpoint function whose recomputation knows what routers said in its first run.
+
+    Since transformers 5.23 hooks of a block are no part of what is recomputed.
+
+    Args:
+        inner: (function, *args) -> output, maybe from `adaptive_context.checkpointed`.
+
+    Raises:
+        ValueError: it is the reentrant form, whose first run has no gradients to send routers.
+    """
+    if getattr(inner, "keywords", {}).get("use_reentrant"):
+        raise ValueError("routers of blocks need use_reentrant=False")
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        known = _READ.get()
+
+        def segment(*a: Any, **k: Any) -> Any:
+            token = _READ.set(_afresh(known))
+            try:
+                return function(*a, **k)
+            finally:
+                _READ.reset(token)
+
+        return inner(segment, *args, **kwargs)
+
+    run.adaptive_carries = True  # type: ignore[attr-defined]
+    return run
+
+
+def _afresh(known: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if known is None:
+        return None
+    return {name: v.again() if isinstance(v, Read) else v for name, v in known.items()}
 
 
 class AdaptiveLinear(nn.Module):
@@ -86,6 +166,8 @@ class AdaptiveLinear(nn.Module):
     Attributes:
         adapters: RoutedAdapters.
         router: AdapterRouter, None where another site's decides.
+        adaptive_first: it is the first linear of its block that takes these gates, so it counts
+            and collects for all.
     """
 
     adaptive_slot = "linear"
@@ -93,6 +175,7 @@ class AdaptiveLinear(nn.Module):
     adaptive_spec: Mapping[str, Any]
     adapters: RoutedAdapters
     router: AdapterRouter | None
+    adaptive_first: bool
 
     def adaptive_init(self, path: str, spec: Mapping[str, Any]) -> None:
         """Put adapters beside the matrix.
@@ -109,12 +192,13 @@ class AdaptiveLinear(nn.Module):
                 f"the module is {'one of ' + str(found) if found else 'no linear'}"
             )
         self.adaptive_path, self.adaptive_spec = path, spec
+        self.adaptive_first = spec["router"].get("reads") == "module"
         self.adapters = RoutedAdapters(adapters, dtype=own.weight.dtype, device=own.weight.device)
         router = spec["router"]
         owns = router["kind"] == "linear" and router.get("of") in (None, path)
         # made on the device of the weight, which may be meta
         with torch.device(own.weight.device):
-            reads = adapters["input"] if router["reads"] == "module" else router.get("input")
+            reads = adapters["input"] if router.get("reads") == "module" else router.get("input")
             self.router = AdapterRouter(reads, adapters["count"], router) if owns else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +208,7 @@ class AdaptiveLinear(nn.Module):
         inner = self.adapters.before(flat, gates).reshape(x.shape)
         out: Tensor = super().forward(inner)
         if call.account is not None and not call.recomputing:
-            self._count(call, gates)
+            self._count(call, gates, flat)
         wide = out.reshape(-1, out.shape[-1])
         return self.adapters.after(flat, wide, gates).reshape(out.shape)
 
@@ -137,35 +221,47 @@ class AdaptiveLinear(nn.Module):
             return Gates(x.new_full((x.shape[0], count), 1 / count, dtype=wide))
         if router["reads"] == "module":
             assert self.router is not None
-            logits = self.router(x)
+            found = Read(self.router(x))
         else:
-            logits = read(router["of"]).reshape(-1, count).to(x.device)
-            if logits.shape[0] != x.shape[0]:
+            found = read(router["of"])
+            tokens = found.logits.shape[0]
+            if tokens != x.shape[0]:
                 raise RuntimeError(
-                    f"{self.adaptive_path} got {x.shape[0]} tokens and its block {logits.shape[0]}"
+                    f"{self.adaptive_path} got {x.shape[0]} tokens and its block {tokens}"
                 )
-        kept = call.collected.get("adapter_logits")
-        if kept is not None and not call.recomputing and self.router is not None:
-            real = call.flat_mask(x.shape[0])
-            kept.setdefault(self.adaptive_path, []).append(logits if real is None else logits[real])
-        return gates_of(logits, select)
+        self._collect(call, found.logits)
+        return found.gates(select, x.device, plan=self.adapters.takes_plans)
 
-    def _count(self, call: Call, gates: Gates) -> None:
+    def _collect(self, call: Call, logits: Tensor) -> None:
+        kept = call.collected.get("adapter_logits")
+        if kept is None or not self.adaptive_first:
+            return
+        real = call.flat_mask(logits.shape[0])
+        logits = logits if real is None else logits[real]
+        owner = self.adaptive_spec["router"].get("of") or self.adaptive_path
+        # recomputation must repeat every operation, so only the keeping is left out there
+        if not call.recomputing:
+            kept.setdefault(owner, []).append(logits)
+
+    def _count(self, call: Call, gates: Gates, x: Tensor) -> None:
         """Count one pass: a "neuron" is an adapter."""
         assert call.account is not None
         site = call.account.sites.get(self.adaptive_path)
         if site is None:
             site = call.account.sites[self.adaptive_path] = self._new_account()
-        weights = gates.dense(self.adapters.count).detach()
+        with torch.no_grad():
+            weights = gates.dense(self.adapters.count)
         real = call.flat_mask(weights.shape[0])
         if real is not None:
             weights = weights[real]
         chosen = weights > 0
         uses = chosen.sum(dim=0).cpu()
         site.tokens += weights.shape[0]
-        site.routed_tokens += weights.shape[0]
+        if (call.adapters or self.adaptive_spec["select"])["rule"] != "uniform":
+            site.routed_tokens += weights.shape[0]
         site.neurons += int(uses.sum())
-        site.executed += weights.shape[0] * self.adapters.count
+        few = self.adapters.runs_selected(x, gates)
+        site.executed += int(uses.sum()) if few else weights.numel()
         site.experts = uses if site.experts is None else site.experts + uses
 
     def _new_account(self) -> SiteAccount:
@@ -178,7 +274,9 @@ class AdaptiveLinear(nn.Module):
             shared, each = (low, high) if spec.get("share") == "a" else (0, low + high)
         else:
             each = spec["input" if spec.get("on") == "input" else "output"]
-        router = 0 if self.router is None else self.router.weight.numel()
+        # of a router for several linears the first one of the block pays
+        asked = self.adaptive_spec["router"].get("input", spec["input"])
+        router = spec["count"] * asked if self.adaptive_first else 0
         return SiteAccount(
             slot="adapters",
             neuron_flops=2 * each,
@@ -207,6 +305,9 @@ def attach_readers(model: nn.Module, sites: Mapping[str, AdaptiveLinear], prefix
         model: it and `sites` are filled.
         sites: path -> linear with adapters.
         prefix: left out of paths, for a backbone called by itself; may be empty.
+
+    Raises:
+        AdaptiveConfigError: a site is in no block, or the router it names is not there.
     """
     wanted: dict[tuple[str, str], AdapterRouter] = {}
     for path, site in sites.items():
@@ -214,8 +315,13 @@ def attach_readers(model: nn.Module, sites: Mapping[str, AdaptiveLinear], prefix
         if router["kind"] != "linear" or router["reads"] == "module":
             continue
         owner = sites.get(router["of"])
-        if owner is None or owner.router is None or block is None:
-            raise AdaptiveConfigError(f"site {path!r} takes the router of {router['of']!r}")
+        if block is None:
+            raise AdaptiveConfigError(f"site {path!r} is in no block whose input could be read")
+        if owner is None or owner.router is None:
+            raise AdaptiveConfigError(
+                f"site {path!r} takes the router of {router['of']!r}, which has none"
+            )
+        site.adaptive_first = (block, router["of"]) not in wanted
         wanted[block, router["of"]] = owner.router
     for (block, name), made in wanted.items():
         Reader(name, made).attach(model.get_submodule(block.removeprefix(prefix)))

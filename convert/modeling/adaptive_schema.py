@@ -319,11 +319,15 @@ _ADAPTERS = {
     "lora": {"kind", "count", "rank", "share", "scaling", "input", "output"},
     "ia3": {"kind", "count", "on", "input", "output"},
 }
-_ROUTER = {"kind", "reads", "of", "input", "score", "norm", "scale"}
-_ROUTER_CHOICES = {
-    "reads": ("module", "layer", "shared"),
-    "score": ("dot", "abs"),
-    "norm": ("none", "layernorm"),
+_OF_BLOCKS = {"of", "input"}
+_ROUTER = {"kind", "reads", "score", "norm", "scale", *_OF_BLOCKS}
+_ADAPTER_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "adapters.share": (None, "a"),
+    "adapters.on": ("input", "output"),
+    "router.kind": ("none", "linear"),
+    "router.reads": ("module", "layer", "shared"),
+    "router.score": ("dot", "abs"),
+    "router.norm": ("none", "layernorm"),
 }
 
 
@@ -340,26 +344,30 @@ def check_adapters(where: str, slot: Mapping[str, Any]) -> None:
     _check_keys(where, slot, {"adapters", "router", "select"})
     try:
         adapters, router, select = slot["adapters"], slot["router"], slot["select"]
-        kind, count = adapters["kind"], adapters["count"]
-        _check_keys(f"{where}.adapters", adapters, _ADAPTERS.get(kind, set()))
-        sizes = [count, *(adapters[name] for name in ("input", "output"))]
-        sizes += [adapters["rank"]] if kind == "lora" else []
-        on = adapters["on"] if kind == "ia3" else "input"
-        names = [] if router["kind"] == "none" else [(n, router[n]) for n in _ROUTER_CHOICES]
-        shared = router["of"] if router["kind"] == "linear" and router["reads"] != "module" else ""
+        known = _ADAPTERS.get(adapters["kind"], set())
+        _check_keys(f"{where}.adapters", adapters, known)
+        _check_keys(f"{where}.router", router, _ROUTER)
+        asked = {f"adapters.{name}": adapters[name] for name in sorted(known)}
+        asked["router.kind"] = router["kind"]
+        if router["kind"] != "none":
+            named = _ROUTER - (_OF_BLOCKS if router["reads"] == "module" else set())
+            asked |= {f"router.{name}": router[name] for name in sorted(named)}
     except (KeyError, TypeError) as error:
         raise AdaptiveConfigError(f"{where} lacks {error}") from None
-    whole = all(isinstance(size, int) and size > 0 for size in sizes)
-    if not whole or on not in ("input", "output") or not isinstance(shared, str):
-        raise AdaptiveConfigError(f"{where}.adapters has sizes {sizes}, on {on!r}")
-    _check_keys(f"{where}.router", router, _ROUTER)
-    if router["kind"] not in ("none", "linear"):
-        raise AdaptiveConfigError(f"{where}.router.kind is {router['kind']!r}")
-    for name, value in names:
-        if value not in _ROUTER_CHOICES[name]:
-            known = ", ".join(_ROUTER_CHOICES[name])
-            raise AdaptiveConfigError(f"{where}.router.{name} is {value!r}, known: {known}")
-    check_gates(f"{where}.select", select, count)
+    for name, value in asked.items():
+        if name in _ADAPTER_CHOICES and value not in _ADAPTER_CHOICES[name]:
+            listed = ", ".join(map(str, _ADAPTER_CHOICES[name]))
+            raise AdaptiveConfigError(f"{where}.{name} is {value!r}, known: {listed}")
+        if name.rpartition(".")[2] in ("count", "rank", "input", "output"):
+            _check_whole(f"{where}.{name}", value, None)
+    each = asked.get("adapters.scaling", 1.0)
+    each = each if isinstance(each, list | tuple) else [each] * adapters["count"]
+    if len(each) != adapters["count"] or not all(map(_is_number, each)):
+        raise AdaptiveConfigError(f"{where}.adapters.scaling is {adapters['scaling']!r}")
+    owner, scale = asked.get("router.of"), asked.get("router.scale", 1.0)
+    if ("router.of" in asked and not isinstance(owner, str)) or not _is_number(scale):
+        raise AdaptiveConfigError(f"{where}.router has of {owner!r} and scale {scale!r}")
+    check_gates(f"{where}.select", select, adapters["count"])
 
 
 def check_gates(where: str, select: Mapping[str, Any], count: int) -> None:

@@ -43,9 +43,9 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
     bare = bool(prefix) and not hasattr(model, prefix)
     found: dict[str, nn.Module] = {}
     for slot in SLOT_ORDER:
-        for path, slots in adaptive["sites"].items():
-            if slot not in slots:
-                continue
+        sites = [(path, slots) for path, slots in adaptive["sites"].items() if slot in slots]
+        # adapters may be on the matrices of a network in place of a projection
+        for path, slots in sorted(sites, key=lambda site: "adapters" in site[1][slot]):
             own = path.removeprefix(inside) if bare else path
             module = _module(model, own)
             if slot not in SLOTS:

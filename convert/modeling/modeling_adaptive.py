@@ -58,6 +58,7 @@ _AUTO = {
     "Model": "AutoModel",
 }
 _COLLECTED = {"router_scores", "experts_run", "decisions", "adapter_logits"}
+_NO_EXPERTS = "this model has no experts to choose from; see `set_adapters` for routed adapters"
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 
@@ -91,12 +92,12 @@ class AdaptiveMixin(AdaptedMixin):
             added: Any = module.null_experts if mixture else module.router
             if added is not None and not next(added.parameters()).is_meta:
                 self._init_weights(added)
-        if any(isinstance(module, AdaptiveMixture) for module in sites.values()):
+        if adapted or any(isinstance(module, AdaptiveMixture) for module in sites.values()):
             self._keep_stock_routers()
 
     def _keep_stock_routers(self) -> None:
         """Let a mixture's own routers have the model's dtype, whatever their name; what is beside
-        them stays in float32, and so do the routers of other sites."""
+        them stays in float32, and so do the routers of other sites and of adapters."""
         own: Any = self
         kept = set(own._keep_in_fp32_modules_strict or ()) - {"router"}
         kept |= {f"null_experts.{name}" for name in ("bias", "scale", "value")}
@@ -152,6 +153,8 @@ class AdaptiveMixin(AdaptedMixin):
         if rule is None:
             runtime.knobs = {}
             return Setting(runtime, *before)
+        if not runtime.sites:
+            raise AdaptiveConfigError(_NO_EXPERTS)
         select = {"rule": rule, **value}
         unknown = sorted(set(sites or ()) - set(self._adaptive_sites))
         if unknown:
@@ -215,7 +218,8 @@ class AdaptiveMixin(AdaptedMixin):
         "router_scores": [T, E] of the real tokens, with their gradients; of mixtures with null
         experts the margins, [T, J]. Of these alone "experts_run": [T] how many real experts the
         real tokens run, and "decisions": the `Decision` on all tokens, padding as well. Of linears
-        with routed adapters "adapter_logits": [T, E] of the real tokens, by the site of the router.
+        with routed adapters "adapter_logits": [T, E] of the real tokens, by the site that holds the
+        router; a router for every block has one entry for each.
 
         Yields:
             path -> list, one entry per pass; of several names, name -> path -> list.

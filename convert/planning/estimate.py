@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from adaconvert.arch import null_experts
+from adaconvert.arch.adapters import ADAPTER_ROLES, active_adapters
 from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.projections import active_shares
@@ -35,6 +36,7 @@ _PER_TOKEN = frozenset(
         *("q", "k", "v", "o", "qkv", "qkv_by_head", "q_down", "q_up", "kv_down", "kv_up"),
         *("head", "head_transform", "span_head"),
         *("patch_embed", "pixel_head", "projection_up", "projection_down", "projection_router"),
+        *ADAPTER_ROLES,
     }
 )
 #: kinds of blocks with null experts that are named.
@@ -145,7 +147,8 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         context: tokens of context attention is counted at.
     """
     total = active = matrices = ffn = read = 0.0
-    split, replaced, nulled = active_share(spec), active_shares(spec), experts_run(spec)
+    split, nulled = active_share(spec), experts_run(spec)
+    chosen = {**active_shares(spec), **active_adapters(spec)}
     embedded = next((t.name for t in spec.tensors if t.role == "embed"), "")
     for tensor in spec.tensors:
         # a tied head is not stored and runs all the same
@@ -153,7 +156,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         if stored not in dtypes:
             continue
         size = _count(tensor.shape)
-        share = replaced.get(tensor.name, _active_share(spec, tensor, split, nulled))
+        share = chosen.get(tensor.name, _active_share(spec, tensor, split, nulled))
         total += size if stored == tensor.name and tensor.role != "neuron_order" else 0
         active += size * share
         if _is_per_token(spec, tensor):

@@ -178,10 +178,48 @@ def _router(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     return (draw * std).astype("float32").repeat(repeat, axis=0)
 
 
+def _normal(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return `size` normal numbers of standard deviation `std`."""
+    return (normal((int(params["size"]),), seed) * _number(params, "std")).astype("float32")
+
+
+def _side_by_side(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return B [E, O, r] as [O, E r]: the columns of one matrix after those of the other.
+
+    With `factors` (E numbers, separated by commas) each is multiplied by its own.
+    """
+    import numpy
+
+    b = args[0]
+    if params["factors"]:
+        each = [float(number) for number in str(params["factors"]).split(",")]
+        b = b * numpy.asarray(each, dtype=numpy.float32)[:, None, None]
+    return numpy.ascontiguousarray(b.transpose(1, 0, 2)).reshape(b.shape[1], -1)
+
+
+def _add_low_rank(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return rows of a matrix W plus those of sum_e f_e B_e A_e.
+
+    Args: W [O, C], A [E, r, C] (or [1, r, C] for all), B [E, all rows, r].
+    Params: `factors`, f of adapters `expert`, `expert` + 1, ...; `first`, the first of the rows;
+        `transposed`: W is [C, all columns] and keeps all of them.
+    """
+    w, a, b = args
+    at, first = int(params["expert"]), int(params["first"])
+    added = 0.0
+    for number, factor in enumerate(str(params["factors"]).split(",")):
+        low = a[0] if len(a) == 1 else a[at + number]
+        added = added + float(factor) * (b[at + number].astype("float64") @ low)
+    delta: Any = added
+    found: Array = w + (delta.T if params["transposed"] else delta[first : first + len(w)])
+    return found.astype("float32")
+
+
 Function = Callable[["list[Array]", dict[str, Param], int], "Array"]
 
 #: every function a plan may name.
 FUNCTIONS: dict[str, Function] = {
+    "add_low_rank": _add_low_rank,
     "center_out": _center_out,
     "center_rows": _center_rows,
     "concat": _concat,
@@ -189,7 +227,9 @@ FUNCTIONS: dict[str, Function] = {
     "interleave_rope": _interleave_rope,
     "mean": _mean,
     "noise": _noise,
+    "normal": _normal,
     "plus_one": _plus_one,
     "router": _router,
     "scale": _scale,
+    "side_by_side": _side_by_side,
 }

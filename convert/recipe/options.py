@@ -57,10 +57,12 @@ CONVERT: Final[dict[str, Option]] = {
     "ignore_unindexed": Option(kind=kind_of(bool), default=False),
 }
 FINETUNE: Final[dict[str, Option]] = {
+    "base": Option(kind=OPTIONAL_TEXT, role=CHECKPOINT),
     "device": Option(kind=kind_of(str), default="auto"),
     "max_shard_size": Option(kind=kind_of(str | int), default="5GB"),
     "memory": Option(kind=kind_of(str | int | None)),
 }
+EVALUATE: Final[dict[str, Option]] = {"base": Option(kind=OPTIONAL_TEXT, role=CHECKPOINT)}
 PUSH: Final[dict[str, Option]] = {"repo": Option(kind=OPTIONAL_TEXT)}
 
 

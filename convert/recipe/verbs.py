@@ -69,6 +69,13 @@ def _adamoe() -> dict[str, Option]:
     return options.options_of(AdamoeConfig, roles=roles, more=options.CONVERT)
 
 
+def _molora() -> dict[str, Option]:
+    from adaconvert.methods.molora.config import MoloraOptions
+
+    roles = {"data": TEXT_SOURCES, "base": CHECKPOINT}
+    return options.options_of(MoloraOptions, without=("work",), roles=roles, more=options.CONVERT)
+
+
 def _finetune() -> dict[str, Option]:
     from adaconvert.train.config import FinetuneConfig
 
@@ -88,6 +95,7 @@ def _evaluate() -> dict[str, Option]:
         EvaluateOptions,
         without=("out", "progress", "revision"),
         roles={"data": TEXT_SOURCES, "reference": CHECKPOINT},
+        more=options.EVALUATE,
     )
 
 
@@ -137,7 +145,8 @@ def _check_evaluate(given: Mapping[str, Any]) -> object:
     from adaconvert.evaluate.options import EvaluateOptions
 
     # one evaluation is made of each text
-    own = {**given, "data": next(iter(given.get("data", ())), None)}
+    own = {name: value for name, value in given.items() if name not in options.EVALUATE}
+    own["data"] = next(iter(given.get("data", ())), None)
     made = EvaluateOptions(**own)
     made.check()
     return made
@@ -192,6 +201,12 @@ VERBS: Final[dict[str, Verb]] = {
         makes=MAKES_CHECKPOINT,
         table=_adamoe,
         check=_check_convert("adamoe"),
+    ),
+    "molora": Verb(
+        summary="Put a mixture of low-rank adapters beside the linears of a model.",
+        makes=MAKES_CHECKPOINT,
+        table=_molora,
+        check=_check_convert("molora"),
     ),
     "finetune": Verb(
         summary="Tune a checkpoint briefly on text.",

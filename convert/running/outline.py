@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from adaconvert.arch.registry import describe
 from adaconvert.conversion import prepare_run
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME
 from adaconvert.io.fs import free_bytes
+from adaconvert.io.layout import Target
 from adaconvert.io.source import Source
+from adaconvert.methods.molora.adapter_source import is_adapter_folder, open_adapters
 from adaconvert.methods.planned import Planned
 from adaconvert.recipe.model import SOURCE, Stage
 from adaconvert.recipe.options import CONVERT
@@ -29,7 +32,7 @@ UNCHANGED: Final = "unchanged"
 RESUME: Final = "to resume"
 TO_DO: Final = "to do"
 SKIPPED: Final = "left out"
-CONVERSIONS: Final = ("upcycle", "moefy", "unmoefy", "d2dmoe", "adamoe")
+CONVERSIONS: Final = ("upcycle", "moefy", "unmoefy", "d2dmoe", "adamoe", "molora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +183,34 @@ class _Shape:
     def at(self, scratch: Path) -> str:
         """Return where it can be planned on; a stand-in is made for one that is only planned."""
         if not self.where and self.planned is not None:
-            plan = self.planned.plan
             name = f"planned-{len(list(scratch.iterdir()))}"
-            self.where = str(write_stand_in(scratch / name, plan.config, plan.targets))
+            self.where = str(write_stand_in(scratch / name, *_content(self.planned)))
         return self.where
+
+
+def _content(planned: Planned) -> tuple[Mapping[str, object], Sequence[Target]]:
+    """Return config.json and tensors of a result; adapters stand beside their base, as later stages
+    run them."""
+    folder = planned.folder
+    if folder is None:
+        return planned.plan.config, planned.plan.targets
+    tensors = describe(folder.target, folder.dtypes).tensors
+    stored = [
+        _Stored(name=tensor.name, dtype=folder.dtypes[tensor.name], shape=tensor.shape)
+        for tensor in tensors
+        if tensor.name in folder.dtypes
+    ]
+    return folder.target, stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """One tensor of a stand-in."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    group: str = ""
 
 
 def outline(job: Job, state: State, statuses: Mapping[str, str]) -> Outline:
@@ -247,7 +274,8 @@ class _Planner:
         if stage.does.makes != MAKES_CHECKPOINT:
             return made
         folder = self._job.work / str(self._state.stages[stage.name]["folder"])
-        nbytes = _weights(Source.open(folder))
+        held = open_adapters(folder).source if is_adapter_folder(folder) else Source.open(folder)
+        nbytes = _weights(held)
         self._shapes[stage.name] = _Shape(where=str(folder), nbytes=nbytes)
         return replace(made, disk=nbytes)
 

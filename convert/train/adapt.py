@@ -19,6 +19,7 @@ from torch import nn
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
 from adaconvert.layerwise.names import block_of
+from adaconvert.modeling.adaptive_linear import AdaptiveLinear
 from adaconvert.train.adapt_config import Adapting
 from adaconvert.train.parts import is_adapter, part_of, plain_name, sites_of
 
@@ -64,8 +65,21 @@ def targets_of(model: Any, wanted: Sequence[str]) -> dict[str, int]:
         if not own:
             raise _unmatched(item, known, (name for name, _ in model.named_parameters()))
         found |= own
+    _check_unrouted(model, found)
     dims = {name: parameter.dim() for name, parameter in model.named_parameters()}
     return {name: dims[name] for name in sorted(found)}
+
+
+def _check_unrouted(model: Any, names: Iterable[str]) -> None:
+    """Return only when no weight is of a linear that has routed adapters already."""
+    for name in sorted(names):
+        path, _, own = name.rpartition(".")
+        if own == "weight" and isinstance(model.get_submodule(path), AdaptiveLinear):
+            raise OptionError(
+                f"matches '{name}', which has routed adapters",
+                where="--lora-targets",
+                hint="Train those: --train adapters --train router; or name other matrices.",
+            )
 
 
 def _fits(item: str, name: str, part: str) -> bool:

@@ -63,12 +63,6 @@ class Adapting:
             raise OptionError("nothing to adapt", where="--lora-targets")
 
     def _check_unused(self) -> None:
-        if self.four_bit:
-            raise OptionError(
-                "matrices in 4 bits cannot be trained themselves",
-                where="--load-in-4bit",
-                hint="Give --lora R too: adapters of rank R are trained then.",
-            )
         if self.alpha is not None or self.targets != ("all",):
             flag = "--lora-alpha" if self.alpha is not None else "--lora-targets"
             raise OptionError("does nothing without --lora", where=flag)

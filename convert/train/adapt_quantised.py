@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from adaconvert.errors import OptionError
+from adaconvert.modeling.adaptive_linear import AdaptiveLinear
+from adaconvert.modeling.adaptive_mixed import mixed_class
 from adaconvert.train.adapt import candidates
 
 #: values that share one float32 scale.
@@ -71,7 +73,10 @@ def pack(model: Any, names: Collection[str], *, device: Any, dtype: torch.dtype)
         if not isinstance(base, nn.Linear):
             _pack_parameter(outer, base, own, device, dtype)
         elif base is outer:
-            model.set_submodule(path, _packed_linear(base, device, dtype))
+            made = _packed_linear(base, device, dtype)
+            if isinstance(base, AdaptiveLinear):
+                _move_adapters(base, made)
+            model.set_submodule(path, made)
         else:
             outer.base_layer = _packed_linear(base, device, dtype)
 
@@ -107,6 +112,15 @@ def _packed_linear(module: nn.Linear, device: Any, dtype: torch.dtype) -> Any:
     # moving there packs it
     made.weight = made.weight.to(device)
     return made
+
+
+def _move_adapters(linear: AdaptiveLinear, packed: Any) -> None:
+    """Let a packed matrix have the routed adapters of the linear it was; they stay as they are."""
+    packed.__class__ = mixed_class(AdaptiveLinear, type(packed))
+    packed.adapters, packed.router = linear.adapters, linear.router
+    for name in ("adaptive_path", "adaptive_spec", "adaptive_first"):
+        setattr(packed, name, getattr(linear, name))
+    packed.train(linear.training)
 
 
 def _pack_parameter(outer: Any, base: Any, own: str, device: Any, dtype: torch.dtype) -> None:

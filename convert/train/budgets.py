@@ -218,7 +218,7 @@ class Budgets:
             layers: over the last steps.
             held: share of every block on held-out text, None without any.
         """
-        last = {layer.layer: layer.share for layer in layers}
+        last = {layer.layer: layer.share for layer in layers if layer.share is not None}
         spent = [last.get(router.layer) for router in self.routers] if held is None else held
         rows = zip(self.routers, self._goals, spent, strict=True)
         return [

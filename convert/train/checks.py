@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
+from adaconvert.train import adapter_folder
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.goals import goals_of
 from adaconvert.train.routing_config import RAMP
@@ -62,6 +65,7 @@ def settled(config: FinetuneConfig, item: Described) -> FinetuneConfig:
     "auto" becomes bf16 where weights stored in 16 bits stay frozen, which float32 would double,
     and fp32 elsewhere.
     """
+    config = adapter_folder.settled(config, item)
     if config.routing.ramp is None and goals_of(item.spec.adaptive, config):
         config = replace(config, routing=replace(config.routing, ramp=RAMP))
     if config.precision != "auto":
@@ -95,6 +99,7 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     if item.spec.adaptive is None and (config.select is not None or config.compute is not None):
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
+    adapter_folder.check_options(item, config)
     goals_of(item.spec.adaptive, config)
 
 
@@ -107,10 +112,30 @@ def check_layout(item: Described, config: FinetuneConfig) -> None:
     adapting, machine = config.adapting, config.machine
     if machine.sharded or machine.experts_over > 1:
         _check_split(item, config)
+    if adapting.four_bit and not adapting.rank:
+        _check_packed(item, config)
     if adapting.four_bit and machine.compiled:
         raise OptionError("cannot be combined with --load-in-4bit", where="--compile")
     if adapting.four_bit and config.precision == "fp64":
         raise OptionError("cannot be combined with --load-in-4bit", where="--precision fp64")
+
+
+def _check_packed(item: Described, config: FinetuneConfig) -> None:
+    """Return only when adapters that the checkpoint has are trained on frozen matrices."""
+    adaptive: Mapping[str, Any] = item.spec.adaptive or {"sites": {}}
+    sites = adaptive["sites"].values()
+    has_adapters = any("adapters" in slots.get("linear", {}) for slots in sites)
+    if "all" in config.train or not has_adapters:
+        more = (
+            " Or train the routed adapters: --train adapters --train router."
+            if has_adapters
+            else ""
+        )
+        raise OptionError(
+            "matrices in 4 bits cannot be trained themselves",
+            where="--load-in-4bit",
+            hint=f"Give --lora R too: adapters of rank R are trained then.{more}",
+        )
 
 
 def can_split() -> bool:

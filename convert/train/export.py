@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch.adaptive import NEURON_ORDER, auto_map
@@ -14,7 +15,7 @@ from adaconvert.arch.registry import describe
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, torch_dtype
 from adaconvert.errors import VerificationError
 from adaconvert.export.adaptive import code_files
-from adaconvert.export.card_facts import facts_of
+from adaconvert.export.card_facts import costs_of, facts_of
 from adaconvert.io import aux_files, manifest
 from adaconvert.io.commit import Staging
 from adaconvert.io.digest import DigestPool
@@ -118,6 +119,18 @@ def targets_of(
     return targets
 
 
+def targets_in(stored: str, wanted: str) -> str:
+    """Return the dtype of a tensor that is written.
+
+    Args:
+        stored: its dtype in the source.
+        wanted: config name for floating-point tensors, "keep" for the source's.
+    """
+    if wanted == "keep" or not BY_NAME[stored].is_float:
+        return stored
+    return BY_CONFIG_NAME[wanted].name
+
+
 def write_weights(
     staging: Staging,
     trained: Source,
@@ -133,16 +146,42 @@ def write_weights(
         ResourceError: the disk is full or broken.
     """
     layouts = layout_shards(targets, cap)
+    write_values(
+        staging,
+        layouts,
+        lambda name: read_torch(trained, trained.tensors[name]),
+        progress=progress,
+    )
+    return layouts
+
+
+def write_values(
+    staging: Staging,
+    layouts: Sequence[ShardLayout],
+    value_of: Callable[[str], torch.Tensor],
+    *,
+    progress: bool = False,
+) -> None:
+    """Write shards to `staging`.
+
+    Args:
+        staging: takes them.
+        layouts: what they hold.
+        value_of: a tensor by its name, in any dtype.
+        progress: show a progress bar.
+
+    Raises:
+        VerificationError: a tensor holds NaN or infinity.
+        ResourceError: the disk is full or broken.
+    """
     with bar(sum(layout.nbytes for layout in layouts), "write", enabled=progress) as shown:
         for layout in layouts:
             with staging.shard(layout) as writer:
                 for tensor in layout.tensors:
-                    value = read_torch(trained, trained.tensors[tensor.name])
-                    raw = _bytes(value.to(torch_dtype(tensor.dtype)), tensor.name)
-                    writer.write(tensor.name, raw)
+                    value = value_of(tensor.name).to(torch_dtype(tensor.dtype))
+                    writer.write(tensor.name, _bytes(value, tensor.name))
                     shown.update(tensor.nbytes)
                 writer.finish()
-    return layouts
 
 
 def _bytes(value: torch.Tensor, name: str) -> Any:
@@ -186,16 +225,16 @@ def manifest_of(
     digest: str,
 ) -> dict[str, Any]:
     """Return the content of adaconvert.json, without the card and not yet sealed."""
-    with DigestPool([item.source]) as pool:
-        weights = pool.source_digest(0)
+    with DigestPool([item.source, own_source(item)]) as pool:
+        weights, own = pool.source_digest(0), pool.source_digest(1)
     dropped = {**item.audit.dropped}
     made = manifest.build(
         method="finetune",
         options=summary["options"],
         sources=[
             {
-                "label": item.source.label,
-                "revision": item.source.revision,
+                "label": own_source(item).label,
+                "revision": own_source(item).revision,
                 "fingerprint": item.source.fingerprint,
                 "digest": weights,
             }
@@ -213,9 +252,29 @@ def manifest_of(
     return {
         **made,
         "training": {k: v for k, v in summary.items() if k != "options"},
-        "history": manifest.history_of(item.source.root, label=item.source.label, weights=weights),
-        "card": facts_of([item.source], staged.path, inherit_costs=True),
+        "history": _history(item, own),
+        "card": _card(item, staged.path),
     }
+
+
+def own_source(item: Described) -> Source:
+    """Return the files that a fine-tune makes another version of: those of the adapters, or all."""
+    return item.source if item.view is None else item.view.adapters.source
+
+
+def _history(item: Described, weights: str) -> list[dict[str, object]]:
+    source = own_source(item)
+    return manifest.history_of(source.root, label=source.label, weights=weights)
+
+
+def _card(item: Described, folder: Path) -> dict[str, Any]:
+    """Return what only the writer of the card knows; a folder of adapters costs what its view
+    does."""
+    if item.view is None:
+        return facts_of([item.source], folder, inherit_costs=True)
+    after = costs_of(item.source.root)
+    facts = facts_of([own_source(item)], folder, inherit_costs=True, after=after)
+    return {**facts, "base": item.view.base.source.label}
 
 
 def _source_notes(item: Described) -> list[str]:

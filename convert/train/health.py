@@ -42,6 +42,8 @@ class LayerHealth:
         entropy: of its probabilities, averaged over tokens, as a fraction of ln E.
         share: experts a token ran over those of the model without null experts; None without them.
         idle: share of the tokens that ran no expert; None without null experts.
+        site: the linear whose adapters it weighs; None where it chooses experts.
+        even: an uneven load is a fault.
     """
 
     layer: int
@@ -50,6 +52,8 @@ class LayerHealth:
     entropy: float
     share: float | None = None
     idle: float | None = None
+    site: str | None = None
+    even: bool = True
 
     @property
     def load(self) -> float:
@@ -95,6 +99,7 @@ class LayerHealth:
             "dead": list(self.dead),
             **({} if self.share is None else {"share": round(self.share, 4)}),
             **({} if self.idle is None else {"idle": round(self.idle, 4)}),
+            **({} if self.site is None else {"site": self.site}),
         }
 
 
@@ -102,11 +107,17 @@ def logged(layers: Sequence[LayerHealth]) -> dict[str, Any]:
     """Return what a log entry says of the routers, nothing when no token was routed."""
     if not layers:
         return {}
+    # a block may have a router for each of its linears
+    blocks: dict[int, list[LayerHealth]] = {}
+    for layer in layers:
+        blocks.setdefault(layer.layer, []).append(layer)
+    entropies = [sum(one.entropy for one in found) / len(found) for found in blocks.values()]
+    loads = [max(one.load for one in found) for found in blocks.values()]
     return {
         "router_entropy": sum(layer.entropy for layer in layers) / len(layers),
-        "router_entropy_by_layer": [round(layer.entropy, 4) for layer in layers],
-        "load": max(layer.load for layer in layers),
-        "load_by_layer": [round(layer.load, 4) for layer in layers],
+        "router_entropy_by_layer": [round(entropy, 4) for entropy in entropies],
+        "load": max(loads),
+        "load_by_layer": [round(load, 4) for load in loads],
         "dead_experts": sum(len(layer.dead) for layer in layers),
         **_spent(layers),
     }
@@ -127,7 +138,8 @@ def _spent(layers: Sequence[LayerHealth]) -> dict[str, Any]:
 
 def collapsed(layers: Iterable[LayerHealth], threshold: float) -> list[LayerHealth]:
     """Return the layers whose busiest experts get `threshold` of the choices; 0 asks for none."""
-    return [layer for layer in layers if threshold and layer.crowding >= threshold]
+    judged = [layer for layer in layers if layer.even]
+    return [layer for layer in judged if threshold and layer.crowding >= threshold]
 
 
 def warnings(layers: Sequence[LayerHealth], threshold: float) -> list[str]:
@@ -136,7 +148,7 @@ def warnings(layers: Sequence[LayerHealth], threshold: float) -> list[str]:
     if not bad:
         return []
     worst = max(bad, key=lambda layer: layer.crowding)
-    names = ", ".join(str(layer.layer) for layer in bad)
+    names = ", ".join(dict.fromkeys(str(layer.layer) for layer in bad))
     return [
         f"warning: routers collapsed in layer {names}: in layer {worst.layer} "
         f"{worst.crowding:.1%} of the choices go to the busiest experts, load max/mean "
@@ -213,8 +225,15 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         summary: "routing" of a run's summary.
     """
     lines = []
+    unused = [layer for layer in summary["layers"] if layer["dead"] and "site" in layer]
+    if unused:
+        lines.append(
+            f"{len(unused)} routers left adapters without a token over the last "
+            f"{summary['steps']} steps, that of {unused[0]['site']} {len(unused[0]['dead'])} of "
+            f"{unused[0]['experts']}"
+        )
     for layer in summary["layers"]:
-        if layer["dead"]:
+        if layer["dead"] and "site" not in layer:
             named = ", ".join(map(str, layer["dead"][:8])) + ("..." if layer["dead"][8:] else "")
             lines.append(
                 f"layer {layer['layer']}: {len(layer['dead'])} of {layer['experts']} experts got "

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaconvert.errors import OptionError
 from adaconvert.modeling.adaptive_context import current
 from adaconvert.modeling.adaptive_select import runs_all, select_experts
 from adaconvert.train import losses
 from adaconvert.train.budgets import Budgets
 from adaconvert.train.health import LayerHealth
+from adaconvert.train.routing_adapters import AdaptersRouter, chosen_of
 from adaconvert.train.routing_config import Routing
 from adaconvert.train.routing_null import balance_of, choice_of
 from adaconvert.train.routing_sites import (
@@ -32,7 +32,7 @@ from adaconvert.train.routing_sites import (
     AnyRouter,
     NullRouter,
     StockRouter,
-    expert_norms,
+    required_norms,
 )
 from adaconvert.train.routing_tally import (
     Joined,
@@ -74,6 +74,7 @@ class Routers:
         settings: factors; `balance` is a number here.
         trained: routers are trained, so what they choose at the end is judged.
         goals: share of each block with null experts that has a budget, by path.
+        even_adapters: routers of adapters are balanced as well.
 
     Attributes:
         reduce: sums a tensor over processes.
@@ -87,12 +88,15 @@ class Routers:
         *,
         trained: bool = True,
         goals: Mapping[str, float] | None = None,
+        even_adapters: bool = False,
     ) -> None:
         self.routers = tuple(routers)
         nulled = [router for router in routers if isinstance(router, NullRouter)]
         self.budgets = Budgets(nulled, goals or {}, settings)
         self.settings = settings
-        self._trained = trained
+        self._trained, self._even_adapters = trained, even_adapters
+        adapters = sum(isinstance(router, AdaptersRouter) for router in self.routers)
+        self._balanced = len(self.routers) - (0 if even_adapters else adapters)
         self.reduce: Reduce = lambda value: value
         self._now: _Now | None = None
         self._counting = self._ending = False
@@ -109,7 +113,8 @@ class Routers:
     @property
     def are_stock(self) -> bool:
         """Return whether the routers are those of a mixture, with null experts or without."""
-        return not any(isinstance(router, AdaptiveRouter) for router in self.routers)
+        mixtures = [r for r in self.routers if not isinstance(r, AdaptersRouter)]
+        return bool(mixtures) and not any(isinstance(r, AdaptiveRouter) for r in mixtures)
 
     @property
     def are_to_be_even(self) -> bool:
@@ -122,6 +127,11 @@ class Routers:
         if isinstance(router, StockRouter):
             return router.module.register_forward_hook(
                 lambda module, args, output: run(index, router, args, output)
+            )
+        if isinstance(router, AdaptersRouter):
+            told = uncompiled(self._on_adapters)
+            return router.module.register_forward_hook(
+                lambda module, args, output: told(index, router, output)
             )
         see = uncompiled(self._on_nulls if isinstance(router, NullRouter) else self._on_site)
         return router.site.register_forward_hook(
@@ -203,7 +213,7 @@ class Routers:
             self._count(index, counts, shares, now.mask)
             found["balance"] = losses.balance(shares, counts, now.mask)
         if self.settings.regression and router.predicts_norms:
-            norms = self._norms(router, x).reshape(shape)
+            norms = required_norms(router, x).reshape(shape)
             found["regression"] = losses.regression(scores.reshape(shape), norms, now.mask)
         return self._join(found, output, now)
 
@@ -231,31 +241,37 @@ class Routers:
         joined = self._join(found, output, now)
         return None if joined is output else joined
 
-    @staticmethod
-    def _norms(router: AdaptiveRouter, x: Tensor) -> Tensor:
-        norms = expert_norms(router.site, x)
-        if norms is None:
-            raise OptionError(
-                f"the experts of {router.path} have no plain output matrix to predict",
-                where="--router-regression",
-                hint="Train without adapters or quantised weights, or fit routers by "
-                "`adaconvert d2dmoe`.",
-            )
-        return norms
+    def _on_adapters(self, index: int, router: AdaptersRouter, logits: Tensor) -> Any:
+        now = self._now
+        if now is None or not router.routes(logits, now.mask):
+            return None
+        likely, uses = chosen_of(router, logits, now.mask)
+        self._count(index, uses, likely, now.mask)
+        found = {}
+        if self._even_adapters:
+            found["balance"] = losses.balance(likely, uses, now.mask)
+        if self.settings.z_loss:
+            wide = losses.wide(logits.reshape(likely.shape))
+            found["z"] = losses.router_z(wide, now.mask)
+        joined = self._join(found, logits, now, times=router.blocks)
+        return None if joined is logits else joined
 
-    def _join(self, found: Mapping[str, Tensor], carrier: Tensor, now: _Now) -> Tensor:
+    def _join(
+        self, found: Mapping[str, Tensor], carrier: Tensor, now: _Now, *, times: int = 1
+    ) -> Tensor:
         """Return `carrier`, through which the losses [B] get their gradient; counts their values.
 
         Args:
             found: name -> mean over each sequence.
             carrier: anything that goes on through the model.
             now: the micro-batch.
+            times: how often the router is asked in a pass.
         """
-        weights = now.weights / len(self.routers)
         factors = self._factors()
         total = None
         for name, values in found.items():
-            value = (values * weights).sum()
+            routers = self._balanced if name == "balance" else len(self.routers)
+            value = (values * now.weights).sum() / (routers * times)
             if self._counting:
                 seen = value.detach()
                 self._values[name] = self._values[name] + seen if name in self._values else seen
@@ -333,8 +349,10 @@ class Routers:
             tokens, entropy, *idle = self.reduce(tally.sums).tolist()
             uses = self.reduce(tally.counts).tolist()
             whole = max(tokens, 1.0)
-            spent = {}
-            if isinstance(router, NullRouter):
+            spent: dict[str, Any] = {}
+            if isinstance(router, AdaptersRouter):
+                spent = {"site": router.path, "even": self._even_adapters}
+            elif isinstance(router, NullRouter):
                 spent = {"share": sum(uses) / (whole * router.top_k), "idle": idle[0] / whole}
             found.append(
                 LayerHealth(

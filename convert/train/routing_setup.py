@@ -16,6 +16,7 @@ from adaconvert.train.health import LayerHealth, last_steps
 from adaconvert.train.health import notes as health_notes
 from adaconvert.train.parts import Chosen
 from adaconvert.train.routing import Routers
+from adaconvert.train.routing_adapters import AdaptersRouter
 from adaconvert.train.routing_config import BALANCE, CORRECTION, Routing
 from adaconvert.train.routing_sites import (
     AdaptiveRouter,
@@ -94,7 +95,10 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
     _check_kinds(found, item, config)
     _check_selection(model, found, settings)
     trained = _are_trained(found)
-    settings = replace(settings, balance=_balance(item, settings, found, trained))
+    even_adapters = settings.balance is not None
+    mixtures = [router for router in found if not isinstance(router, AdaptersRouter)]
+    balance = _balance(item, settings, mixtures, _are_trained(mixtures))
+    settings = replace(settings, balance=balance)
     if getattr(model.config, "output_router_logits", False):
         # the model's own balance loss would be computed for nothing
         model.config.output_router_logits = False
@@ -112,12 +116,16 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
         raise OptionError(
             "nothing that is trained changes the loss of routers",
             where="--train router",
-            hint="Experts of adaptive checkpoints weigh one, so their routers get no gradient from "
+            hint="Adapters under the rule uniform, or under top-k of one renormalized, weigh the "
+            "same whatever routers say."
+            if not mixtures
+            else "Experts of adaptive checkpoints weigh one, so their routers get no gradient from "
             "the language-model loss: add --router-regression or --balance, or fit them by "
             "`adaconvert d2dmoe`.",
         )
     note = "routers stay as they were: no loss of this run reaches them"
-    routers = Routers(found, settings, trained=trained and not left, goals=goals)
+    moved = trained and not left
+    routers = Routers(found, settings, trained=moved, goals=goals, even_adapters=even_adapters)
     return Prepared(chosen=settled, routers=routers, notes=(note,) if left else ())
 
 
@@ -157,6 +165,13 @@ def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneCo
             where="--balance-kind bias",
             hint="Use --balance-kind loss, or leave --expert-parallel out.",
         )
+    shared = [r for r in found if isinstance(r, AdaptersRouter) and r.blocks > 1]
+    if shared and config.machine.sharded:
+        raise OptionError(
+            "cannot be combined with a router for the adapters of several blocks, each of which "
+            "gathers its own parameters alone",
+            where="--fsdp",
+        )
     adaptive = [router for router in found if isinstance(router, AdaptiveRouter)]
     if settings.regression and not any(router.predicts_norms for router in adaptive):
         raise OptionError(
@@ -168,6 +183,8 @@ def _check_kinds(found: Sequence[AnyRouter], item: Described, config: FinetuneCo
 
 def _has_logits(router: AnyRouter) -> bool:
     """Return whether a router chooses by a softmax."""
+    if isinstance(router, AdaptersRouter):
+        return bool(router.select["rule"] != "sigmoid")
     return isinstance(router, NullRouter) or (
         isinstance(router, StockRouter) and not router.sigmoid
     )
@@ -196,7 +213,7 @@ def _balance(
     """Return the factor of the balance loss, as `Routing.balance` says."""
     if settings.balance is not None:
         return settings.balance
-    mixture = not any(isinstance(router, AdaptiveRouter) for router in found)
+    mixture = bool(found) and not any(isinstance(router, AdaptiveRouter) for router in found)
     if not (mixture and trained and settings.kind == "loss"):
         return 0.0
     stated = item.source.config.get(_COEFFICIENT)
@@ -225,7 +242,7 @@ def _module_of(router: AnyRouter) -> Any:
     """Return what holds the parameters of a router."""
     if isinstance(router, NullRouter):
         return router
-    return router.module if isinstance(router, StockRouter) else router.site.router
+    return router.site.router if isinstance(router, AdaptiveRouter) else router.module
 
 
 def _settled(
@@ -265,6 +282,8 @@ def _settled(
     )
 
 
-def _is_reached(router: AdaptiveRouter, settings: Routing) -> bool:
+def _is_reached(router: AdaptiveRouter | AdaptersRouter, settings: Routing) -> bool:
     """Return whether a loss reaches an adaptive router; experts that weigh one send nothing."""
+    if isinstance(router, AdaptersRouter):
+        return router.is_reached or bool(settings.balance and router.select["rule"] != "uniform")
     return bool(settings.balance) or bool(settings.regression and router.predicts_norms)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaconvert.errors import OptionError
 from adaconvert.modeling.adaptive_routers import AnalyticRouter, ContributionRouter
 from adaconvert.train.losses import wide
+from adaconvert.train.routing_adapters import AdaptersRouter, adapters_routers
 from adaconvert.train.routing_config import CORRECTION
 
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -126,11 +128,12 @@ class NullRouter:
         yield from self.site.null_experts.parameters()
 
 
-AnyRouter = StockRouter | AdaptiveRouter | NullRouter
+AnyRouter = StockRouter | AdaptiveRouter | NullRouter | AdaptersRouter
 
 
 def find_routers(model: Any) -> tuple[AnyRouter, ...]:
-    """Return every router that chooses among more than one expert, by block."""
+    """Return every router that chooses among more than one expert or adapter, by block; those of
+    adapters come last."""
     sites = model.adaptive_sites() if hasattr(model, "adaptive_sites") else {}
     found: list[AnyRouter] = []
     for path, site in sites.items():
@@ -140,6 +143,7 @@ def find_routers(model: Any) -> tuple[AnyRouter, ...]:
             found.append(kind(layer=layer_of(path), path=path, site=site, experts=count))
     nulled = {id(site) for site in sites.values() if is_nulled(site)}
     found += _stock(model, nulled)
+    found += adapters_routers(model)
     return tuple(router for router in found if router.experts > 1)
 
 
@@ -215,3 +219,20 @@ def expert_norms(site: Any, x: Tensor) -> Tensor | None:
         inner = columns.transpose(1, 2) @ columns
         squares = torch.einsum("tem,emn,ten->te", hidden, inner, hidden)
         return squares.clamp_min(0).sqrt()
+
+
+def required_norms(router: AdaptiveRouter, x: Tensor) -> Tensor:
+    """Return `expert_norms`, [T, d] -> [T, E].
+
+    Raises:
+        OptionError: there are none.
+    """
+    norms = expert_norms(router.site, x)
+    if norms is None:
+        raise OptionError(
+            f"the experts of {router.path} have no plain output matrix to predict",
+            where="--router-regression",
+            hint="Train without adapters or quantised weights, or fit routers by "
+            "`adaconvert d2dmoe`.",
+        )
+    return norms

@@ -20,6 +20,7 @@ from adaconvert.errors import (
 )
 from adaconvert.export.card import write_card
 from adaconvert.io import manifest
+from adaconvert.io.adapter_files import ADAPTER_WEIGHTS
 from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.destination import Destination
 from adaconvert.io.digest import DigestPool
@@ -27,9 +28,10 @@ from adaconvert.io.fs import FileSystem
 from adaconvert.io.source import Source
 from adaconvert.io.writer import parse_size
 from adaconvert.layerwise.quiet import quiet
+from adaconvert.methods.molora.view import standing, viewed
 from adaconvert.methods.sources import Described, check_ties, open_source
 from adaconvert.modeling.loading import load_model
-from adaconvert.train import checks, export
+from adaconvert.train import adapter_folder, checks, export
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_stream import Data, data_of
 from adaconvert.train.dry_run import FinetunePlan, plan_of
@@ -51,6 +53,7 @@ class RunSettings:
 
     Attributes:
         destination: folder to write.
+        base: of an adapter folder, where its base is; None: where it says itself.
         overwrite: replace a folder adaconvert wrote.
         resume: go on from the last complete checkpoint of an interrupted run.
         device: "auto", "cpu" or an accelerator's name such as "cuda".
@@ -65,6 +68,7 @@ class RunSettings:
     """
 
     destination: Path
+    base: str | None = None
     overwrite: bool = False
     resume: bool = False
     device: str = "auto"
@@ -85,11 +89,11 @@ def finetune(
 
     Under torchrun every process calls it, and the first one alone writes and reports.
     """
-    with joined(on_cpu=settings.device == "cpu") as group:
+    with joined(on_cpu=settings.device == "cpu") as group, ExitStack() as held:
         config = replace(config, processes=group.size)
         if not group.is_main:
             settings = replace(settings, report=lambda line: None, progress=False)
-        item = group.together(lambda: _checked(where, config, settings))
+        item = group.together(lambda: _checked(where, config, settings, held))
         config = checks.settled(config, item)
         budget = group.on_main(lambda: _budget(item, config, settings, group))
         if settings.dry_run:
@@ -99,8 +103,11 @@ def finetune(
         return replace(_finetuned(item, config, settings, group), memory=budget.to_json())
 
 
-def _checked(where: str, config: FinetuneConfig, settings: RunSettings) -> Described:
-    """Return the checkpoint, after every check that costs little."""
+def _checked(
+    where: str, config: FinetuneConfig, settings: RunSettings, held: ExitStack
+) -> Described:
+    """Return the checkpoint, after every check that costs little; `held` holds what stands for an
+    adapter folder."""
     for package in ("accelerate", *(["peft"] if config.adapting.rank else [])):
         checks.require(package)
     if config.adapting.four_bit:
@@ -108,9 +115,10 @@ def _checked(where: str, config: FinetuneConfig, settings: RunSettings) -> Descr
     check_trackers(config.report_to)
     config.machine.check(config.processes)
     parse_size(settings.max_shard_size)
-    item = open_source(where, revision=settings.revision)
+    root, view = held.enter_context(standing(where, base=settings.base, revision=settings.revision))
+    item = replace(open_source(root, revision=None if view else settings.revision), view=view)
     checks.check_source(item, config)
-    checks.check_layout(item, config)
+    checks.check_layout(item, adapter_folder.settled(config, item))
     checks.check_device(settings.device)
     if not settings.resume:
         Destination.resolve(settings.destination).check_free(overwrite=settings.overwrite)
@@ -180,10 +188,10 @@ def _opened(
         def enter() -> Work:
             staging = Staging.open(
                 settings.destination,
-                sources=[item.source.root],
+                sources=adapter_folder.read_folders(item),
                 overwrite=settings.overwrite,
                 plan_digest=digest,
-                needed_bytes=sum(ref.nbytes for ref in item.source.tensors.values()),
+                needed_bytes=sum(r.nbytes for r in export.own_source(item).tensors.values()),
                 fs=settings.fs,
             )
             staged.append(stack.enter_context(staging))
@@ -213,8 +221,17 @@ def _written(
 ) -> FinetuneResult:
     """Return the result after it was written, checked and given its name."""
     if staging is not None:
-        _write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
-        _check_loads(staging.path, data)
+        if item.view is None:
+            _write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
+            _check_loads(staging.path, data)
+        else:
+            trained = work.path / TRAINED / ADAPTER_WEIGHTS
+            adapter_folder.write(
+                staging, item.view, trained, config.dtype, progress=settings.progress
+            )
+            staging.records()
+            with viewed(staging.path, base=str(item.view.base.source.root)) as written:
+                _check_loads(written.root, data)
         _seal(item, staging, result, digest)
     return result
 
@@ -231,7 +248,14 @@ def _facts(item: Described, config: FinetuneConfig, data: Data) -> dict[str, Any
 
 def _identities(item: Described) -> list[str]:
     """Return what tells a source file that was rewritten from one that was not."""
-    return [f"{s.file}: {s.size} bytes, {s.mtime_ns}, {s.inode}" for s in item.source.shards]
+    read = (
+        [item.source] if item.view is None else [item.view.base.source, item.view.adapters.source]
+    )
+    return [
+        f"{shard.file}: {shard.size} bytes, {shard.mtime_ns}, {shard.inode}"
+        for source in read
+        for shard in source.shards
+    ]
 
 
 def _found(destination: Path, record: Mapping[str, Any], item: Described) -> FinetuneResult:
@@ -345,7 +369,7 @@ def _check_loads(folder: Path, data: Data) -> None:
 
 def _seal(item: Described, staging: Staging, result: FinetuneResult, digest: str) -> None:
     """Write card and manifest and give the result its name."""
-    item.source.assert_unchanged()
+    adapter_folder.assert_unchanged(item)
     records = staging.records()
     record = export.manifest_of(item, result.summary, records, staging, digest)
     record = write_card(staging, record)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.errors import OptionError
+from adaconvert.io.adapter_files import ADAPTER_WEIGHTS
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.sources import Described, open_source
 from adaconvert.modeling.loading import load_model
+from adaconvert.train import adapter_folder
 from adaconvert.train.adapt_config import Machine
 from adaconvert.train.arguments import arguments_of, explained
 from adaconvert.train.config import FinetuneConfig
@@ -93,12 +95,16 @@ class Session:
         """
         with quiet(), explained(self.config, self.work.hint):
             done = self._fit()
-            if done.state is None:
+            view = self.item.view
+            if view is not None:
+                state = adapter_folder.trained_of(view, done.state or {})
+                self.group.on_main(lambda: self._save_adapters(state))
+            elif done.state is None:
                 self.group.on_main(lambda: self._save(done.model, done.ready))
             else:
                 gc.collect()
-                state = done.state
-                self.group.on_main(lambda: self._save(*self._whole(state)))
+                whole = done.state
+                self.group.on_main(lambda: self._save(*self._whole(whole)))
             gc.collect()
         return done.chosen, done.curve, done.health
 
@@ -110,6 +116,8 @@ class Session:
 
         model = self._loaded()
         ready = prepare(model, self.config, device=self._place())
+        if self.item.view is not None:
+            adapter_folder.settle(model, self.item.view)
         meter = self._prepare(model)
         routing = routing_setup.prepare(model, self.item, self.config, ready.chosen)
         trainer = self._trainer(model, routing.chosen, meter, routing)
@@ -130,7 +138,12 @@ class Session:
     def _is_apart(self) -> bool:
         """Return whether the model that is trained is not the one that is written."""
         machine = self.config.machine
-        return machine.sharded or machine.experts_over > 1 or self.config.adapting.four_bit
+        return (
+            self.item.view is not None
+            or machine.sharded
+            or machine.experts_over > 1
+            or self.config.adapting.four_bit
+        )
 
     def _place(self) -> Any:
         """Return the device of this process."""
@@ -172,6 +185,15 @@ class Session:
             merge(model, ready.tuner, keep_wide=self.config.dtype == "float32")
         with refusing(self.work, TRAINED):
             model.save_pretrained(self.work.path / TRAINED, max_shard_size="2GB")
+
+    def _save_adapters(self, state: Mapping[str, Any]) -> None:
+        from safetensors.torch import save_file
+
+        from adaconvert.train.checkpoints import refusing
+
+        with refusing(self.work, TRAINED):
+            (self.work.path / TRAINED).mkdir()
+            save_file(dict(state), self.work.path / TRAINED / ADAPTER_WEIGHTS)
 
     def _prepare(self, model: Any) -> Meter | None:
         """Set selection, recomputation and penalty; return what watches activations."""
@@ -242,6 +264,7 @@ class Session:
     def _teacher(self, device: Any) -> Any:
         """Return the dense teacher on the device of the student, None without distillation."""
         from adaconvert.modeling import stock_experts
+        from adaconvert.modeling.adaptive_schema import routed_specs
         from adaconvert.train.prepare import set_precision
 
         if not (self.config.distill or self.config.distill_hidden):
@@ -264,7 +287,7 @@ class Session:
                 found=f"{theirs[0]} of width {theirs[1]}",
             )
         teacher: Any = load_model(source.source.root, device=str(device))
-        if source.spec.adaptive is not None:
+        if source.spec.adaptive is not None and routed_specs(source.spec.adaptive):
             teacher.set_select("all")
         teacher.requires_grad_(False)
         set_precision(teacher, self.config.precision)

@@ -18,7 +18,7 @@ from adaconvert.verification.logits import hidden_difference
 from adaconvert.verification.models import (
     blocks_of,
     inputs_of,
-    is_adaptive,
+    is_split,
     load_reference,
     load_target,
     run,
@@ -81,10 +81,10 @@ class Comparison:
             target, self.keys = load_target(self._target)
             inputs = inputs_of(target, self._probe)
             with ExitStack() as stack:
-                if is_adaptive(self._target) and not self._configured:
+                if is_split(self._target) and not self._configured:
                     stack.enter_context(_every_expert(target))
                 logits = self._run_target(target, inputs, hidden)
-            if is_adaptive(self._target) and not self._configured:
+            if is_split(self._target) and not self._configured:
                 self.quality = measure(target, inputs, dense, tolerance=self._tolerance)
             shown.update(1)
         return dense, logits

@@ -87,6 +87,7 @@ def check(
     sources: Sequence[Source] = (),
     plan: Plan | None = None,
     progress: bool = False,
+    adapters: Source | None = None,
 ) -> Integrity:
     """Return what is wrong with the checkpoint in `folder`; reads all of it.
 
@@ -97,6 +98,8 @@ def check(
         plan: the plan it was made by: then every target tensor is held to the plan's name, dtype
             and shape, and every source tensor to being used or dropped.
         progress: show a progress bar on a terminal.
+        adapters: the folder opened, where it is a PEFT folder, whose configuration does not say
+            what it holds; None for a checkpoint.
 
     Raises:
         ResourceError: a file may not be read.
@@ -106,7 +109,7 @@ def check(
     notes = [*_source_notes(manifest, sources), *_card_notes(folder, manifest)]
     loadable = False
     try:
-        target = Source.open(folder)
+        target = Source.open(folder) if adapters is None else adapters
     except ResourceError:
         raise
     except AdaconvertError as error:
@@ -116,7 +119,7 @@ def check(
     found = _digest_all(target, progress)
     problems += _shards(target, written, found)
     problems += _non_finite(target, found, _allows_non_finite(manifest))
-    unfit = [*_described(target), *_config_keys(target)]
+    unfit = [] if adapters is not None else [*_described(target), *_config_keys(target)]
     loadable = not unfit
     problems += unfit
     if plan is not None:

@@ -23,6 +23,7 @@ from adaconvert.layerwise.build import (
 from adaconvert.layerwise.configs import load_config
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.layerwise.stored import ReadCount, stored_tensors
+from adaconvert.modeling.adaptive_schema import routed_specs
 from adaconvert.verification.tokens import Probe
 
 if TYPE_CHECKING:
@@ -46,6 +47,23 @@ def is_nulled(source: Source) -> bool:
     return is_adaptive(source) and holds_nulls(source.config["adaptive"])
 
 
+def is_split(source: Source) -> bool:
+    """Return whether something in a checkpoint chooses among experts; adapters do not."""
+    return is_adaptive(source) and bool(routed_specs(_adaptive(source)))
+
+
+def is_adapted(source: Source) -> bool:
+    """Return whether a checkpoint has routed adapters."""
+    if not is_adaptive(source):
+        return False
+    slots = [slots.get("linear") or {} for slots in _adaptive(source)["sites"].values()]
+    return any("adapters" in slot for slot in slots)
+
+
+def _adaptive(source: Source) -> Any:
+    return source.config["adaptive"]
+
+
 def is_text(source: Source) -> bool:
     """Return whether its model reads token ids."""
     from adaconvert.arch.registry import describe
@@ -54,8 +72,8 @@ def is_text(source: Source) -> bool:
 
 
 def load_reference(source: Source) -> PreTrainedModel:
-    """Return the source in float32; a split one with every expert on, one with null experts as it
-    is configured.
+    """Return the source in float32; a split one with every expert on, one with null experts or
+    routed adapters as it is configured.
 
     A stock one is built from its validated files and its sanitised config.
 
@@ -64,7 +82,7 @@ def load_reference(source: Source) -> PreTrainedModel:
     """
     if is_adaptive(source):
         model, keys = load_target(source)
-        if not is_nulled(source):
+        if is_split(source) and not is_nulled(source):
             _set_all(model)
     else:
         config = load_config(source)

@@ -13,7 +13,7 @@ from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.verification import render
 from adaconvert.verification.equivalence import Equivalence, compare
 from adaconvert.verification.integrity import Integrity, check
-from adaconvert.verification.models import is_adaptive, is_nulled, is_text
+from adaconvert.verification.models import is_adapted, is_adaptive, is_nulled, is_text
 from adaconvert.verification.tokens import Probe, compare_tokenizers, load_tokenizer
 from adaconvert.verification.verdict import EXACT, Verdict, bound_of, judge, promised, run_dtype
 
@@ -157,7 +157,7 @@ def verify_checkpoint(
     opened = [Source.open(source, ignore_unindexed=True) for source in sources]
     record = manifests.read(target) if manifest is None else manifest
     integrity = check(target, record, sources=opened, plan=plan, progress=progress)
-    probe = _probe(probe, opened[0])
+    probe = probe_for(probe, opened[0])
     notes = list(integrity.notes)
     if len(opened) > 1:
         notes.append("compared with the first source only")
@@ -172,17 +172,17 @@ def verify_checkpoint(
     if not integrity.loadable:
         return report
     promise = exactness or promised(record)
-    return _compared(report, opened[0], target, promise, record, memory, probe, progress)
+    return compared(report, opened[0], target, promise, record, memory, probe, progress)
 
 
-def _probe(given: Probe | None, source: Source) -> Probe:
+def probe_for(given: Probe | None, source: Source) -> Probe:
     """Return what to compare on; images are drawn when the model is run."""
     if not is_text(source):
         return Probe(ids=((0,),), origin="random images", text="")
     return given or Probe.shipped(source.root)
 
 
-def _compared(
+def compared(
     report: VerificationReport,
     source: Source,
     folder: Path,
@@ -192,6 +192,8 @@ def _compared(
     probe: Probe,
     progress: bool,
 ) -> VerificationReport:
+    """Return a report with what running source and target found; `promise` and `manifest` are the
+    target's."""
     target = Source.open(folder)
     bound = None if is_nulled(target) and _is_noisy(manifest) else bound_of(promise, target)
     try:
@@ -229,6 +231,11 @@ def _quality_notes(found: Equivalence, target: Source) -> list[str]:
         return [
             "too large to load whole, so it was compared block by block with null experts off; "
             "they were not run"
+        ]
+    if is_adapted(target) and found.mode == "layerwise":
+        return [
+            "too large to load whole, so it was compared block by block without its adapters; they "
+            "were not run"
         ]
     if is_adaptive(target) and found.mode == "layerwise":
         return [

@@ -89,6 +89,15 @@ def grouped_lora(
 #: where the moved outputs of all pairs stay in the cache, and where they do not.
 _COLUMNS_OF_A_SLOT = (40, 100)
 _CACHE_BYTES = 2**25
+#: In bfloat16 oneDNN makes a new kernel for every number of rows, and "sorted" has as many as there
+#: are adapters, others in each step; "all" is faster up to this many columns. Times of the linear's
+#: own on that machine, one thread, CPU time, routing new in each step, r = 16:
+#:      T, n, m          E, K   sorted  all    |  T, n, m          E, K   sorted  all
+#:      512, 576, 1536   8, 1   3.26    1.80   |  2048, 576, 1536  8, 2   4.12    1.75
+#:      512, 576, 1536   8, 2   4.69    1.79   |  2048, 576, 1536  32, 2  4.59    3.23
+#:      512, 576, 1536   32, 2  3.61    3.58   |  512, 2048, 8192  8, 2   1.43    1.16
+#:      512, 576, 1536   64, 2  3.16    5.48   |  512, 2048, 8192  32, 2  1.45    1.56
+_LOW_COLUMNS = 512
 #: with fewer tokens the time goes into reading adapters, and "sorted" reads the selected alone.
 _FEW_TOKENS = 64
 
@@ -104,6 +113,7 @@ def choose_form(plan: RoutePlan, x: Tensor, a: Tensor, b: Tensor) -> tuple[Form,
     columns = slots * _COLUMNS_OF_A_SLOT[moved > _CACHE_BYTES]
     wins = rank * (experts - slots) <= columns
     if x.device.type == "cpu":
+        wins |= x.element_size() < 4 and experts * rank <= _LOW_COLUMNS
         return "all" if wins and tokens >= _FEW_TOKENS else "sorted", reason
     refusal = grouped_gemm.refuses(x)
     if refusal is not None:

@@ -22,7 +22,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_inspect_prints_lines(api: Any, run: Run) -> None:
     assert run("inspect", "org/name", "--revision", "abc") == (0, "first line\nsecond line\n", "")
-    assert api.calls == [("inspect", ("org/name",), {"revision": "abc"})]
+    assert api.calls == [("inspect", ("org/name",), {"revision": "abc", "base": None})]
 
 
 def test_json_is_one_sorted_document(api: Any, run: Run) -> None:

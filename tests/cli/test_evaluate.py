@@ -23,6 +23,7 @@ def test_every_option_reaches_the_api(api: Any, run: Run) -> None:
         *("--select", "rule=all", "--reference", "dense", "--tasks", "a, b", "--tasks", "c.yaml"),
         *("--task-limit", "7", "--device", "cpu", "--dtype", "float32", "--batch-size", "2"),
         *("--no-speed", "--out", "r.json", "--record", "--revision", "abc", "-q"),
+        *("--base", "org/base"),
     )
     assert (code, err) == (0, "")
     (call,) = api.calls
@@ -49,13 +50,16 @@ def test_every_option_reaches_the_api(api: Any, run: Run) -> None:
         "out": "r.json",
         "record": True,
         "progress": False,
+        "base": "org/base",
     }
 
 
 def test_defaults_are_those_of_the_api(api: Any, run: Run) -> None:
     assert run("evaluate", "ckpt", "--data", "d")[0] == 0
-    assert EvaluateOptions(**api.calls[0][2]) == EvaluateOptions(data="d", progress=True)
-    ours = {"checkpoint", "as_json", "quiet", "verbose"}
+    given = dict(api.calls[0][2])
+    assert given.pop("base") is None
+    assert EvaluateOptions(**given) == EvaluateOptions(data="d", progress=True)
+    ours = {"checkpoint", "base", "as_json", "quiet", "verbose"}
     named = {param.name for param in evaluate.params} - ours
     assert named | {"progress"} == {field.name for field in fields(EvaluateOptions)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from adaconvert.methods.sources import left_behind, open_source
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import assert_whole
+from adaconvert.testing.calls import call
 from adaconvert.testing.null_by_hand import make_nulled
 from adaconvert.testing.writing import tree_digest
 from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
@@ -203,18 +203,6 @@ def test_every_line_of_the_example_runs(measured: Path, nulled: Path) -> None:
         assert lines[-1] == "    model.generate(...)"
         for line in lines[:-1]:
             call(model, line.removeprefix("with ").split(":   #")[0])
-
-
-def call(model: Any, line: str) -> None:
-    """Call the method of the model that a line of code calls."""
-    (statement,) = ast.parse(line).body
-    assert isinstance(statement, ast.Expr)
-    assert isinstance(statement.value, ast.Call)
-    method = statement.value.func
-    assert isinstance(method, ast.Attribute)
-    assert ast.unparse(method.value) == "model"
-    given = {key.arg: ast.literal_eval(key.value) for key in statement.value.keywords}
-    getattr(model, method.attr)(*map(ast.literal_eval, statement.value.args), **given)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

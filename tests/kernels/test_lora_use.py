@@ -51,10 +51,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_forms_by_what_is_selected() -> None:
-    def chosen(tokens: int, slots: int, experts: int, rank: int, outputs: int = 64) -> str:
+    def chosen(
+        tokens: int, slots: int, experts: int, rank: int, outputs: int = 64, **kind: Any
+    ) -> str:
         plan = route_plan(torch.zeros(tokens, slots, dtype=torch.long), experts)
         a, b = torch.empty(experts, rank, 8), torch.empty(experts, outputs, rank)
-        form, reason = choose_form(plan, torch.empty(tokens, 8), a, b)
+        form, reason = choose_form(plan, torch.empty(tokens, 8, **kind), a, b)
         assert f"{slots} of {experts}" in reason
         return form
 
@@ -63,6 +65,9 @@ def test_forms_by_what_is_selected() -> None:
     # the same adapters on outputs that leave the cache
     assert (chosen(2048, 2, 8, 16, 1536), chosen(2048, 2, 8, 16, 8192)) == ("sorted", "all")
     assert chosen(2048, 2, 64, 16, 8192) == "sorted"
+    low: dict[str, Any] = {"dtype": torch.bfloat16}
+    assert chosen(512, 2, 8, 16, **low) == chosen(512, 2, 32, 16, **low) == "all"
+    assert chosen(512, 2, 64, 16, **low) == chosen(1, 2, 8, 16, **low) == "sorted"
 
 
 @pytest.mark.parametrize("form", ["sorted", "all", "auto"])

@@ -14,8 +14,10 @@ import torch
 
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.adapters_by_hand import make_adapted
 from adaconvert.testing.adaptive_by_hand import make_adaptive
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Elsewhere = Callable[..., dict[str, torch.Tensor]]
 
 _SCRIPT = """
@@ -55,6 +57,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if not adaptive.exists():
             make_adaptive(dense, adaptive, **options)
         return dense, adaptive
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def adapt(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what puts routed adapters on a tiny dense model, by hand; that one is "dense" in the
+    same folder."""
+    root = tmp_path_factory.mktemp("adapters")
+
+    def get(family: str = "llama", **options: Any) -> Path:
+        dense = root / family / "dense"
+        if not dense.exists():
+            tiny_models.make(family, dense)
+        options = {"linears": LINEARS, **options}
+        return make_adapted(dense, dense.parent / str(len(list(dense.parent.iterdir()))), **options)
 
     return get
 

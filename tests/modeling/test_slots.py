@@ -31,21 +31,22 @@ class SkipEvery(nn.Module):
         return torch.where(keep[None, :, None], out, hidden_states)
 
 
-class Adapter(nn.Module):
-    """A linear slot that adds a low-rank term."""
-
-    def adaptive_init(self, path: str, spec: Any) -> None:
-        self.adapter = nn.Parameter(torch.zeros(self.out_features, self.in_features))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = super().forward(x)
-        return out + x @ self.adapter.T
+def adapters(inputs: int, outputs: int) -> dict[str, Any]:
+    """Return a linear slot with routed adapters."""
+    sizes = {"count": 3, "rank": 1, "input": inputs, "output": outputs}
+    reads = {"reads": "module", "score": "dot", "norm": "none", "scale": 1.0}
+    return {
+        "linear": {
+            "adapters": {"kind": "lora", "share": None, "scaling": 1.0, **sizes},
+            "router": {"kind": "linear", **reads},
+            "select": {"rule": "soft"},
+        }
+    }
 
 
 @pytest.fixture
 def slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(adaptive_slots.SLOTS, "layer", SkipEvery)
-    monkeypatch.setitem(adaptive_slots.SLOTS, "linear", Adapter)
 
 
 def build(tmp_path: Path, **sites: Any) -> tuple[Any, Any]:
@@ -57,7 +58,7 @@ def build(tmp_path: Path, **sites: Any) -> tuple[Any, Any]:
     other = type(plain)(config).eval()
     missing, unexpected = other.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
-    assert all("adapter" in name for name in missing)
+    assert all(".adapters." in name or ".router." in name for name in missing)
     return plain, other
 
 
@@ -76,15 +77,15 @@ def test_every_slot_at_once(tmp_path: Path) -> None:
         tmp_path,
         **{
             "model.layers.0": {"layer": {"skip": "odd"}},
-            "model.layers.0.mlp.up_proj": {"linear": {"rank": 1}},
-            "model.layers.1.self_attn.q_proj": {"linear": {"rank": 1}},
+            "model.layers.0.mlp.up_proj": adapters(32, 64),
+            "model.layers.1.self_attn.q_proj": adapters(32, 32),
         },
     )
     ids = torch.arange(3, 20)[None]
     with torch.no_grad(), other.set_select("top-k", k=3):
         before = other(ids).logits
         assert not torch.equal(before, plain(ids).logits)
-        other.model.layers[0].mlp.up_proj.adapter.fill_(0.1)
+        other.model.layers[0].mlp.up_proj.adapters.b.fill_(0.1)
         assert not torch.equal(other(ids).logits, before), "an adapter inside experts is run"
     assert isinstance(other.model.layers[0], SkipEvery)
     assert type(other.model.layers[0]).__name__ == "LlamaDecoderLayer"

@@ -252,6 +252,7 @@ ONE_MODULE_SITE = Site(
     path="{p}layers.{layer}.mlp",
     stored="{p}encoder.layer.{layer}.mlp",
     children={"up": "fc1", "down": "fc2"},
+    attention={role: f"{{p}}layers.{{layer}}.attention.{role}_proj" for role in "qkvo"},
 )
 
 

@@ -53,5 +53,7 @@ FAMILY = Family(
     },
     rope=Rope(partial=1.0, renamed={"su": "longrope", "yarn": "longrope"}),
     window="always",
+    # the module of the output comes first in memory
+    order=("o", "qkv", "gate_up", "down"),
     legacy=common.ROPE_BUFFER,
 )

@@ -62,6 +62,11 @@ class UpcyclePlan:
         """Return nothing: the result needs no further files."""
         return {}
 
+    @property
+    def folder(self) -> None:
+        """Return nothing: the result is a checkpoint."""
+        return None
+
 
 def host_request(config: UpcycleConfig, spec: ModelSpec) -> HostRequest:
     """Return what the options ask of a host for this model.
@@ -199,9 +204,10 @@ def _group(tensor: HostTensor) -> str:
     return f"layer.{tensor.layer}.expert.{tensor.expert}"
 
 
-def _targets(
+def host_targets(
     config: UpcycleConfig, layout: HostLayout, builder: ExpertBuilder, carrier: Carrier
 ) -> tuple[TargetTensor, ...]:
+    """Return every tensor of a mixture as its host lays it out."""
     asked = DTYPES[config.dtype]
     first = builder.specs[0].ffn_rows(0)["up"].tensor
     default = builder.stored[0][first].dtype
@@ -259,7 +265,7 @@ def build_plan(
     spec = described[0].spec
     sources = [d.source for d in described]
     _check_sources(config, len(sources))
-    request, host = _choose_host(config, spec)
+    request, host = choose_host(config, spec)
     base = base_index(config, sources)
     first = described[0].source.tensors[spec.ffn_rows(0)["up"].tensor]
     main_dtype = DTYPES[config.dtype] or first.dtype
@@ -275,7 +281,7 @@ def build_plan(
         first_routed=request.shared_width if config.shared_experts == "split" else 0,
         prompts_digest=prompts_digest,
     )
-    targets = _targets(config, layout, builder, Carrier(stored=stored, base=base))
+    targets = host_targets(config, layout, builder, Carrier(stored=stored, base=base))
     lossy = any(rounds(t.expr, t.dtype) for t in targets)
     plan = Plan(
         method="upcycle",
@@ -293,7 +299,7 @@ def build_plan(
     )
 
 
-def _choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:
+def choose_host(config: UpcycleConfig, spec: ModelSpec) -> tuple[HostRequest, Host]:
     """Return the host and what it is asked for.
 
     Some hosts count their shared expert in routed-expert widths; a neutral one whose width the user
