@@ -85,7 +85,7 @@ print([str(one.message) for one in caught if "MOLORA" in str(one.message)])
 @pytest.mark.parametrize("fill", ["", "known[peft.PeftType('MOLORA')] = peft.PeftConfig"])
 def test_a_peft_with_its_own_method_only_warns(fill: str) -> None:
     code = _FOREIGN.format(fill=fill)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "has a method MOLORA of its own" in done.stdout
     assert done.stdout.count("MOLORA of its own") == 1
@@ -105,7 +105,7 @@ def test_auto_works_without_peft() -> None:
         "import adaconvert.auto\n"
         "print('peft' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.stdout.split()[-1:] == ["False"], done.stderr
 
 

@@ -294,7 +294,8 @@ def test_a_compiled_model_computes_the_same(adapt: Adapt, reads: str) -> None:
     torch._dynamo.reset()
     model: Any = load_model(adapt(reads=reads, select=RULES["top-2"]), dtype="float32")
     wanted = model(ids_of()).logits
-    compiled = torch.compile(model)
+    # one of them all the way; the graphs are what differs
+    compiled = torch.compile(model, backend="inductor" if reads == "module" else "aot_eager")
     for _ in range(2):
         assert_close(compiled(ids_of()).logits, wanted, 2**8 * torch.finfo(torch.float32).eps)
     with model.set_adapters("soft"):
