@@ -14,5 +14,5 @@ def call(model: Any, line: str) -> None:
     method = statement.value.func
     assert isinstance(method, ast.Attribute)
     assert ast.unparse(method.value) == "model"
-    given = {key.arg: ast.literal_eval(key.value) for key in statement.value.keywords}
+    given = {str(key.arg): ast.literal_eval(key.value) for key in statement.value.keywords}
     getattr(model, method.attr)(*map(ast.literal_eval, statement.value.args), **given)

@@ -154,6 +154,6 @@ def test_without_adaconvert_peft_names_the_method_it_does_not_know(
         "from peft import PeftConfig\n"
         f"PeftConfig.from_pretrained({str(folder)!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 1
     assert "KeyError: 'MOLORA'" in done.stderr
