@@ -139,9 +139,10 @@ def _no_weights(names: Sequence[str]) -> SourceError:
     """Return the refusal for a folder without safetensors, by what it holds instead."""
     if "adapter_config.json" in names:
         return SourceError(
-            "the folder holds only a LoRA adapter",
+            "the folder holds only adapters",
             where="adapter_config.json",
-            hint="Merge the adapter first (in peft: merge_and_unload, then save_pretrained).",
+            hint="Merge a LoRA first (in peft: merge_and_unload, then save_pretrained); "
+            "`adaconvert molora FOLDER DST --standalone` writes adapters with their model.",
         )
     other = [name for name in names if name.endswith(".safetensors")]
     if any(_SHARD.fullmatch(name) for name in other):

@@ -93,8 +93,9 @@ def test_c13_only_an_adapter(tmp_path: Path, weights: str) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / weights).write_bytes(shard_bytes({"base_model.model.x.lora_A.weight": dense()}))
     assert refusal(tmp_path) == (
-        "adapter_config.json: the folder holds only a LoRA adapter. "
-        "Merge the adapter first (in peft: merge_and_unload, then save_pretrained)."
+        "adapter_config.json: the folder holds only adapters. "
+        "Merge a LoRA first (in peft: merge_and_unload, then save_pretrained); "
+        "`adaconvert molora FOLDER DST --standalone` writes adapters with their model."
     )
 
 
