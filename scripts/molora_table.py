@@ -50,6 +50,7 @@ RESULTS = Path(__file__).resolve().parent / "bench" / "molora.csv"
 @click.option("--characters", default=2400, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--only", multiple=True, metavar="NAME")
+@click.option("--name", help="of the model in the rows  [default: its folder's]")
 @click.option("--csv", type=click.Path(path_type=Path), default=RESULTS)
 def main(
     dense: Path,
@@ -57,6 +58,7 @@ def main(
     valid: tuple[Path, ...],
     characters: int,
     only: tuple[str, ...],
+    name: str | None,
     csv: Path,
     **options: Any,
 ) -> None:
@@ -64,13 +66,13 @@ def main(
     texts = {domain(where): cut(where, characters) for where in valid}
     models = Models(dense, work, options)
     found = {}
-    for name in only or models.names:
-        kept = work / f"{name}.losses.json"
+    for case in only or models.names:
+        kept = work / f"{case}.losses.json"
         if not kept.exists():
-            folder = models.folder(name)
-            click.echo(f"measuring {name}", err=True)
+            folder = models.folder(case)
+            click.echo(f"measuring {case}", err=True)
             kept.write_text(json.dumps(losses_of(dense, folder, texts)))
-        found[name] = json.loads(kept.read_text())
+        found[case] = json.loads(kept.read_text())
     if only:
         return
     facts = machine()
@@ -78,7 +80,7 @@ def main(
         "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(RESULTS.parents[2]),
         "cpu": facts["cpu"],
-        "model": dense.name,
+        "model": name or dense.name,
         "seed": options["seed"],
     }
     made = [{**shared, **row} for row in rows(found, options["adapters"], models.told)]
