@@ -110,7 +110,6 @@ _EXISTING = (
         "adapters",
         multiple=True,
         metavar="FOLDER",
-        type=click.Path(exists=True, file_okay=False),
         help="A LoRA adapter of SRC that becomes an expert; repeat it, in their order.",
     ),
     option(
