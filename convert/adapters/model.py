@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from adaconvert.adapters import checks, fingerprint
 from adaconvert.adapters.config import MoloraConfig
 from adaconvert.adapters.layer import MoloraLinear, Site
 from adaconvert.errors import OptionError
-from adaconvert.modeling.adaptive_linear import block_of
+from adaconvert.modeling.adaptive_linear import block_of, outside_of_blocks
 from adaconvert.modeling.adaptive_schema import AdaptiveConfigError, check_gates
 
 _TARGETS = {
@@ -54,6 +55,22 @@ class MoloraModel(BaseTuner):
         )
         _attach(model, adapter_name, self._planned)
         _recognise(self.peft_config[adapter_name], model, self._planned)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Run a forward pass.
+
+        Raises:
+            OptionError: every sequence of the batch was to have adapters of its own.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise OptionError(
+                "gives sequences of one batch different adapter sets, which routed adapters cannot",
+                where="adapter_names",
+                hint="Run one batch per set, with set_adapter between them.",
+            )
+        with outside_of_blocks():
+            yield
 
     def _plan(self, adapter_name: str, model: nn.Module) -> dict[str, Site]:
         config = self.peft_config[adapter_name]

@@ -22,9 +22,9 @@ class AdaptedMixin:
     def adaptive_adapters(self) -> dict[str, AdaptiveLinear]:
         """Return the linears with routed adapters, by path."""
         own: Any = self
-        return {path: own._site(path) for path in self.adaptive_runtime.adapted}
+        return {path: _inside(own._site(path)) for path in self.adaptive_runtime.adapted}
 
-    def set_adapters(self, rule: str | None = None, **value: float) -> Setting:
+    def set_adapters(self, rule: str | None = None, **value: float | bool | None) -> Setting:
         """Weigh routed adapters by `rule` from now on; as a context manager, until its end.
 
         Args:
@@ -62,12 +62,21 @@ class AdaptedMixin:
         Raises:
             AdaptiveConfigError: quantisation replaced one.
         """
-        for path, site in self.adaptive_adapters().items():
-            if not isinstance(site, AdaptiveLinear):
+        own: Any = self
+        for path in self.adaptive_runtime.adapted:
+            if not isinstance(own._site(path), AdaptiveLinear):
                 raise AdaptiveConfigError(
                     f"{path} was replaced while loading; its adapters are lost: load the dense "
                     "model so, and the adapters as a PEFT folder"
                 )
+
+
+def _inside(module: Any) -> Any:
+    """Return the linear that wrappers of peft were put around."""
+    found = module
+    while not isinstance(found, AdaptiveLinear) and "base_layer" in found._modules:
+        found = found._modules["base_layer"]
+    return found if isinstance(found, AdaptiveLinear) else module
 
 
 def init_adapters(module: RoutedAdapters) -> None:

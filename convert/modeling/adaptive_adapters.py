@@ -98,8 +98,12 @@ def runs_selected(x: Tensor, gates: Gates, a: Tensor, b: Tensor) -> bool:
     """Return whether `add_adapters` computes nothing but what is selected."""
     if _kernels is None or gates.adapters is None or a.shape[0] != b.shape[0]:
         return False
-    plan = planned(gates, b.shape[0]).plan
-    return bool(_lora.choose_form(plan, x, a, b)[0] == "sorted")
+    plan, device, dtype = planned(gates, b.shape[0]).plan, x.device.type, x.dtype
+    # what the kernel computes in
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
+    cast = x.new_empty(x.shape, dtype=dtype)
+    return bool(_lora.choose_form(plan, cast, a, b)[0] == "sorted")
 
 
 def add_adapters(
@@ -142,9 +146,11 @@ def add_adapters(
 
 def scale_by(x: Tensor, gates: Gates, vectors: Tensor) -> Tensor:
     """Return x (1 + sum_e g_e v_e), [T, n] in the dtype of `x`; `vectors` is [E, n]."""
-    weights = gates.dense(vectors.shape[0])
-    factor = 1 + weights @ vectors.to(weights.dtype)
-    return (x * factor).to(x.dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # autocast would round 1 + v to 1
+    with torch.autocast(x.device.type, enabled=False):
+        factor = 1 + gates.dense(vectors.shape[0]).to(wide) @ vectors.to(wide)
+        return (x.to(wide) * factor).to(x.dtype)
 
 
 def uniform_lora(a: Tensor, b: Tensor, scaling: float | Sequence[float]) -> tuple[Tensor, Tensor]:

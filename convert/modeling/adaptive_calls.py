@@ -23,6 +23,7 @@ from torch import Tensor
 from .adaptive_context import Call, current, entered
 from .adaptive_costs import attention_flops, is_causal, patches
 from .adaptive_knobs import Knobs
+from .adaptive_linear import outside_of_blocks
 from .adaptive_masks import seen_lengths, token_mask_of
 
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
@@ -119,7 +120,8 @@ def forward_of(stock: Any) -> Any:
         if not (runtime.sites or runtime.adapted) or current().owner is runtime:
             return stock(self, *args, **kwargs)
         inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
-        with entered(runtime.call(self.config, inputs, training=self.training)):
+        call = runtime.call(self.config, inputs, training=self.training)
+        with outside_of_blocks(), entered(call):
             return stock(self, *args, **kwargs)
 
     return forward

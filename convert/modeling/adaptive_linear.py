@@ -12,7 +12,8 @@ Shapes: T tokens, E adapters.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,7 +26,8 @@ from .adaptive_context import Call, SiteAccount, current
 from .adaptive_schema import AdaptiveConfigError
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
-#: name of a router -> its logits in the block that runs; "" -> what held outside of it.
+#: name of a router -> its logits in the block that runs; "" -> what held outside of it; "block" ->
+#: the block, by which what an interrupted pass left is known.
 _READ: ContextVar[Mapping[str, Any] | None] = ContextVar("adaptive_read", default=None)
 
 
@@ -82,16 +84,41 @@ def read(name: str) -> Read:
     return found
 
 
+@contextmanager
+def outside_of_blocks() -> Iterator[None]:
+    """Run a whole model: it sees no blocks of others, and leaves none of its own, whatever ends it.
+
+    A hook of a block is not called when the block is left by KeyboardInterrupt.
+    """
+    token = _READ.set(None)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _around(block: nn.Module, name: str) -> Mapping[str, Any] | None:
+    """Return what holds where `block` is entered, without what an earlier pass of it left."""
+    outer = known = _READ.get()
+    while known is not None:
+        # a block is never inside itself
+        if known["block"] is block and known["name"] == name:
+            outer = known[""]
+        known = known[""]
+    return outer
+
+
 class Reader:
     """Computes a router's logits when a block is entered; hooks of the block.
 
     Args:
         name: the router is known by.
         logits: [..., d] -> [..., E], or None while nobody asks.
+        obeys: the call it runs in is one of its model, and may override the rule.
     """
 
-    def __init__(self, name: str, logits: Any) -> None:
-        self.name, self.logits = name, logits
+    def __init__(self, name: str, logits: Any, *, obeys: bool = False) -> None:
+        self.name, self.logits, self.obeys = name, logits, obeys
 
     def attach(self, block: nn.Module) -> list[Any]:
         """Return the handles of the hooks `block` has now."""
@@ -109,9 +136,11 @@ class Reader:
         given = getattr(block, "_gradient_checkpointing_func", None)
         if given is not None and not hasattr(given, "adaptive_carries"):
             block._gradient_checkpointing_func = carried(given)  # type: ignore[assignment]
-        outer = _READ.get()
-        known = {**(outer or {}), "": outer}
-        if (current().adapters or {}).get("rule") != "uniform":
+        outer = _around(block, self.name)
+        known = {**(outer or {}), "": outer, "block": block, "name": self.name}
+        known.pop(self.name, None)
+        override = current().adapters if self.obeys else None
+        if (override or {}).get("rule") != "uniform":
             x = args[0] if args else kwargs["hidden_states"]
             logits = self.logits(x)
             if logits is not None:
@@ -324,4 +353,4 @@ def attach_readers(model: nn.Module, sites: Mapping[str, AdaptiveLinear], prefix
         site.adaptive_first = (block, router["of"]) not in wanted
         wanted[block, router["of"]] = owner.router
     for (block, name), made in wanted.items():
-        Reader(name, made).attach(model.get_submodule(block.removeprefix(prefix)))
+        Reader(name, made, obeys=True).attach(model.get_submodule(block.removeprefix(prefix)))

@@ -386,6 +386,8 @@ def check_gates(where: str, select: Mapping[str, Any], count: int) -> None:
         raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(GATE_RULES)}")
     name = GATE_RULES[rule]
     _check_keys(where, select, {"rule", "renormalize", *([name] if name else [])})
+    if not isinstance(select.get("renormalize"), bool | None):
+        raise AdaptiveConfigError(f"{where}.renormalize is {select['renormalize']!r}, no boolean")
     if name is None:
         return
     value, most = select.get(name), count if name == "k" else 1

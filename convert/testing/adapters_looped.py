@@ -28,6 +28,7 @@ RULES: dict[str, dict[str, Any]] = {
     "top-4": {"rule": "top-k", "k": 4},
     "top-p": {"rule": "top-p", "p": 0.6},
     "top-p-renormalized": {"rule": "top-p", "p": 0.6, "renormalize": True},
+    "top-p-all": {"rule": "top-p", "p": 1.0},
 }
 
 
@@ -156,7 +157,7 @@ class _Linear(nn.Module):
         if self.select["rule"] == "soft":
             return order
         count, total = 0, 0.0
-        while total < self.select["p"]:
+        while count < len(order) and total < self.select["p"]:
             total += shares[order[count]]
             count += 1
         return order[:count]

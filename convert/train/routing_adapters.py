@@ -55,11 +55,15 @@ class AdaptersRouter:
 
     @property
     def is_reached(self) -> bool:
-        """Return whether the gates follow the router, so that the model's loss reaches it; one
-        adapter whose weight is divided by itself always weighs one."""
-        rule = self.select["rule"]
-        alone = rule == "top-k" and self.select["k"] == 1 and self.select.get("renormalize")
-        return rule != "uniform" and not alone
+        """Return whether the gates follow the router, so that the model's loss reaches it; a share
+        of one adapter, or one divided by itself, is one always."""
+        select, rule = self.select, self.select["rule"]
+        # the largest share is 1 / E at least
+        one = (rule == "top-k" and select["k"] == 1) or (
+            rule == "top-p" and select["p"] * self.experts <= 1
+        )
+        alone = self.experts == 1 and rule != "sigmoid"
+        return rule != "uniform" and not alone and not (one and select.get("renormalize"))
 
 
 def adapters_routers(model: Any) -> list[AdaptersRouter]:

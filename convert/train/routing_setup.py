@@ -16,7 +16,7 @@ from adaconvert.train.health import LayerHealth, last_steps
 from adaconvert.train.health import notes as health_notes
 from adaconvert.train.parts import Chosen
 from adaconvert.train.routing import Routers
-from adaconvert.train.routing_adapters import AdaptersRouter
+from adaconvert.train.routing_adapters import AdaptersRouter, adapters_routers
 from adaconvert.train.routing_config import BALANCE, CORRECTION, Routing
 from adaconvert.train.routing_sites import (
     AdaptiveRouter,
@@ -88,7 +88,12 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
     """
     found = find_routers(model)
     settings = config.routing
+    # those of one adapter choose nothing
+    alone = [router for router in adapters_routers(model) if router.experts == 1]
     if not found:
+        chosen = _settled(model, alone, settings, chosen, {})
+        if alone and "router" in config.train and not _are_trained(alone):
+            raise _unmoved(())
         _refuse_without_routers(item, settings)
         note = f"no router of {item.spec.model_type} was found, so none was watched or balanced"
         return Prepared(chosen=chosen, routers=None, notes=(note,) if item.spec.num_experts else ())
@@ -110,23 +115,27 @@ def prepare(model: Any, item: Described, config: FinetuneConfig, chosen: Chosen)
     for router in found:
         if isinstance(router, NullRouter) and router.path in goals:
             router.own()
-    settled = _settled(model, found, settings, chosen, goals)
+    settled = _settled(model, [*found, *alone], settings, chosen, goals)
     left = trained and not _are_trained(found)
-    if left and "router" in config.train:
-        raise OptionError(
-            "nothing that is trained changes the loss of routers",
-            where="--train router",
-            hint="Adapters under the rule uniform, or under top-k of one renormalized, weigh the "
-            "same whatever routers say."
-            if not mixtures
-            else "Experts of adaptive checkpoints weigh one, so their routers get no gradient from "
-            "the language-model loss: add --router-regression or --balance, or fit them by "
-            "`adaconvert d2dmoe`.",
-        )
+    if left and "router" in config.train and not _are_trained(alone):
+        raise _unmoved(mixtures)
     note = "routers stay as they were: no loss of this run reaches them"
     moved = trained and not left
     routers = Routers(found, settings, trained=moved, goals=goals, even_adapters=even_adapters)
     return Prepared(chosen=settled, routers=routers, notes=(note,) if left else ())
+
+
+def _unmoved(mixtures: Sequence[AnyRouter]) -> OptionError:
+    return OptionError(
+        "nothing that is trained changes the loss of routers",
+        where="--train router",
+        hint="Adapters under the rule uniform, or of which one alone weighs one, weigh the same "
+        "whatever routers say."
+        if not mixtures
+        else "Experts of adaptive checkpoints weigh one, so their routers get no gradient from "
+        "the language-model loss: add --router-regression or --balance, or fit them by "
+        "`adaconvert d2dmoe`.",
+    )
 
 
 def _refuse_without_routers(item: Described, settings: Routing) -> None:
@@ -285,5 +294,6 @@ def _settled(
 def _is_reached(router: AdaptiveRouter | AdaptersRouter, settings: Routing) -> bool:
     """Return whether a loss reaches an adaptive router; experts that weigh one send nothing."""
     if isinstance(router, AdaptersRouter):
-        return router.is_reached or bool(settings.balance and router.select["rule"] != "uniform")
+        balanced = settings.balance and router.experts > 1
+        return router.is_reached or bool(balanced and router.select["rule"] != "uniform")
     return bool(settings.balance) or bool(settings.regression and router.predicts_norms)

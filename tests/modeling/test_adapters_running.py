@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from adaconvert.modeling import modeling_adaptive
+from adaconvert.modeling.adaptive_adapters import Gates, scale_by
 from adaconvert.modeling.adaptive_linear import Reader, read
+from adaconvert.modeling.adaptive_schema import AdaptiveConfigError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.adapters_looped import RULES
 
@@ -219,3 +222,48 @@ def test_a_stock_model_is_checkpointed_with_readers(adapt: Adapt) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         gradients(model, ids_of())
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(adapt: Adapt) -> None:
+    model: Any = load_model(adapt(reads="layer"), dtype="float32")
+    wanted = model(ids_of()).logits
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(stop)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            model(ids_of())
+    hook.remove()
+    with pytest.raises(RuntimeError, match="called outside the block"):
+        model.model.layers[0].self_attn.q_proj(torch.zeros(1, 3, 32))
+    assert torch.equal(model(ids_of()).logits, wanted)
+
+
+def test_small_scales_survive_autocast() -> None:
+    x, vectors = torch.randn(8, 32), torch.full((4, 32), 0.003)
+    gates = Gates(torch.full((8, 4), 0.25))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = scale_by(x, gates, vectors)
+    assert torch.equal(mixed, scale_by(x, gates, vectors))
+    assert not torch.equal(mixed, x)
+
+
+@pytest.mark.parametrize("value", ["false", [1], 1])
+def test_whether_weights_are_renormalised_is_a_yes_or_no(adapt: Adapt, value: Any) -> None:
+    model: Any = load_model(adapt())
+    with pytest.raises(AdaptiveConfigError, match=r"renormalize is .*, no boolean"):
+        model.set_adapters("top-k", k=2, renormalize=value)
+
+
+def test_lora_on_top_leaves_the_knob(adapt: Adapt) -> None:
+    model: Any = load_model(adapt())
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad(), model.set_adapters("uniform"):
+        want = model(ids).logits
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad(), model.set_adapters("uniform"):
+        found = lora(ids).logits
+    # its B is zero
+    assert torch.equal(found, want)

@@ -11,12 +11,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch.adapter_targets import near_names, tails
 from adaconvert.arch.adapters import block_of, is_named, linears, outer_linears
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.names import escape, listing
+from adaconvert.methods.molora.base_at_hand import fingerprint_at
 from adaconvert.methods.molora.lora_folder import LoraFolder
 from adaconvert.methods.sources import Described
 
@@ -225,11 +227,14 @@ def check_base(
                 expected=f"factors of {_sizes(known[path].sizes)}",
                 found=_sizes(module.sizes),
             )
-    recorded = adapter.settings.fingerprint
-    if recorded is None or fingerprint is None:
+    paths, recorded = sorted(adapter.modules), adapter.settings.fingerprint
+    if recorded is None:
         _check_order(adapter, item)
-        return _by_name(adapter, item.source.label)
-    found = fingerprint(sorted(adapter.modules))
+    if recorded is None and fingerprint is not None:
+        recorded = fingerprint_at(adapter.settings.base, paths)
+    if recorded is None or fingerprint is None:
+        return _by_name(adapter, item)
+    found = fingerprint(paths)
     if found is not None and found != recorded:
         raise SourceError(
             f"the adapter is for another base: the weights of {escape(item.source.label)} are not "
@@ -283,14 +288,14 @@ def _sizes(sizes: tuple[int, int]) -> str:
     return f"{sizes[0]} inputs and {sizes[1]} outputs"
 
 
-def _by_name(adapter: LoraFolder, label: str) -> list[str]:
+def _by_name(adapter: LoraFolder, item: Described) -> list[str]:
     """Return a note where names do not show that the base is the same."""
-    base, name = adapter.settings.base, escape(adapter.name)
+    base, name, label = adapter.settings.base, escape(adapter.name), item.source.label
     if base is None:
         return [f"adapter {name} does not say which base it is for; only shapes were compared"]
-    if _last(base) == _last(label):
+    if base in (label, str(item.source.root)) and (_on_hub(base) or Path(base).is_absolute()):
         return []
-    if _on_hub(base) and _on_hub(label):
+    if _on_hub(base) and _on_hub(label) and _last(base) != _last(label):
         raise SourceError(
             "the adapter is for another base",
             where=adapter.settings.where,

@@ -19,6 +19,7 @@ from adaconvert.errors import OptionError
 from adaconvert.io.names import listing
 from adaconvert.layerwise.work import WorkFolder
 from adaconvert.methods.molora import arrow, phatgoose
+from adaconvert.methods.molora.base_at_hand import fingerprint_of
 from adaconvert.methods.molora.compose import ROUTER, Composed, Rows, compose, key_of
 from adaconvert.methods.molora.config import POST_HOC, MoloraOptions
 from adaconvert.methods.molora.gate_training import GateSettings
@@ -69,7 +70,7 @@ def experts(options: MoloraOptions, item: Described) -> Experts:
     composed = compose(
         found,
         item,
-        fingerprint=partial(_fingerprint, item),
+        fingerprint=partial(fingerprint_of, item),
         subtract_mean=options.subtract_mean,
     )
     texts = [read_documents(path, field=options.data_field) for path in options.data]
@@ -109,14 +110,6 @@ def _options(
         "adapters_digest": composed.digest(),
         "data": [text.digest for text in texts],
     }
-
-
-def _fingerprint(item: Described, paths: Sequence[str]) -> str | None:
-    """Return the fingerprint of a model over some of its linears."""
-    from adaconvert.adapters.fingerprint import of_source
-
-    known = linears(item.spec)
-    return of_source(item.source, {path: known[path].weight for path in paths})
 
 
 def _config(options: MoloraOptions, item: Described, composed: Composed) -> dict[str, Any]:

@@ -44,6 +44,10 @@ _CHUNK = 8 << 20
 _FACTOR = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])(?:\.(?!weight$)[^.]+)?\.weight"
 )
+#: PEFT writes the embedding itself beside its adapter.
+_EMBEDDING = re.compile(
+    r"\.(embed_tokens|wte|embed_in|word_embeddings)\.(base_layer|lora_embedding)"
+)
 #: part of a tensor's name -> what an adapter with such tensors is.
 _OTHERS = {
     "lora_magnitude_vector": "the magnitudes of a DoRA",
@@ -253,7 +257,13 @@ def _check_tensor(ref: TensorRef, match: re.Match[str] | None, where: str) -> No
     others = [what for part, what in _OTHERS.items() if part in ref.name]
     others += ["a bias"] if ref.name.endswith(".bias") else []
     if others:
-        raise SourceError(f"is {others[0]}, which cannot become part of an expert", where=here)
+        embedding = _EMBEDDING.search(ref.name) is not None
+        what = "an adapter of the embedding" if embedding else others[0]
+        raise SourceError(
+            f"is {what}, which cannot become part of an expert",
+            where=here,
+            hint="Train it again without the embedding." if embedding else None,
+        )
     if match is None:
         raise SourceError(
             "is no factor of a LoRA",

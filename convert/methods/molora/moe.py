@@ -239,12 +239,15 @@ def _drops(item: Described, targets: Sequence[TargetTensor]) -> Iterator[Drop]:
 def _exactness(adapters: Adapters, config: UpcycleConfig, lossy: bool, trained: bool) -> Exactness:
     if adapters.options and adapters.exactness.kind == "exact":
         return exactness_of(config, 1, lossy)
+    if adapters.exactness.kind == "needs-training":
+        return adapters.exactness
     if not trained:
         why = "experts of adapters behind routers that are not trained (Branch-Train-MiX)"
         return Exactness(kind="needs-training", why=why)
     return Exactness(
         kind="approximate",
-        why="experts are mixed by their outputs, where adapters were mixed matrix by matrix",
+        why="experts are mixed by their outputs, where adapters were mixed matrix by matrix and "
+        "every linear by its own router",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adaconvert import api
 from adaconvert.adapters.fingerprint import of_source
 from adaconvert.arch.adapters import linears
 from adaconvert.errors import OptionError, SourceError
+from adaconvert.methods.molora.base_at_hand import fingerprint_of
 from adaconvert.methods.molora.compose import A, B, compose, key_of
 from adaconvert.methods.molora.lora_folder import LoraFolder, names_of, read_lora
 from adaconvert.methods.sources import Described, open_source
@@ -233,7 +235,9 @@ def test_a_base_that_names_cannot_tell_is_noted(
     assert compose([read_lora(folder)], item).notes == ()
     label = item.source.label
     for base in (f"/elsewhere/{label}", f"org/{label}", f"/x/models--org--{label}/snapshots/ab12"):
-        assert compose([named(folder, base)], item).notes == ()
+        (note,) = compose([named(folder, base)], item).notes
+        # another model may have the same last name
+        assert note.endswith(f"this one is '{label}'; only shapes were compared")
     (note,) = compose([named(folder, "org/other")], item).notes
     assert note == (
         f"adapter one was trained on a base called 'other', this one is '{label}'; only shapes "
@@ -250,7 +254,9 @@ def test_another_name_on_the_hub_is_another_base(
 
     folder = make_lora(llama, tmp_path / "one")
     hub = replace(item, source=replace(item.source, label="org/base"))
-    assert compose([named(folder, "mirror/base")], hub).notes == ()
+    (note,) = compose([named(folder, "mirror/base")], hub).notes
+    assert "only shapes were compared" in note
+    assert compose([named(folder, "org/base")], hub).notes == ()
     with pytest.raises(
         SourceError,
         match="for another base; expected base_model_name_or_path org/base, found org/chat",
@@ -268,7 +274,20 @@ def test_neurons_in_another_order(llama: Path, tmp_path: Path) -> None:
     outside = make_lora(llama, tmp_path / "outside")
     assert compose([read_lora(outside)], item).sizes
     # one that was trained on the split model itself
-    assert compose([named(inside, "/anywhere/split")], item).notes == ()
+    assert compose([named(inside, str(split))], item).notes == ()
+    assert len(compose([named(inside, "/anywhere/split")], item).notes) == 1
+
+
+def test_a_base_at_hand_is_compared_by_its_weights(dense: Dense, tmp_path: Path) -> None:
+    source, other = (open_source(str(dense("llama", seed=seed))) for seed in (0, 1))
+    lora = read_lora(make_lora(source.source.root, tmp_path / "one"))
+    for item in (source, other):
+        of = partial(fingerprint_of, item)
+        if item is source:
+            assert compose([lora], item, fingerprint=of).notes == ()
+            continue
+        with pytest.raises(SourceError, match="the weights of llama-1 are not those it was made"):
+            compose([lora], item, fingerprint=of)
 
 
 def test_the_recorded_fingerprint_decides(
