@@ -28,7 +28,6 @@ RULES: dict[str, dict[str, Any]] = {
     "top-4": {"rule": "top-k", "k": 4},
     "top-p": {"rule": "top-p", "p": 0.6},
     "top-p-renormalized": {"rule": "top-p", "p": 0.6, "renormalize": True},
-    "top-p-all": {"rule": "top-p", "p": 1.0},
 }
 
 
