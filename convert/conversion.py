@@ -203,7 +203,7 @@ def _run(taken: Taken, method: str, settings: RunSettings) -> ConversionResult:
         )
     with Staging.open(
         settings.destination,
-        sources=[*(source.root for source in opened), *taken.folders],
+        sources=[*(source.root for source in opened), *taken.places],
         overwrite=settings.overwrite,
         resume=settings.resume,
         plan_digest=_session(digest, opened),
@@ -248,7 +248,8 @@ def _run(taken: Taken, method: str, settings: RunSettings) -> ConversionResult:
             # a folder of adapters stands for more than its own weights
             None if taken.folders else done.sources,
         )
-        record["card"] = facts_of(opened, staging.path, after=_costs(planned))
+        places = (*taken.folders, Path(taken.base)) if taken.folders and taken.base else ()
+        record["card"] = facts_of(opened, staging.path, after=_costs(planned), places=places)
         record = write_card(staging, record)
         for source in opened:
             source.assert_unchanged()

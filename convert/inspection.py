@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from adaconvert.arch.adapters import LORA, adapted
 from adaconvert.arch.adaptive import sites_of
@@ -109,20 +111,36 @@ def _nulled_text(spec: ModelSpec) -> str:
 
 
 def _adapted_text(spec: ModelSpec) -> str:
-    """Return what routed adapters an adaptive checkpoint has, as on the first linear; "" when it
-    has none."""
+    """Return what routed adapters an adaptive checkpoint has; "" when it has none."""
     assert spec.adaptive is not None
     slots = [slot for _, slot in adapted(stock_spec(spec), spec.adaptive)]
     if not slots:
         return ""
-    adapters, router, select = (slots[0][part] for part in ("adapters", "router", "select"))
+    low = [slot["adapters"]["rank"] for slot in slots if slot["adapters"]["kind"] == LORA]
+    ranks = " to ".join(str(rank) for rank in sorted({min(low), max(low)})) if low else ""
+    kinds = list(dict.fromkeys(_kind_text(slot["adapters"], ranks) for slot in slots))
+    ways = list(dict.fromkeys(map(_weighed_text, slots)))
+    more = ", ".join(
+        f"the first of {len(found)} {what}"
+        for found, what in ((kinds, "kinds"), (ways, "ways to weigh them"))
+        if len(found) > 1
+    )
+    return f"{kinds[0]} on {len(slots)} linears, {ways[0]}{f' ({more})' if more else ''}"
+
+
+def _kind_text(adapters: Mapping[str, Any], ranks: str) -> str:
+    """Return what adapters a linear has; `ranks` are those of all linears."""
     is_low_rank = adapters["kind"] == LORA
-    what = f"LoRA of rank {adapters['rank']}" if is_low_rank else "vectors that scale (ia3)"
+    what = f"LoRA of rank {ranks}" if is_low_rank else "vectors that scale (ia3)"
+    return f"{adapters['count']} {what}"
+
+
+def _weighed_text(slot: Mapping[str, Any]) -> str:
+    """Return how the adapters of a linear are weighed."""
+    router, select = slot["router"], slot["select"]
     reads = {"module": "a router each", "layer": "a router a block", "shared": "one router"}
     routed = reads[router["reads"]] if router["kind"] != "none" else "no router"
-    return (
-        f"{adapters['count']} {what} on {len(slots)} linears, weighed by {select['rule']}, {routed}"
-    )
+    return f"weighed by {select['rule']}, {routed}"
 
 
 def _split_text(spec: ModelSpec) -> str:

@@ -188,8 +188,7 @@ def _adapters(config: Mapping[str, Any], path: str, sizes: tuple[int, int]) -> d
     inputs, outputs = sizes
     common = {"count": int(config["num_experts"]), "input": inputs, "output": outputs}
     if config.get("experts_kind", LORA) == IA3:
-        names = config.get("feedforward_modules") or ()
-        on = "input" if any(is_named(path, name) for name in names) else "output"
+        on = "input" if _is_scaled(path, config.get("feedforward_modules") or ()) else "output"
         return {"kind": IA3, **common, "on": on}
     scaling = config.get("scaling")
     if scaling is None:
@@ -201,6 +200,14 @@ def _adapters(config: Mapping[str, Any], path: str, sizes: tuple[int, int]) -> d
         "share": config.get("share"),
         "scaling": scaling,
     }
+
+
+def _is_scaled(path: str, wanted: str | Sequence[str]) -> bool:
+    """Tell whether a linear is among modules named as PEFT does: ends of paths, or an
+    expression."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, path) is not None
+    return any(is_named(path, name) for name in wanted)
 
 
 def _router(

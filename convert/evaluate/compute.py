@@ -30,15 +30,16 @@ class Compute:
     Attributes:
         counted: the model counted what it did; otherwise the numbers come from shapes alone.
         flops: attention at its real length, head, routers and all.
-        ffn_flops: of these, of the neurons that were chosen; in a stock model, of the feed-forward
-            networks with their routers.
+        ffn_flops: of these, of the neurons that were chosen; where there are routed adapters, also
+            of networks that choose none, and of adapters on linears of either; in a stock model,
+            of the feed-forward networks with their routers.
         router_flops: of routers, and of gates that are run in full; None where not told apart.
         projection_flops: of the chosen neurons of networks in place of projections; None where not
             told apart.
         executed_flops: as `flops`, with every neuron that was computed and then masked; None in a
             stock model.
         weight_bytes: bytes of weights a token reads when it runs alone, as in batch-1 decoding.
-        ffn_bytes: of these, of chosen neurons; None where not told apart.
+        ffn_bytes: of these, as in `ffn_flops`; None where not told apart.
         fraction: routed FLOPs over those of the dense reference, None without one.
     """
 
@@ -67,6 +68,67 @@ class Compute:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beside:
+    """What the account of a model with routed adapters does not tell of its feed-forward networks.
+
+    Attributes:
+        flops: per token, of the matrices that choose nothing.
+        unseen: of these, of experts that are no modules of their own, which nobody counts.
+        width: bytes of a weight.
+        paths: the linears of the networks.
+    """
+
+    flops: int
+    unseen: int
+    width: int
+    paths: frozenset[str]
+
+    @classmethod
+    def of(cls, model: Any, static_flops: int) -> _Beside | None:
+        """Return what is to be added, None for a model without routed adapters.
+
+        Args:
+            model: an adaptive model.
+            static_flops: of the account.
+        """
+        from adaconvert.arch.adapters import linears
+        from adaconvert.arch.projections import stock_spec
+        from adaconvert.arch.registry import describe
+        from adaconvert.planning.estimate import is_of_ffn, unchosen_flops
+
+        if not model.adaptive_adapters():
+            return None
+        spec = describe(model.config.to_dict())
+        every, ffn = unchosen_flops(spec)
+        found = linears(stock_spec(spec)).items()
+        return cls(
+            flops=ffn,
+            unseen=every - static_flops if spec.num_experts else 0,
+            width=model.dtype.itemsize,
+            paths=frozenset(path for path, linear in found if is_of_ffn(linear.role)),
+        )
+
+    def added_to(self, rates: Mapping[str, float], account: Any) -> dict[str, float]:
+        """Return rates per token with what is missing in them."""
+        tokens = max(account.tokens, 1)
+        adapters = {p: s for p, s in account.sites.items() if s.slot == "adapters"}
+        # one A for all adapters is no gate
+        tied = sum(site.tokens * site.gate_flops for site in adapters.values()) / tokens
+        own = [site for path, site in adapters.items() if path in self.paths]
+        flops = sum(s.ideal_flops + s.tokens * s.gate_flops for s in own) / tokens
+        size = sum(s.neurons * s.neuron_bytes + s.tokens * s.gate_bytes for s in own) / tokens
+        each = self.width / 2
+        return {
+            **rates,
+            "flops": rates["flops"] + self.unseen,
+            "bytes": rates["bytes"] + self.unseen * each,
+            "ffn": rates["ffn"] + self.flops + flops,
+            "ffn_bytes": rates["ffn_bytes"] + self.flops * each + size,
+            "router": rates["router"] - tied,
+        }
+
+
 class Tally:
     """Adds up the accounts of several passes of one model at one setting."""
 
@@ -77,6 +139,7 @@ class Tally:
         self._seen: dict[str, int] = {}
         self._idle: dict[str, int] = {}
         self._nulls: dict[str, int] = {}
+        self._beside: _Beside | None = None
 
     @contextmanager
     def counting(self, model: Any) -> Iterator[None]:
@@ -87,6 +150,8 @@ class Tally:
         self._nulls = null_sites(model)
         with model.account() as account:
             yield
+        if not self.tokens:
+            self._beside = _Beside.of(model, account.static_flops)
         self._add(account)
 
     def _add(self, account: Any) -> None:
@@ -101,6 +166,8 @@ class Tally:
             "ffn_bytes": size["ffn"],
             "fraction": account.compute(),
         }
+        if self._beside is not None:
+            rates = self._beside.added_to(rates, account)
         for name, rate in rates.items():
             self._sums[name] = self._sums.get(name, 0.0) + rate * account.tokens
         self._sums["masked"] = self._sums.get("masked", 0.0) + masked

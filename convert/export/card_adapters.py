@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from adaconvert.export.card_text import code, fenced, plain
@@ -22,23 +22,44 @@ _READS: Final = {
     "layer": "one router a block, on the input of the block",
     "shared": "one router for the model, on the input of every block",
 }
+#: kinds of adapters, or ways to weigh them, that are all named.
+_MOST_KINDS: Final = 2
 _PATH: Final = '"path/or/hub-id"'
 
 
 def auto_class(config: Mapping[str, Any]) -> str:
-    """Return the auto class of the base of an adapter folder."""
+    """Return the class that loads the base of an adapter folder with its head."""
+    mapped = config.get("auto_mapping")
+    named = mapped.get("base_model_class") if isinstance(mapped, dict) else None
+    if isinstance(named, str) and named.isidentifier():
+        return named
     return _CLASSES.get(str(config.get("task_type")), "AutoModel")
 
 
 def words(config: Mapping[str, Any]) -> str:
     """Return what an adapter_config.json describes, in words."""
+    rank = _rank_words([config.get("r"), *_pattern(config)])
     if config.get("peft_type") != "MOLORA":
-        return f"one LoRA of rank {plain(config.get('r'))}"
+        return f"one LoRA of {rank}"
     count = plain(config.get("num_experts"))
     if config.get("experts_kind") == "ia3":
         return f"{count} vectors that scale, per linear"
     tied = " that share A" if config.get("share") else ""
-    return f"{count} LoRA of rank {plain(config.get('r'))} per linear{tied}"
+    return f"{count} LoRA of {rank} per linear{tied}"
+
+
+def _pattern(config: Mapping[str, Any]) -> list[Any]:
+    """Return the ranks an adapter_config.json has for some linears alone."""
+    found = config.get("rank_pattern")
+    return list(found.values()) if isinstance(found, dict) else []
+
+
+def _rank_words(ranks: Iterable[Any]) -> str:
+    """Return "rank 8", or "rank 3 to 5" where adapters differ."""
+    found = list(ranks)
+    if not all(type(rank) is int for rank in found) or min(found) == max(found):
+        return f"rank {plain(found[0])}"
+    return f"rank {min(found)} to {max(found)}"
 
 
 def routing(config: Mapping[str, Any]) -> str:
@@ -124,17 +145,33 @@ def adapted_words(config: Mapping[str, Any]) -> str:
     ]
     if not slots:
         return ""
-    adapters = slots[0]["adapters"]
-    said = {
+    said = [_said(slot) for slot in slots]
+    ranks = [one["r"] for one in said if one["experts_kind"] != "ia3"]
+    # ranks that differ make no kinds
+    what = _either(words({**one, "rank_pattern": dict(enumerate(ranks))}) for one in said)
+    return f"{what} on {len(slots)} linears, {_either(map(routing, said))}"
+
+
+def _said(slot: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the adapters of one linear as an adapter_config.json has them."""
+    adapters = slot["adapters"]
+    return {
         "peft_type": "MOLORA",
         "num_experts": adapters.get("count"),
         "r": adapters.get("rank"),
         "experts_kind": adapters.get("kind"),
         "share": adapters.get("share"),
-        "router": slots[0].get("router"),
-        "select": slots[0].get("select"),
+        "router": slot.get("router"),
+        "select": slot.get("select"),
     }
-    return f"{words(said)} on {len(slots)} linears, {routing(said)}"
+
+
+def _either(texts: Iterable[str]) -> str:
+    """Return the text that holds for all, both of two, or the first of several."""
+    found = list(dict.fromkeys(texts))
+    if len(found) > _MOST_KINDS:
+        return f"{found[0]} or one of {len(found) - 1} other kinds"
+    return " or ".join(found)
 
 
 def _python(*lines: str) -> Iterator[str]:

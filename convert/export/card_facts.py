@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,12 @@ from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
 from adaconvert.export.card_text import is_hub_id
 from adaconvert.io import manifest
+from adaconvert.io.adapter_files import ADAPTER_CONFIG
 from adaconvert.io.card_file import CARD
 from adaconvert.io.regular import read_text
 from adaconvert.io.source import Source
+from adaconvert.io.source_config import MAX_CONFIG_BYTES
+from adaconvert.io.strict_json import load_object
 from adaconvert.planning.estimate import Costs, costs
 
 LICENSE_KEYS: Final = ("license", "license_name", "license_link")
@@ -35,6 +39,7 @@ def facts_of(
     *,
     inherit_costs: bool = False,
     after: Mapping[str, int] | None = None,
+    places: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Return the "card" entry of the manifest of a new output.
 
@@ -43,19 +48,12 @@ def facts_of(
         result: folder that holds its config.json and weights.
         inherit_costs: compare costs with what the source is compared with, not with the source.
         after: what the result costs, where its folder does not say (a PEFT folder); else None.
+        places: folders that the only source stands for, adapters and then their base, as its own
+            has no card; each thing is taken from the first that tells it.
     """
-    cards = [_card_of(source) for source in sources]
-    fronts = [front_matter(source.root) for source in sources]
-    licenses = [
-        entry
-        for source, front, card in zip(sources, fronts, cards, strict=True)
-        for entry in _licenses(source.label, front, card)
-    ]
-    bases = [
-        base
-        for source, front, card in zip(sources, fronts, cards, strict=True)
-        for base in _bases(source.label, front, card)
-    ]
+    cards = [_card_at(source.root) for source in sources] if not places else [_card_at(places[0])]
+    licenses = [entry for source in sources for entry in _licenses_of(source, places)]
+    bases = [base for source in sources for base in _bases_of(source, places)]
     stated = [license_of(entry) for entry in licenses]
     same = all(license == stated[0] for license in stated)
     inherited = known_costs(cards[0].get("before")) if inherit_costs else None
@@ -81,9 +79,37 @@ def recovered_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _card_of(source: Source) -> Mapping[str, Any]:
-    card = manifest.peek(source.root).get("card")
+def _card_at(folder: Path) -> Mapping[str, Any]:
+    card = manifest.peek(folder).get("card")
     return card if isinstance(card, dict) else {}
+
+
+def _licenses_of(source: Source, places: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the licences of a source, from the first place that tells any."""
+    found = [
+        _licenses(source.label, front_matter(place), _card_at(place))
+        for place in places or (source.root,)
+    ]
+    return next((one for one in found if any(map(license_of, one))), found[0])
+
+
+def _bases_of(source: Source, places: Sequence[Path]) -> list[str]:
+    """Return the hub ids of a source, from the first place that tells any."""
+    found = (
+        _bases(source.label, front_matter(place), _card_at(place)) or _adapted_base(place)
+        for place in places or (source.root,)
+    )
+    return next(filter(None, found), [])
+
+
+def _adapted_base(folder: Path) -> list[str]:
+    """Return the hub id of the model that a folder of adapters names."""
+    with suppress(AdaconvertError):
+        raw = load_object(folder / ADAPTER_CONFIG, ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+        named = raw.get("base_model_name_or_path")
+        # a path such as models/dense looks like a hub id
+        return [named] if is_hub_id(named) and not Path(named).exists() else []
+    return []
 
 
 def _licenses(

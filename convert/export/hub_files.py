@@ -30,6 +30,11 @@ MAX_SIDE_FILE: Final = 256 << 20
 #: a folder of staging, beside its destination.
 _PARTIAL: Final = ".adaconvert-partial"
 _SHOWN: Final = 8
+#: file -> what to do about what must not be published in it.
+_HINTS: Final = {
+    CARD: "Remove it.",
+    "adapter_config.json": "Write the adapters again with --base ORG/NAME.",
+}
 
 _KINDS = (
     (re.compile(r"checkpoint-\d+(/.*)?"), "is a checkpoint of a training run"),
@@ -296,9 +301,9 @@ def _check_secrets(parts: list[Part], places: tuple[bytes, ...]) -> None:
             raise VerificationError(
                 f"{' and '.join(found)}: it must not be published",
                 where=escape(part.name),
-                hint="Remove it."
-                if part.name == CARD
-                else "Remove it from the source, and write the checkpoint again.",
+                hint=_HINTS.get(
+                    part.name, "Remove it from the source, and write the checkpoint again."
+                ),
             )
         # a link could be turned to any file of this machine, and only the card may differ
         if part.name == CARD:

@@ -71,7 +71,8 @@ def gates_of(logits: Tensor, select: Mapping[str, Any]) -> Gates:
     if rule == "sigmoid":
         return Gates(logits.sigmoid())
     shares = logits.softmax(dim=-1)
-    if rule == "soft":
+    # shares that round away would leave the sum before an adapter at 1
+    if rule == "soft" or (rule == "top-p" and select["p"] >= 1):
         return Gates(shares)
     if rule == "top-k":
         weights, adapters = shares.topk(min(int(select["k"]), shares.shape[-1]), dim=-1)

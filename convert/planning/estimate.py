@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from adaconvert.arch import null_experts
-from adaconvert.arch.adapters import ADAPTER_ROLES, active_adapters
+from adaconvert.arch.adapters import ADAPTER_ROLES, active_adapters, adapted, shapes_of
 from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
-from adaconvert.arch.projections import active_shares
+from adaconvert.arch.projections import active_shares, stock_spec
 from adaconvert.arch.registry import layer_mask
 from adaconvert.dtypes import nbytes_of
 from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Gather, Init, Plan
@@ -28,7 +28,8 @@ CONTEXT = 2048
 
 _FFN_ROLES = frozenset({"gate", "up", "down", "gate_up"})
 _PER_EXPERT = ("expert_",)
-_FFN_STARTS = (*_PER_EXPERT, "shared_", "router")
+_SHARED = "shared_"
+_FFN_STARTS = (*_PER_EXPERT, _SHARED, "router")
 _LOOKUPS = frozenset({"embed", "pos_embed", "neuron_order"})
 #: matrices every token passes through, besides those of the feed-forward networks.
 _PER_TOKEN = frozenset(
@@ -54,7 +55,9 @@ class Costs:
         active_params: parameters a token passes through, norms and biases too, embedding look-ups
             not.
         flops: FLOPs per token at `context` tokens of context, head included.
-        ffn_flops: of these, in feed-forward networks, experts, shared experts and routers.
+        ffn_flops: of these, in feed-forward networks, experts, shared experts and routers, and in
+            routed adapters on the networks' own linears; not in the routers of adapters, which
+            other linears may use as well.
         weight_bytes: bytes of the matrices read per token when decoding one sequence.
         context: tokens of context attention is counted at.
     """
@@ -138,6 +141,47 @@ def counted(spec: ModelSpec) -> str:
     return "; ".join(each[:_MOST_WORDS] + more)
 
 
+def is_of_ffn(role: str) -> bool:
+    """Return whether a linear is one of a feed-forward network or of a shared expert."""
+    return role in _FFN_ROLES or role.startswith(_SHARED)
+
+
+def _ffn_adapters(spec: ModelSpec) -> frozenset[str]:
+    """Return the tensors of routed adapters, without routers, on linears of FFNs."""
+    if spec.adaptive is None:
+        return frozenset()
+    return frozenset(
+        f"{linear.stored}.{name}"
+        for linear, slot in adapted(stock_spec(spec), spec.adaptive)
+        if is_of_ffn(linear.role)
+        for name in shapes_of(linear.path, slot)
+        if name.startswith("adapters.")
+    )
+
+
+def unchosen_flops(spec: ModelSpec) -> tuple[int, int]:
+    """Return FLOPs per token of the matrices of an adaptive model that no site of it counts:
+    neither split networks, mixtures with null experts and networks in place of projections, nor
+    adapters; attention's scores left out.
+
+    Returns:
+        Of all such matrices, and of these in feed-forward networks.
+    """
+    sited = {*active_share(spec), *experts_run(spec)}
+    every = ffn = Fraction(0)
+    for tensor in spec.tensors:
+        is_ffn = _is_ffn(tensor)
+        is_counted = is_ffn and tensor.layer in sited and not tensor.role.startswith(_SHARED)
+        own = tensor.role in ADAPTER_ROLES or tensor.role.startswith("projection_")
+        if is_counted or own or not _is_per_token(spec, tensor):
+            continue
+        routed = tensor.role.startswith(_PER_EXPERT)
+        share = Fraction(spec.top_k, spec.num_experts) if routed else Fraction(1)
+        every += 2 * _count(tensor.shape) * share
+        ffn += 2 * _count(tensor.shape) * share if is_ffn else 0
+    return int(every), int(ffn)
+
+
 def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) -> Costs:
     """Return the costs of a checkpoint.
 
@@ -149,6 +193,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
     total = active = matrices = ffn = read = 0.0
     split, nulled = active_share(spec), experts_run(spec)
     chosen = {**active_shares(spec), **active_adapters(spec)}
+    beside = _ffn_adapters(spec)
     embedded = next((t.name for t in spec.tensors if t.role == "embed"), "")
     for tensor in spec.tensors:
         # a tied head is not stored and runs all the same
@@ -162,7 +207,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         if _is_per_token(spec, tensor):
             matrices += 2 * size * share
             read += nbytes_of(dtypes[stored], tensor.shape) * share
-        ffn += 2 * size * share if _is_ffn(tensor) else 0
+        ffn += 2 * size * share if _is_ffn(tensor) or tensor.name in beside else 0
     seen = sum(min(context, window or context) for window in _windows(spec))
     return Costs(
         total_params=int(total),

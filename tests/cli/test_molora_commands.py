@@ -156,3 +156,25 @@ def test_refusals_name_the_option(run: Run, tmp_path: Path) -> None:
     assert code == 2
     assert "--rank: out of range; expected 1 to" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_read_is_not_replaced(run: Run, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert run("moefy", str(make("llama", tmp_path / "dense")), str(base), "-q")[0] == 0
+    given = ("--experts", "2", "--rank", "2", "--target-modules", "q_proj", "-q")
+    assert run("molora", str(base), str(out), *given)[0] == 0
+    plain = tmp_path / "plain"
+    assert run("molora", str(out), str(plain), "--as-plain-lora", "-q")[0] == 0
+    kept = {path: path.read_bytes() for folder in (base, plain) for path in folder.iterdir()}
+    for words in (
+        ("molora", str(out), str(base), "--standalone", "--overwrite"),
+        ("molora", str(out), str(base / "inside"), "--standalone"),
+        ("molora", str(base), str(plain), "--from", str(plain), "--overwrite"),
+        ("molora", str(base), str(plain / "inside"), "--from", str(plain)),
+    ):
+        code, _, err = run(*words)
+        assert code == 4
+        assert "the source" in err
+    assert {
+        path: path.read_bytes() for folder in (base, plain) for path in folder.iterdir()
+    } == kept

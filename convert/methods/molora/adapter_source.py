@@ -26,6 +26,7 @@ from adaconvert.io.source_config import MAX_CONFIG_BYTES, sanitise
 from adaconvert.io.strict_json import load_object
 from adaconvert.io.tensor_ref import TensorRef
 from adaconvert.methods.molora.lora_folder import read_lora
+from adaconvert.methods.molora.routed_settings import check_named, check_settings
 
 LORA = "LORA"
 #: what a checkpoint has and an adapter folder has not.
@@ -118,11 +119,14 @@ def open_adapters(where: str | Path, *, revision: str | None = None) -> AdapterS
             expected=f"peft_type {PEFT_TYPE} or {LORA}",
             found=escape(kind, 40),
         )
+    where = f"{escape(label)}/{CONFIG}"
+    if kind == PEFT_TYPE:
+        check_settings(raw, where)
     source = _source(root, label, commit, raw)
     if kind == PEFT_TYPE:
-        return AdapterSource(
-            source=source, kind=PEFT_TYPE, tensors=_by_linear(source.tensors.values())
-        )
+        tensors = _by_linear(source.tensors.values())
+        check_named(raw, tensors, where)
+        return AdapterSource(source=source, kind=PEFT_TYPE, tensors=tensors)
     # named after a folder, which may have a number for its name
     found = read_lora(root, f"adapter {label.rpartition('/')[2]}").modules
     return AdapterSource(

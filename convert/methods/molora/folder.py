@@ -32,13 +32,9 @@ NAMES = {
     "router.weight": "molora_router",
 }
 STAYS = "stays in the base model"
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+#: ends of architectures whose PEFT class adds nothing of its own. Those of classifiers and of
+#: question answering want the head in the folder too, and do not load one without it.
+_DECODERS = ("ForCausalLM", "LMHeadModel")
 
 
 def folder_plan(
@@ -85,15 +81,27 @@ def _drops(adapters: Adapters, item: Described) -> tuple[Drop, ...]:
 
 def _common(item: Described, base: str, peft_type: str) -> dict[str, object]:
     """Return what every adapter_config.json says; PEFT itself fills in the rest."""
-    architecture = item.spec.architecture
-    task = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
+    decoder = item.spec.architecture.endswith(_DECODERS)
     return {
         "peft_type": peft_type,
-        "task_type": task,
+        "task_type": "CAUSAL_LM" if decoder else None,
+        **({} if decoder else _auto_mapping(item)),
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
     }
+
+
+def _auto_mapping(item: Described) -> dict[str, object]:
+    """Return what tells `AutoPeftModel` the class of the base; nothing of an adaptive base, whose
+    class is in its own folder."""
+    sites: Any = (item.spec.adaptive or {}).get("sites", {})
+    if any(
+        set(slots) != {"linear"} or "adapters" not in slots["linear"] for slots in sites.values()
+    ):
+        return {}
+    named = {"base_model_class": item.spec.architecture, "parent_library": "transformers"}
+    return {"auto_mapping": named}
 
 
 def _routed(adapters: Adapters) -> Iterator[TargetTensor]:

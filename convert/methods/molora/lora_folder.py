@@ -48,6 +48,8 @@ _FACTOR = re.compile(
 _EMBEDDING = re.compile(
     r"\.(embed_tokens|wte|embed_in|word_embeddings)\.(base_layer|lora_embedding)"
 )
+#: it does so beside that of the output layer, whose matrix may be the embedding's.
+_HEAD = re.compile(r"\.(lm_head|embed_out)\.base_layer")
 #: part of a tensor's name -> what an adapter with such tensors is.
 _OTHERS = {
     "lora_magnitude_vector": "the magnitudes of a DoRA",
@@ -257,12 +259,13 @@ def _check_tensor(ref: TensorRef, match: re.Match[str] | None, where: str) -> No
     others = [what for part, what in _OTHERS.items() if part in ref.name]
     others += ["a bias"] if ref.name.endswith(".bias") else []
     if others:
-        embedding = _EMBEDDING.search(ref.name) is not None
-        what = "an adapter of the embedding" if embedding else others[0]
+        found = ((_EMBEDDING, "the embedding"), (_HEAD, "the output layer"))
+        of = next((what for pattern, what in found if pattern.search(ref.name)), None)
+        what = f"an adapter of {of}" if of else others[0]
         raise SourceError(
             f"is {what}, which cannot become part of an expert",
             where=here,
-            hint="Train it again without the embedding." if embedding else None,
+            hint=f"Train it again without {of}." if of else None,
         )
     if match is None:
         raise SourceError(

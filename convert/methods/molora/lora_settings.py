@@ -213,7 +213,7 @@ def _check_start(start: object, where: str) -> None:
 def _rank(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SourceError(
-            "is no rank", where=where, expected="a whole number above 0", found=escape(value, 40)
+            "is no rank", where=where, expected="a whole number above 0", found=_shown(value)
         )
     return value
 
@@ -225,9 +225,14 @@ def _alpha(value: object, where: str) -> float:
             "scales the adapter by nothing" if value == 0 else "is no number",
             where=where,
             expected="a finite number other than 0",
-            found=escape(value, 40),
+            found=_shown(value),
         )
     return float(str(value))
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; a text in quotes, so that "8" is no 8."""
+    return escape(repr(value) if isinstance(value, str) else value, 40)
 
 
 def _patterns(config: Mapping[str, object], key: str, where: str) -> dict[str, object]:

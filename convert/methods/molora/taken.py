@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adaconvert.methods.molora.adapter_source import is_adapter_folder
 from adaconvert.methods.molora.view import viewed
@@ -31,6 +32,17 @@ class Taken:
     revision: str | None = None
     folders: tuple[Path, ...] = ()
     base: str | None = None
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Return what is read and may not be replaced by the result, besides the sources: adapters,
+        their base, adapters that become experts, and texts."""
+        named: list[str] = [] if self.base is None else [self.base]
+        for name in ("adapters", "data"):
+            given: Any = self.options.get(name) or ()
+            named += [given] if isinstance(given, str) else list(given)
+        there = [path for path in (Path(one).expanduser() for one in named) if path.exists()]
+        return (*self.folders, *there)
 
 
 @contextmanager

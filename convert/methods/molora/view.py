@@ -37,6 +37,7 @@ from adaconvert.methods.molora.adapter_source import (
     is_adapter_folder,
     open_adapters,
 )
+from adaconvert.methods.molora.base_at_hand import fingerprint_at
 from adaconvert.methods.sources import Described, open_source
 from adaconvert.planning.estimate import reference
 
@@ -257,12 +258,16 @@ def _checked_tensors(
 
 
 def _check_base(adapters: AdapterSource, base: Described, known: Mapping[str, Linear]) -> None:
-    """Return only when the base is the one that adapters were made for, as far as they say so.
+    """Return only when the base is the one that adapters were made for, as far as they say so; a
+    stock LoRA, which has no fingerprint, is held to the model it names, where that is here.
 
     Raises:
         SourceError: its weights are others.
     """
     wanted = adapters.config.get("base_fingerprint")
+    named = adapters.config["base_model_name_or_path"]
+    if wanted is None and adapters.kind == LORA and not _is_at(base, named):
+        wanted = fingerprint_at(named if isinstance(named, str) else None, list(known))
     if wanted is None:
         return
     found = of_source(base.source, {path: linear.weight for path, linear in known.items()})
@@ -274,6 +279,11 @@ def _check_base(adapters: AdapterSource, base: Described, known: Mapping[str, Li
             found=str(found)[:16],
             hint="Name the right base with --base.",
         )
+
+
+def _is_at(base: Described, named: object) -> bool:
+    """Tell whether a base is the folder of this name."""
+    return isinstance(named, str) and Path(named).resolve() == base.source.root.resolve()
 
 
 def _write(

@@ -161,6 +161,18 @@ def test_tensors_of_other_kinds(folder: Path) -> None:
         read_lora(folder)
 
 
+def test_an_adapted_head_is_called_so(dense: Dense, tmp_path: Path) -> None:
+    lora = make_lora(dense("llama"), tmp_path / "lora", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(SourceError, match=r"an adapter of the output layer.*without the output"):
+        read_lora(lora)
+
+
+def test_texts_are_no_numbers(folder: Path) -> None:
+    change_config(folder, lambda config: config.update(r="4"))
+    with pytest.raises(SourceError, match="expected a whole number above 0, found '4'"):
+        read_lora(folder)
+
+
 def test_values_that_are_not_finite(dense: Dense, folder: Path) -> None:
     change_tensor(folder, lambda tensor: tensor * float("nan"))
     composed = compose([read_lora(folder)], open_source(str(dense("llama"))))

@@ -213,6 +213,19 @@ def test_fingerprint_tells_bases_apart(base: Path, folder: Path, tmp_path: Path)
         viewed(marked, base=str(other)).__enter__()
 
 
+def test_stock_lora_is_held_to_the_base_it_names(base: Path, tmp_path: Path) -> None:
+    lora = make_lora(base, tmp_path / "lora")
+    copied = shutil.copytree(base, tmp_path / "copied")
+    with viewed(lora, base=str(copied)):
+        pass
+    other = tiny_models.make("llama-tied", tmp_path / "other", seed=1)
+    with pytest.raises(SourceError, match="was made for another base than other"):
+        viewed(lora, base=str(other)).__enter__()
+    gone = changed(lora, tmp_path / "moved", base_model_name_or_path=str(tmp_path / "gone"))
+    with viewed(gone, base=str(other)):
+        pass
+
+
 def test_damaged_folders(base: Path, folder: Path, tmp_path: Path) -> None:
     kinds = changed(folder, tmp_path / "kind", peft_type="IA3")
     with pytest.raises(SourceError, match="expected peft_type MOLORA or LORA, found IA3"):
