@@ -34,6 +34,7 @@ from adaconvert.methods.sources import (
     check_vocabulary,
     left_behind,
     open_source,
+    refuse_exits,
 )
 from adaconvert.planning.alignment import aligned
 from adaconvert.planning.digest import run_digest
@@ -111,6 +112,8 @@ def _check_kind(item: Described, method: Method) -> None:
         SourceError: it is a mixture, split already, or not split at all.
     """
     where = f"{item.source.label}/config.json"
+    if not method.exits:
+        refuse_exits(item)
     if item.spec.num_experts and method.mixtures:
         return
     if holds_nulls(item.spec.adaptive):

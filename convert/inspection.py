@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.calibration import stale_reasons, table_of
 from adaconvert.arch.check import audit
+from adaconvert.arch.exits import KINDS, exits_of, is_taken
 from adaconvert.arch.null_experts import nulled
 from adaconvert.arch.projections import networks_of, stock_spec
 from adaconvert.arch.registry import describe
@@ -86,7 +87,7 @@ def _family_line(spec: ModelSpec | None) -> str:
         return "not a model adaconvert can describe"
     experts = f", {spec.num_experts} experts top-{spec.top_k}" if spec.num_experts else ", dense"
     if spec.adaptive is not None:
-        found = [_nulled_text(spec) or _split_text(spec), _adapted_text(spec)]
+        found = [_nulled_text(spec) or _split_text(spec), _adapted_text(spec), _exits_text(spec)]
         experts = f", adaptive: {'; '.join(filter(None, found)) or 'nothing is split'}"
     tied = ", tied embeddings" if spec.traits.tied else ""
     return f"{spec.model_type} ({spec.architecture}){experts}{tied}"
@@ -126,6 +127,30 @@ def _adapted_text(spec: ModelSpec) -> str:
         if len(found) > 1
     )
     return f"{kinds[0]} on {len(slots)} linears, {ways[0]}{f' ({more})' if more else ''}"
+
+
+def _exits_text(spec: ModelSpec) -> str:
+    """Return what early exits an adaptive checkpoint has; "" when it has none."""
+    exits = exits_of(spec.adaptive)
+    if exits is None:
+        return ""
+    places = ", ".join(str(head["at"]) for head in exits["heads"])
+    decide = exits["decide"]
+    when = f"taken by {decide['measure']}" if is_taken(exits) else "none taken as configured"
+    drafts = "" if exits["draft"] is None else f", drafts from {exits['draft']['at']}"
+    return (
+        f"exits after {places} of {spec.layers} blocks, {_heads_text(exits['heads'])}, {when}"
+        f"{drafts}"
+    )
+
+
+def _heads_text(heads: Sequence[Mapping[str, Any]]) -> str:
+    """Return the kind of the heads, as `early-exit --head` names it."""
+    kinds = {
+        (bool(head["own"]), head["map"], head["network"], head["block"]): None for head in heads
+    }
+    named = [name for kind in kinds for name, parts in KINDS.items() if parts == kind]
+    return f"head {' or '.join(named)}" if named else "heads of several parts"
 
 
 def _kind_text(adapters: Mapping[str, Any], ranks: str) -> str:

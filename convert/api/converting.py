@@ -51,8 +51,9 @@ def convert(
             them.
         progress: show progress bars on a terminal.
         options: the method's own options: fields of `methods.upcycle.config.UpcycleConfig`,
-            `methods.moefy.config.MoefyConfig`, `methods.adamoe.config.AdamoeConfig` or
-            `methods.molora.config.MoloraOptions`.
+            `methods.moefy.config.MoefyConfig`, `methods.adamoe.config.AdamoeConfig`,
+            `methods.molora.config.MoloraOptions` or
+            `methods.early_exit.config.EarlyExitOptions`.
 
     Raises:
         OptionError: an option is wrong or the method does not support the source (exit code 2).

@@ -38,7 +38,8 @@ def finetune(
     Under torchrun or `accelerate launch` every process calls it; the first alone writes.
 
     Args:
-        source: checkpoint of a causal language model: dense, native mixture or adaptive; or a PEFT
+        source: checkpoint of a causal language model: dense, native mixture or adaptive, early
+            exits included (`train="exits"` tunes them on a frozen trunk); or a PEFT
             folder of routed adapters or of a LoRA, of which adapters and routers are trained.
         destination: folder that must not exist, or be empty, unless `overwrite`.
         data: one text or several, each as "FILE" or "FILE,WEIGHT".
@@ -55,7 +56,8 @@ def finetune(
         log_dir: folder for the files of experiment trackers; one beside `destination` when None.
         options: fields of `train.config.FinetuneConfig`, and those of its parts by the names of
             the command line: `activation`, `sparsity`, ... for stage 1 of D2DMoE, `lora`,
-            `lora_alpha`, `lora_targets`, `load_in_4bit`, `compile`, `fsdp`, `expert_parallel`.
+            `lora_alpha`, `lora_targets`, `load_in_4bit`, `compile`, `fsdp`, `expert_parallel`, and
+            `exit_loss`, `exit_weights`, `early_exit_loss`, `layer_dropout`, ... for early exits.
 
     Raises:
         OptionError: options do not fit together or the model (2).

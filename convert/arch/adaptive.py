@@ -2,7 +2,8 @@
 
 An adaptive checkpoint is the dense one with its neurons in another order under the same names, a
 few tensors more per converted feed-forward network, `config.adaptive`, and the runtime's code. One
-of a mixture keeps every tensor as it is and has null experts beside them (`null_experts`).
+of a mixture keeps every tensor as it is and has null experts beside them (`null_experts`). Early
+exits add tensors of their own to either (`exits`).
 Letters: E experts, m neurons of each, d hidden size, f = shared + E * m neurons, w router width.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from adaconvert.arch import null_experts, registry
 from adaconvert.arch.adapters import adapter_tensors
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict, TensorSpec
+from adaconvert.arch.exits import exit_tensors, exits_of
 from adaconvert.arch.projections import replaced_tensors
 from adaconvert.arch.sites import FfnSite, ffn_site
 from adaconvert.arch.values import WHERE
@@ -260,6 +262,8 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
     for mixture, nulls in null_experts.nulled(spec, adaptive):
         own += null_experts.tensors(spec, mixture, nulls)
     own += adapter_tensors(spec, adaptive)
+    exits = exits_of(adaptive)
+    own += [made.tensor for made in exit_tensors(spec, exits)] if exits is not None else []
     return replace(spec, tensors=(*replaced_tensors(spec, adaptive), *own), adaptive=adaptive)
 
 

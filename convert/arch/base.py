@@ -15,6 +15,8 @@ Roles name what a tensor is for, the same in every family:
   neuron_order (I32, adaptive checkpoints: where each neuron came from),
   projection_up, projection_down, projection_router (adaptive: a network in place of a projection),
   router_null, null_bias, null_scale, null_value (adaptive: null experts beside a mixture's),
+  exit_norm, exit_pooler, exit_head, exit_network, exit_block, exit_map, exit_confidence,
+  exit_draft_tokens (I64) (adaptive: what early exits have of their own),
   class_token, mask_token, patch_embed, and heads of encoders: head_transform, head_norm, pair_head,
   span_head, classifier, pixel_head; each with its _bias
 A plain (ungated) FFN has `up` and `down` only.

@@ -11,6 +11,7 @@ from typing import Protocol
 from adaconvert.arch import expressions, registry, values
 from adaconvert.arch.adapters import ADAPTER_ROLES
 from adaconvert.arch.base import ModelSpec, TensorSpec
+from adaconvert.arch.exits import DRAFT_TOKENS
 from adaconvert.arch.family import Family, Template
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, WEIGHT_DTYPES
 from adaconvert.errors import SourceError
@@ -21,8 +22,14 @@ _OWN_ROLES = frozenset(
     {
         *("router", "neuron_order", "projection_router", "null_bias", "null_scale", "null_value"),
         *ADAPTER_ROLES,
+        DRAFT_TOKENS,
     }
 )
+#: role of whole numbers -> their dtype, and what they are.
+_WHOLE = {
+    "neuron_order": ("I32", "an order of neurons"),
+    DRAFT_TOKENS: ("I64", "ids of tokens"),
+}
 #: names given in full before the rest is only counted.
 _SHOWN = 5
 
@@ -182,17 +189,18 @@ def _place(template: Template, name: str) -> dict[str, int] | None:
 
 def dtypes_of(tensor: TensorSpec) -> tuple[str, ...]:
     """Return the dtypes a stored tensor may have."""
-    return ("I32",) if tensor.role == "neuron_order" else WEIGHT_DTYPES
+    return (_WHOLE[tensor.role][0],) if tensor.role in _WHOLE else WEIGHT_DTYPES
 
 
 def _check_dtype(tensor: TensorSpec, found: Stored) -> None:
     if found.dtype in dtypes_of(tensor):
         return
-    if tensor.role == "neuron_order":
+    if tensor.role in _WHOLE:
+        wanted, what = _WHOLE[tensor.role]
         raise SourceError(
-            f"dtype {escape(found.dtype, 20)} is not that of an order of neurons",
+            f"dtype {escape(found.dtype, 20)} is not that of {what}",
             where=_where(tensor.name, found),
-            expected="I32",
+            expected=wanted,
         )
     kind = "8-bit float" if found.dtype in BY_NAME and BY_NAME[found.dtype].is_float else "no float"
     raise SourceError(

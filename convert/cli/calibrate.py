@@ -90,6 +90,12 @@ def _sweep_options() -> options.Decorator[Any]:
             is_flag=True,
             help="Also try giving every layer its own share; measures each layer first.",
         ),
+        option(
+            "settings",
+            "--measure",
+            type=click.Choice(["difference", "max", "entropy", "state", "classifier", "patience"]),
+            help="How sure an exit is, of a model with exits. Default: as configured.",
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from adaconvert.cli import options, output, versions
 from adaconvert.cli.finetune_options import (
     adapter_options,
     budget_options,
+    exit_options,
     first_process_speaks,
     run_options,
 )
@@ -355,6 +356,7 @@ def _router_options() -> options.Decorator[Any]:
 @_loss_options()
 @_router_options()
 @budget_options()
+@exit_options()
 @adapter_options()
 @run_options()
 @verbosity_options

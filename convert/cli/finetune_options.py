@@ -103,6 +103,68 @@ def budget_options() -> options.Decorator[Any]:
     )
 
 
+def exit_options() -> options.Decorator[Any]:
+    """Return how early exits learn; fields of `train.exit_config.Exiting`."""
+    return options.apply(
+        option(
+            "exits",
+            "--exit-loss",
+            type=click.Choice(["ce", "kd", "both"]),
+            default="ce",
+            help="Of the heads of early exits: 'ce': next tokens; 'kd': divergence from what the "
+            "last layer predicts; or their sum. --train exits trains them alone.",
+        ),
+        option(
+            "exits",
+            "--exit-weights",
+            metavar="W",
+            help="Factors of their losses: uniform (1 each), linear (share of the blocks before "
+            "it), or a number for each such as 0.1,0.2; 0 leaves exits out. Default: uniform with "
+            "--train exits, 0.4 times linear where the blocks learn too.",
+        ),
+        option(
+            "exits",
+            "--exit-layers",
+            metavar="K,...",
+            help="Exits that learn, by the blocks before them. Default: all.",
+        ),
+        option(
+            "exits",
+            "--exit-chunk",
+            type=int,
+            default=256,
+            metavar="N",
+            help="Positions whose logits are in memory at a time.",
+        ),
+        option(
+            "exits",
+            "--early-exit-loss",
+            type=float,
+            default=0.0,
+            metavar="SCALE",
+            help="LayerSkip: every block exits through the model's own head, and all learn "
+            "together; for shared heads and for stock checkpoints, which stay stock. 0.1 to 1.",
+        ),
+        option(
+            "exits",
+            "--layer-dropout",
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="LayerSkip: leave the last block out of a sequence with this probability, earlier "
+            "ones with less. 0.1 is usual.",
+        ),
+        option(
+            "exits",
+            "--exit-curriculum",
+            default="none",
+            metavar="NAME",
+            help="LayerSkip: which exits count at a step: none (all), rotational:R (every R-th, "
+            "another one each step), gradual (from the last one down).",
+        ),
+    )
+
+
 def run_options() -> options.Decorator[Any]:
     """Return how it runs and where the result goes."""
     return options.apply(

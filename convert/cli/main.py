@@ -52,6 +52,11 @@ VERBS = {
         attribute="molora",
         summary="Put a mixture of low-rank adapters beside the linears of a model.",
     ),
+    "early-exit": Verb(
+        module="adaconvert.cli.early_exit",
+        attribute="early_exit",
+        summary="Give a model exits after some of its blocks, to leave there or to draft with.",
+    ),
     "unmoefy": Verb(
         module="adaconvert.cli.unmoefy",
         attribute="unmoefy",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import adapting, nulling, options, output, splitting, versions
+from adaconvert.cli import adapting, exiting, nulling, options, output, splitting, versions
 from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
@@ -36,6 +36,11 @@ METHODS = {
         module="adaconvert.cli.plan",
         attribute="plan_molora",
         summary="Plan a mixture of low-rank adapters beside the linears of a model.",
+    ),
+    "early-exit": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_early_exit",
+        summary="Plan exits after some of a model's blocks.",
     ),
 }
 _RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
@@ -143,6 +148,34 @@ def plan_molora(source: str, destination: str | None, as_json: bool, **settings:
     from adaconvert import api
 
     output.show(api.plan(source, method="molora", **settings), as_json=as_json)
+
+
+@click.command("early-exit", cls=Command)
+@options.source_argument()
+@click.argument(
+    "destination",
+    cls=Argument,
+    metavar="[DST]",
+    required=False,
+    describe="Accepted, so that the arguments of `early-exit` can stand; it is not looked at.",
+)
+@exiting.early_exit_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_early_exit(source: str, destination: str | None, as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert early-exit`, with the same arguments.
+
+    Says what exits add to the files, and what share of its tokens a draft must get right to be
+    faster than no draft. Options that only matter to the run itself are accepted too and do not
+    change the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    output.show(api.plan(source, method="early-exit", **settings), as_json=as_json)
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.exit_search import ExitSearch, check_exit_settings
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.masking import is_masked
 from adaconvert.evaluate.risk import Floats
@@ -31,6 +32,7 @@ from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.configs import load_config
+from adaconvert.modeling.adaptive_knobs import has_exits
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
 _CLASS_LOSS: Final = "loss is that of the class the model chooses with every expert on"
@@ -49,6 +51,8 @@ def calibrate(
     checkpoint = open_checkpoint(folder)
     calibration_output.check_destination(checkpoint, destination, overwrite=overwrite)
     calibration_output.check_whole(checkpoint)
+    if has_exits(checkpoint.adaptive):
+        check_exit_settings(checkpoint.adaptive, settings)
     single, masked = _kind(checkpoint, settings)
     data = read_data(
         settings.reading,
@@ -61,7 +65,8 @@ def calibrate(
     risk = settings.risk(single=single)
     if risk is not None:
         check_enough(data, risk, settings.shares, settings.promise)
-    found = Search(_loaded(checkpoint, settings), data, settings, risk).run()
+    search = ExitSearch if has_exits(checkpoint.adaptive) else Search
+    found = search(_loaded(checkpoint, settings), data, settings, risk).run()
     result = CalibrationResult(
         checkpoint=checkpoint.name,
         rows=found.rows,
@@ -82,6 +87,9 @@ def calibrate(
             *([_HIDDEN] if masked else []),
         ),
     )
+    # the default is what it is from now on
+    config = calibration_output.calibrated_config(checkpoint.config, result)
+    result = replace(result, digests={**result.digests, "config": config_digest(config)})
     calibration_output.write(checkpoint, result, destination, overwrite=overwrite, fs=fs)
     return result if destination is None else replace(result, checkpoint=Path(destination).name)
 

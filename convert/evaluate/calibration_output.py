@@ -32,6 +32,7 @@ from adaconvert.io.rewrite import check_updatable
 from adaconvert.io.source import Source
 from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adaconvert.io.strict_json import load_object
+from adaconvert.modeling.adaptive_knobs import EXITS, has_exits
 from adaconvert.modeling.adaptive_schema import routed_specs
 
 _RESET: Final = "no setting was asked for: the default is the conversion's again"
@@ -174,9 +175,21 @@ def calibrated_config(config: Mapping[str, Any], result: CalibrationResult) -> d
     adaptive["calibration"] = result.entry()
     chosen = None if result.chosen is None else result.rows[result.chosen].select
     select = configured(config["adaptive"]) if chosen is None else chosen
+    if has_exits(adaptive):
+        _set_exits(adaptive["model"]["exits"], select.get(EXITS) or {})
     for path, spec in routed_specs(adaptive).items():
         spec["select"] = _fitting(select.get(path) or select["*"], spec["experts"]["count"])
     return new
+
+
+def _set_exits(exits: dict[str, Any], rule: Mapping[str, Any]) -> None:
+    """Make a rule the one by which tokens leave; an empty one lets none leave."""
+    never = {**exits["decide"], "thresholds": [None] * len(exits["heads"])}
+    if never["measure"] == "patience":
+        never["patience"] = len(exits["heads"])
+    found = {**never, **rule}
+    exits["kv"] = found.pop("kv", exits["kv"])
+    exits["decide"] = found
 
 
 def _fitting(select: Mapping[str, Any], experts: int) -> dict[str, Any]:
@@ -190,11 +203,15 @@ def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     A checkpoint whose calibration chose a default without keeping the one before runs all experts.
     """
     sites = {path: spec["select"] for path, spec in routed_specs(adaptive).items()}
+    if has_exits(adaptive):
+        exits = adaptive["model"]["exits"]
+        sites[EXITS] = {**exits["decide"], "kv": exits["kv"]}
     table = adaptive.get("calibration") or {}
     if table.get("chosen") is None:
         return {path: dict(select) for path, select in sites.items()}
     kept = table.get("configured") or {}
-    return {path: dict(kept.get(path) or {"rule": "all"}) for path in sites}
+    unknown = {path: {} if path == EXITS else {"rule": "all"} for path in sites}
+    return {path: dict(kept.get(path) or unknown[path]) for path in sites}
 
 
 def reset_notes(adaptive: Mapping[str, Any], chosen: int | None) -> tuple[str, ...]:

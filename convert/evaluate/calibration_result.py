@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaconvert.evaluate.sweep import Select
+from adaconvert.modeling.adaptive_knobs import EXITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,10 @@ class Row:
             "changed": self.changed,
             "guaranteed": self.guaranteed,
             "name": self.name,
-            "select": self.select,
+            "select": {path: own for path, own in self.select.items() if path != EXITS},
         }
+        if EXITS in self.select:
+            row["exits"] = self.select[EXITS]
         if self.p_value is not None:
             row["p_value"] = self.p_value
         if self.clipped is not None:

@@ -79,6 +79,7 @@ class Search:
             path: spec for path, spec in sites.items() if _chooses(spec)
         }
         self._nulled = any("mixture" in spec for spec in self._specs.values())
+        self.whole_name = _NO_NULLS if self._nulled else "every expert"
         self._model = model
         self._routes_all = len(self._specs) == len(sites)
         self._measurer = Measurer(
@@ -99,8 +100,8 @@ class Search:
         settings, rows = self._rows(found)
         if found is not None:
             chosen = settings.index(found.cheapest)
-            whole = _NO_NULLS if self._nulled else "every expert"
-            notes = () if found.cheapest is not None else (f"{_UNCERTIFIED} {whole}",)
+            sure = found.cheapest is not None
+            notes = () if sure else (f"{_UNCERTIFIED} {self.whole_name}",)
             return Found(rows=rows, chosen=chosen, notes=notes)
         budget = self.settings.budget
         best = None if budget is None else self._within(budget, settings, rows)

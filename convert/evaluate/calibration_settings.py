@@ -14,6 +14,7 @@ from adaconvert.evaluate.risk import Risk, disagreement_risk, loss_increase_risk
 from adaconvert.evaluate.sweep import KNOB, given
 from adaconvert.evaluate.testing_sequence import SHARES, SHARES_WITHOUT_TEST, UNITS
 from adaconvert.io.names import escape
+from adaconvert.modeling.adaptive_exit_schema import MEASURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,8 @@ class CalibrationSettings:
         clip: rises are clipped to this, None for the default of `loss_increase_risk`.
         rules: selection rules to sweep, none for those that suit the routers.
         values: values of the one rule instead of shares of the experts.
-        per_layer: also try giving each layer its own share.
+        per_layer: also try giving each layer its own share, each exit its own threshold.
+        measure: how sure an exit is, of models with exits; None for as configured.
         batch_size: blocks at a time, None for what fits.
         dtype: torch name, "auto" for as stored.
         device: torch name, None for the accelerator there is, else the CPU.
@@ -46,6 +48,7 @@ class CalibrationSettings:
     rules: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
     per_layer: bool = False
+    measure: str | None = None
     batch_size: int | None = None
     dtype: str = "auto"
     device: str | None = None
@@ -98,6 +101,13 @@ class CalibrationSettings:
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise OptionError("is out of range", where="--batch-size", found=self.batch_size)
+        if self.measure is not None and self.measure not in MEASURES:
+            raise OptionError(
+                "unknown measure",
+                where="--measure",
+                expected=", ".join(MEASURES),
+                found=escape(self.measure),
+            )
         for rule in self.rules:
             if rule not in KNOB:
                 raise OptionError(

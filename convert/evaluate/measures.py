@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from adaconvert.data.images import load_processor, read_images
 from adaconvert.errors import OptionError
 from adaconvert.evaluate import classify, results
+from adaconvert.evaluate.exit_table import exit_table
 from adaconvert.evaluate.loaded import Loaded
 from adaconvert.evaluate.options import EvaluateOptions
 from adaconvert.evaluate.perplexity import Variant, score_texts
@@ -41,6 +42,7 @@ class Measured:
         lengths: length of a text -> how many were measured.
         pixels: the image to measure speed on, [1, C, H, W].
         notes: what the reader should know.
+        exits: a row for each exit, see `exit_table`.
     """
 
     results: list[Result]
@@ -49,6 +51,7 @@ class Measured:
     lengths: Mapping[int, int]
     pixels: Tensor | None = None
     notes: tuple[str, ...] = ()
+    exits: tuple[dict[str, object], ...] = ()
 
 
 def _measure_texts(
@@ -109,6 +112,7 @@ def _measure_texts(
         sample=_sample(blocks),
         lengths=Counter(lengths.tolist()),
         notes=(_NO_CLASSES,) if nulled and classes is None else (),
+        exits=exit_table(loaded.model, blocks, options.batch_size),
     )
 
 

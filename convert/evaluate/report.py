@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from adaconvert.evaluate.compute import Compute
+from adaconvert.evaluate.exit_table import exit_lines
 from adaconvert.evaluate.real_experts import RealExperts
 from adaconvert.evaluate.settings import Setting
 from adaconvert.evaluate.speed import Rate, Speed
@@ -129,6 +130,7 @@ class Evaluation:
         data: what it was measured on, by name; empty without data.
         reference: the reference's own result, None without one.
         results: one for each setting.
+        exits: a row for each exit, of a language model that has some; see `exit_table`.
         notes: what the reader should know.
     """
 
@@ -139,6 +141,7 @@ class Evaluation:
     data: dict[str, object]
     reference: Result | None
     results: tuple[Result, ...]
+    exits: tuple[dict[str, object], ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
@@ -151,6 +154,7 @@ class Evaluation:
             "data": self.data or None,
             "reference": self.reference.to_json() if self.reference else None,
             "settings": [result.to_json() for result in self.results],
+            **({"exits": list(self.exits)} if self.exits else {}),
             "notes": list(self.notes),
         }
 
@@ -161,6 +165,7 @@ class Evaluation:
             found.append(f"data: {_named(self.data)}")
         rows = ([self.reference] if self.reference else []) + list(self.results)
         found += _quality(rows)
+        found += exit_lines(self.exits)
         found += _cost(rows)
         found += _tasks(rows)
         for result in rows:

@@ -71,6 +71,7 @@ def evaluate_checkpoint(
         data=measured.data,
         reference=measured.results[0] if reference else None,
         results=tuple(found),
+        exits=measured.exits,
         notes=(*measured.notes, *_stale_notes(loaded.source)),
     )
     if options.out is not None:

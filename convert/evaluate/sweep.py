@@ -10,7 +10,6 @@ Shapes: N blocks, L tokens of a block, T tokens, E experts.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from adaconvert.data.images import ImageBlocks
 from adaconvert.errors import OptionError, SourceError
+from adaconvert.evaluate.applied import applied
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.risk import Floats
 from adaconvert.evaluate.settings import RULES
@@ -262,24 +262,6 @@ def _sample(found: Sequence[Tensor], total: int, rng: np.random.Generator) -> An
     if len(scores) > room:
         scores = scores[rng.choice(len(scores), room, replace=False)]
     return scores
-
-
-@contextmanager
-def applied(model: Any, select: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """Run the body with a stored selection.
-
-    Raises:
-        OptionError: a value means nothing at a site.
-    """
-    with ExitStack() as stack:
-        try:
-            for path in sorted(select, key=lambda path: path != "*"):
-                own = dict(select[path])
-                sites = None if path == "*" else [path]
-                stack.enter_context(model.set_select(own.pop("rule"), sites=sites, **own))
-        except ValueError as error:
-            raise OptionError(str(error), where="calibration") from error
-        yield
 
 
 class Grid:

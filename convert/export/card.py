@@ -18,6 +18,7 @@ from adaconvert.export import (
     card_adapters,
     card_calibration,
     card_classes,
+    card_exits,
     card_proof,
     card_sections,
     card_training,
@@ -157,6 +158,7 @@ def _text(told: Told) -> str:
         *card_classes.section(told.classes),
         *([] if told.calibration is None else card_calibration.section(told.calibration)),
         *(card_adapters.loading(told) if told.is_adapter else card_sections.loading(told)),
+        *card_exits.section(told),
         *card_sections.using(told),
         *card_sections.runtimes(told),
         *card_sections.limits(told),
@@ -213,7 +215,7 @@ def _tags(told: Told) -> list[str]:
     found = ["adaconvert", *tags(told.stages)]
     if told.is_mixture and (told.is_split or not told.is_adaptive):
         found.append("moe")
-    if told.is_split:
+    if told.is_split or card_exits.found_exits(told.config) is not None:
         found.append("adaptive-compute")
     if told.config.get("auto_map"):
         found.append("custom_code")

@@ -10,6 +10,7 @@ from adaconvert.arch.runtimes import verdicts
 from adaconvert.errors import AdaconvertError
 from adaconvert.export.card_adapters import adapted_words, knobs
 from adaconvert.export.card_calibration import default_line, is_note
+from adaconvert.export.card_exits import exit_words
 from adaconvert.export.card_facts import LICENSE_KEYS, known_costs, license_of
 from adaconvert.export.card_stages import roots, routers
 from adaconvert.export.card_text import (
@@ -58,7 +59,7 @@ def intro(told: Told) -> str:
             "so that it runs as many real ones as it needs"
         )
     elif told.is_adaptive and not told.is_split:
-        what = f"A {kind} with routed adapters: {adapted_words(told.config)}"
+        what = f"A {kind} with {_beside(told)}"
     elif told.is_adaptive:
         what = f"An adaptive {kind}: each token runs as many experts as it is given"
     elif told.is_mixture:
@@ -67,6 +68,13 @@ def intro(told: Told) -> str:
         what = f"A dense {kind}, a stock architecture of `transformers`"
     names = told.stages[0].names if len(told.stages) == 1 else "the stages below"
     return f"{what}. Made by adaconvert {plain(told.record['adaconvert'])} from {names}."
+
+
+def _beside(told: Told) -> str:
+    """Return what an adaptive checkpoint in which nothing is split has besides its model."""
+    adapters = adapted_words(told.config)
+    found = [f"routed adapters: {adapters}"] if adapters else []
+    return "; and ".join([*found, *filter(None, [exit_words(told.config)])])
 
 
 def class_line(told: Told) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from adaconvert.export import card_exits
 from adaconvert.export.card_text import code, is_hub_id, listed, plain
 from adaconvert.io import manifest
 
@@ -18,6 +19,7 @@ _TAGS: Final = {
     "d2dmoe": ("moefication", "d2dmoe"),
     "adamoe": ("null-experts", "adamoe"),
     "molora": ("lora", "molora"),
+    "early-exit": ("early-exit",),
 }
 #: what makes a mixture of a dense model before it gets null experts -> its own tags.
 _VIA: Final = {"upcycle": "sparse-upcycling", "moefy": "moefication"}
@@ -144,6 +146,8 @@ def _became(stage: Stage) -> str:
         return listed([*_first_became(options), _null_words(options)])
     if stage.method == "molora":
         return _adapter_words(options)
+    if stage.method == card_exits.METHOD:
+        return card_exits.became(options)
     if _replaces(stage):
         return "with networks for projections"
     known = {"unmoefy": "dense again", "finetune": "fine-tuned", "d2dmoe": "with fitted routers"}
@@ -264,6 +268,8 @@ def _sentence(stage: Stage) -> str:
         return _null_sentence(stage)
     if stage.method == "molora":
         return _adapter_sentence(stage)
+    if stage.method == card_exits.METHOD:
+        return card_exits.stage_sentence(stage)
     if stage.method == "d2dmoe" and _replaces(stage):
         return _replaced_sentence(stage)
     if stage.method in ("moefy", "d2dmoe"):

@@ -1,7 +1,7 @@
 """An adaptive checkpoint seen as the stock model it was made of: same tensors, permuted neurons.
 
-A mixture with null experts is the mixture without them, and one with routed adapters the model they
-are beside.
+A mixture with null experts is the mixture without them, one with routed adapters the model they are
+beside, and one with early exits the model without them.
 Projections that networks took the place of are gone from it, so those networks stay, with every
 neuron on.
 """
@@ -21,6 +21,8 @@ from adaconvert.io.source import Source
 ADAPTERS = ".adapters."
 #: what names of the tensors hold that a converted FFN has besides its dense ones.
 EXTRA = (f".{adaptive.NEURON_ORDER}", ".router.")
+#: what names of tensors of early exits begin with.
+EXITS = "exits."
 
 
 def dense_view(where: Path | Source) -> Source:
@@ -46,13 +48,15 @@ def dense_view(where: Path | Source) -> Source:
         for name, ref in source.tensors.items()
         if not any(part in name for part in (*extra, ADAPTERS))
         and name.removesuffix(".router.weight") not in adapted
+        and not name.startswith(EXITS)
     }
     config = adaptive.dense_config(source.config)
     kept = _networks(source.config)
     if kept:
         own: Any = source.config["adaptive"]
         config["model_type"] = source.config["model_type"]
-        config["adaptive"] = {**own, "sites": kept, "calibration": None}
+        without = {**(own.get("model") or {}), "exits": None}
+        config["adaptive"] = {**own, "sites": kept, "model": without, "calibration": None}
     return replace(source, config=config, tensors=tensors)
 
 

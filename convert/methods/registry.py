@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaconvert.errors import OptionError
-from adaconvert.methods import adamoe, d2dmoe, moefy, molora, upcycle
+from adaconvert.methods import adamoe, d2dmoe, early_exit, moefy, molora, upcycle
 from adaconvert.methods.adamoe.config import AdamoeConfig
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
+from adaconvert.methods.early_exit.config import EarlyExitOptions
 from adaconvert.methods.moefy.config import MoefyConfig, UnmoefyConfig
 from adaconvert.methods.molora.config import MoloraOptions
 from adaconvert.methods.planned import Prepared as Prepared
@@ -29,6 +30,7 @@ class Method:
         replan: the plan of a finished run, from the options in its manifest.
         accepts: "dense" or "adaptive" checkpoints, or "any" of the two.
         mixtures: it also takes mixtures of experts, with null experts or without.
+        exits: it also takes checkpoints with early exits, and keeps these.
         several: it can mix several sources.
         refusal: what is said of any other checkpoint.
     """
@@ -38,6 +40,7 @@ class Method:
     replan: Callable[[Mapping[str, object], Sequence[Described]], Plan]
     accepts: str = "dense"
     mixtures: bool = False
+    exits: bool = False
     several: bool = False
     refusal: str = ""
 
@@ -61,6 +64,7 @@ METHODS: dict[str, Method] = {
         prepare=d2dmoe.prepare,
         replan=d2dmoe.replan,
         accepts="any",
+        exits=True,
         refusal="d2dmoe needs a dense model, or one that was split.",
     ),
     "adamoe": Method(
@@ -78,7 +82,17 @@ METHODS: dict[str, Method] = {
         replan=molora.replan,
         accepts="any",
         mixtures=True,
+        exits=True,
         refusal="molora needs a checkpoint, or a folder of routed adapters.",
+    ),
+    "early-exit": Method(
+        config=EarlyExitOptions,
+        prepare=early_exit.prepare,
+        replan=early_exit.replan,
+        accepts="any",
+        mixtures=True,
+        exits=True,
+        refusal="early-exit needs a checkpoint.",
     ),
     "unmoefy": Method(
         config=UnmoefyConfig,

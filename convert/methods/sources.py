@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from adaconvert.arch import rope
 from adaconvert.arch.base import ModelSpec
 from adaconvert.arch.check import Audit, audit
+from adaconvert.arch.exits import exits_of
 from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io import aux_files
@@ -75,6 +76,21 @@ def open_source(
     source = Source.open(where, revision=revision, ignore_unindexed=ignore_unindexed)
     spec = describe(source.config, source.tensors)
     return Described(source=source, spec=spec, audit=audit(spec, source.tensors))
+
+
+def refuse_exits(item: Described, why: str = "which would be lost") -> None:
+    """Hold a source to having no early exits.
+
+    Raises:
+        SourceError: it has some; `why` says what would become of them.
+    """
+    if exits_of(item.spec.adaptive) is not None:
+        raise SourceError(
+            f"has early exits ({item.spec.model_type}), {why}",
+            where=f"{item.source.label}/config.json",
+            hint="Convert the checkpoint they were added to; `adaconvert early-exit` then adds "
+            "exits to the result.",
+        )
 
 
 def check_ties(item: Described) -> None:

@@ -36,7 +36,7 @@ class AdaptedMixin:
             ValueError: unknown rule or value, or no routed adapters.
         """
         runtime = self.adaptive_runtime
-        before = (runtime.knobs, runtime.adapters)
+        before = runtime.kept()
         if not runtime.adapted:
             raise AdaptiveConfigError("this model has no routed adapters")
         select = None if rule is None else {"rule": rule, **value}
@@ -44,7 +44,7 @@ class AdaptedMixin:
             for path, site in self.adaptive_adapters().items():
                 check_gates(f"set_adapters at {path}", select, site.adapters.count)
         runtime.adapters = select
-        return Setting(runtime, *before)
+        return Setting(runtime, before)
 
     def _fill_adapters(self, adapted: Mapping[str, AdaptiveLinear]) -> None:
         """Initialise what linears with routed adapters hold, and let blocks route for them."""

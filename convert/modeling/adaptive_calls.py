@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .adaptive_context import Call, current, entered
 from .adaptive_costs import attention_flops, is_causal, patches
-from .adaptive_knobs import Knobs
+from .adaptive_knobs import EXITS, Knobs
+from .adaptive_leaving import leaving_forward
 from .adaptive_linear import outside_of_blocks
 from .adaptive_masks import seen_lengths, token_mask_of
 
@@ -40,6 +41,9 @@ class Runtime:
         adapted: paths of the linears with routed adapters; without these and sites, passes make no
             call.
         adapters: selection that overrides the configuration's at them, None for none.
+        exits: the checked `config.adaptive.model.exits`, None for none.
+        leave: rule of leaving at them that overrides the configuration's; {} for never, None for
+            what is configured.
     """
 
     def __init__(self) -> None:
@@ -47,6 +51,32 @@ class Runtime:
         self.sites: tuple[str, ...] = ()
         self.adapted: tuple[str, ...] = ()
         self.adapters: Mapping[str, Any] | None = None
+        self.exits: Mapping[str, Any] | None = None
+        self.leave: Mapping[str, Any] | None = None
+
+    def kept(self) -> tuple[Any, ...]:
+        """Return what is set, for `restore`."""
+        return self.knobs, self.adapters, self.leave
+
+    def restore(self, kept: tuple[Any, ...]) -> None:
+        """Set what was set when `kept` was asked for."""
+        self.knobs, self.adapters, self.leave = kept
+
+    def leaving(self) -> Mapping[str, Any] | None:
+        """Return the rule by which tokens leave at exits, None when none ever does."""
+        if self.exits is None:
+            return None
+        override = _KNOBS.get()
+        mine = override is not None and override[0] == id(self)
+        knobs = override[1] if mine and override is not None else self.knobs
+        rule = knobs.get(EXITS, self.leave)
+        if rule is not None and not rule:
+            return None
+        # a row of calibration says what it was measured with, and no more
+        rule = {**self.exits["decide"], "kv": self.exits["kv"], **(rule or {})}
+        if rule["measure"] == "patience":
+            return rule if rule["patience"] < len(self.exits["heads"]) else None
+        return rule if any(level is not None for level in rule["thresholds"]) else None
 
     @contextmanager
     def overridden(self, knobs: Knobs) -> Iterator[None]:
@@ -117,12 +147,17 @@ def forward_of(stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self.adaptive_runtime
-        if not (runtime.sites or runtime.adapted) or current().owner is runtime:
+        busy = runtime.sites or runtime.adapted or runtime.exits
+        if not busy or current().owner is runtime:
             return stock(self, *args, **kwargs)
         inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
         call = runtime.call(self.config, inputs, training=self.training)
+        run = functools.partial(stock, self)
+        if runtime.exits is not None:
+            inputs = signature.bind_partial(self, *args, **kwargs).arguments
+            run = functools.partial(leaving_forward, self, stock, dict(inputs))
         with outside_of_blocks(), entered(call):
-            return stock(self, *args, **kwargs)
+            return run(*args, **kwargs)
 
     return forward
 

@@ -95,6 +95,8 @@ class Account:
         static_flops, static_bytes: per token, everything outside sites and attention scores: the
             projections, norms left out, head included, embedding look-up not.
         reference: `config.adaptive.reference`.
+        exit_flops, exit_bytes: of the tails of exits tokens were looked at.
+        skipped_flops, skipped_bytes: of the above but sites, what tokens that left did not run.
     """
 
     static_flops: int
@@ -102,24 +104,33 @@ class Account:
     reference: Mapping[str, Any]
     tokens: int = 0
     attention_flops: int = 0
+    exit_flops: int = 0
+    exit_bytes: int = 0
+    skipped_flops: int = 0
+    skipped_bytes: int = 0
     sites: dict[str, SiteAccount] = field(default_factory=dict)
 
     def flops_per_token(self) -> dict[str, float]:
         """Return routed FLOPs per token: "ffn" (selected neurons of feed-forward networks),
         "linear" (those of networks in place of projections), "adapters" (selected ones), "router"
-        (routers and full gates) and "total" (these, the other projections, attention and head)."""
+        (routers and full gates), "exits" (their tails) and "total" (these, the other projections,
+        attention and head, less what tokens that left early did not run)."""
         tokens = max(self.tokens, 1)
         ideal = self._by_slot("ideal_flops")
         routed = sum(site.routed_flops for site in self.sites.values()) / tokens
-        total = routed + self.static_flops + self.attention_flops / tokens
-        return {**ideal, "router": routed - sum(ideal.values()), "total": total}
+        left = (self.exit_flops - self.skipped_flops) / tokens
+        total = routed + self.static_flops + self.attention_flops / tokens + left
+        router = routed - sum(ideal.values())
+        return {**ideal, "router": router, "exits": self.exit_flops / tokens, "total": total}
 
     def weight_bytes_per_token(self) -> dict[str, float]:
         """Return the weight bytes a token reads when it runs alone, as batch-1 decoding does."""
         fixed = sum(self._by_slot("fixed_bytes").values())
         whole = self._by_slot("weight_bytes")
         chosen = {k: v - self._by_slot("fixed_bytes")[k] for k, v in whole.items()}
-        return {**chosen, "router": fixed, "total": sum(whole.values()) + self.static_bytes}
+        left = (self.exit_bytes - self.skipped_bytes) / max(self.tokens, 1)
+        total = sum(whole.values()) + self.static_bytes + left
+        return {**chosen, "router": fixed, "total": total}
 
     def _by_slot(self, what: str) -> dict[str, float]:
         """Return a sum over the sites of each slot, per token."""
@@ -135,6 +146,7 @@ class Account:
         converted = self.reference["ffn_flops_per_token"]
         converted += self.reference.get("linear_flops_per_token", 0)
         routed = flops["ffn"] + flops["linear"] + flops["adapters"] + flops["router"]
+        routed += (self.exit_flops - self.skipped_flops) / max(self.tokens, 1)
         return float((whole - converted + routed) / whole)
 
 
@@ -151,6 +163,7 @@ class Call:
         collected: what -> site path -> list of tensors; empty when nobody collects.
         recomputing: this is the second run of a checkpointed segment.
         adapters: selection that overrides the config's at every linear with routed adapters.
+        stage: which blocks run, in a model with exits; None for all.
     """
 
     owner: object = None
@@ -161,6 +174,7 @@ class Call:
     collected: Mapping[str, dict[str, list[Tensor]]] = field(default_factory=dict)
     recomputing: bool = False
     adapters: Mapping[str, Any] | None = None
+    stage: Any = None
 
     def select(self, path: str) -> Mapping[str, Any] | None:
         """Return the selection that overrides the config's at a site, None for none."""

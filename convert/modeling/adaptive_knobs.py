@@ -13,13 +13,20 @@ Select = Mapping[str, Any]
 Knobs = dict[str, Select]
 #: what a fraction may miss a row by before the row counts as above it (rounding of decimals).
 SLACK = 1e-9
+#: where knobs say how tokens leave at exits; {} for never. No site has this path.
+EXITS = "*exits"
+
+
+def has_exits(adaptive: Mapping[str, Any]) -> bool:
+    """Return whether a model has exits."""
+    return bool((adaptive.get("model") or {}).get("exits"))
 
 
 class Setting:
     """Knobs that were just set; as a context manager it puts back what was there before."""
 
-    def __init__(self, runtime: Any, before: Knobs, adapters: Select | None) -> None:
-        self._runtime, self._before = runtime, (before, adapters)
+    def __init__(self, runtime: Any, before: tuple[Any, ...]) -> None:
+        self._runtime, self._before = runtime, before
 
     def __enter__(self) -> Setting:
         return self
@@ -30,7 +37,7 @@ class Setting:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._runtime.knobs, self._runtime.adapters = self._before
+        self._runtime.restore(self._before)
 
 
 def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
@@ -51,7 +58,7 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     if not number or not 0 < compute <= most + SLACK:
         raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to {most:g}")
     if compute >= 1:
-        return {"*": {"rule": "all"}}
+        return {"*": {"rule": "all"}, EXITS: {}} if has_exits(adaptive) else {"*": {"rule": "all"}}
     return _uniform(adaptive, compute) if table is None else _row(table["rows"], compute)
 
 
@@ -68,11 +75,16 @@ def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
             f"compute {compute:g} is below what this model was calibrated for: {_up(low)} to 1"
         )
     best = max(fitting, key=lambda row: (row["compute"], -row.get("loss", 0.0)))
-    return dict(best["select"])
+    return {**best.get("select", {}), **({EXITS: best["exits"]} if "exits" in best else {})}
 
 
 def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     sites = routed_specs(adaptive)
+    if not sites and has_exits(adaptive):
+        raise ValueError(
+            f"compute {compute:g}: how early tokens may leave for it only data can tell; run "
+            "`adaconvert calibrate`, or set thresholds by `set_exits`"
+        )
     if not sites:
         raise ValueError(
             f"compute {compute:g} is out of reach: this model has no experts to leave out"

@@ -5,7 +5,7 @@
         base:        {architecture, config, model_type},     the stock classes underneath
         reference:   {flops_per_token, ffn_flops_per_token, length},   the dense source
         sites:       {module path: {slot: spec}},            slots: "linear", "ffn", "layer"
-        model:       {exits, recursion, decode_policy},
+        model:       {exits, recursion, decode_policy},     exits: see adaptive_exit_schema.py
         calibration: None, or the measured compute/loss table,
     }
 
@@ -40,6 +40,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .adaptive_checks import AdaptiveConfigError as AdaptiveConfigError
+from .adaptive_checks import check_keys, check_whole, is_number
+from .adaptive_exit_schema import check_exits
+
 VERSION = 1
 #: built inside out.
 SLOT_ORDER = ("linear", "ffn", "layer")
@@ -62,10 +66,6 @@ REFUSED: Mapping[frozenset[str], str] = {
 }
 _TOP = {"version", "base", "reference", "sites", "model", "calibration", "origin"}
 _MODEL = {"exits", "recursion", "decode_policy"}
-
-
-class AdaptiveConfigError(ValueError):
-    """`config.adaptive` is not what this version of the runtime can run."""
 
 
 #: version -> the function that turns a config of that version into one of the next; pure.
@@ -94,14 +94,16 @@ def read(adaptive: Mapping[str, Any]) -> dict[str, Any]:
     known = copy.deepcopy(dict(adaptive))
     while known["version"] < VERSION:
         known = MIGRATIONS[known["version"]](known)
-    _check_keys("config.adaptive", known, _TOP)
-    _check_keys("config.adaptive.model", known.get("model") or {}, _MODEL)
+    check_keys("config.adaptive", known, _TOP)
+    check_keys("config.adaptive.model", known.get("model") or {}, _MODEL)
     if not isinstance(known.get("sites"), Mapping):
         raise AdaptiveConfigError("config.adaptive has no sites")
     for path, slots in known["sites"].items():
         _check_site(path, slots)
     _check_apart(known["sites"])
     check_composition(known)
+    if (known.get("model") or {}).get("exits"):
+        check_exits("config.adaptive.model.exits", known["model"]["exits"])
     return known
 
 
@@ -136,27 +138,17 @@ def check_composition(adaptive: Mapping[str, Any]) -> None:
             raise AdaptiveConfigError(f"{names} cannot be combined: {reason}")
 
 
-def _check_keys(where: str, found: Any, known: set[str]) -> None:
-    if not isinstance(found, Mapping):
-        raise AdaptiveConfigError(f"{where} is {type(found).__name__}, expected an object")
-    unknown = sorted(set(found) - known)
-    if unknown:
-        raise AdaptiveConfigError(
-            f"{where} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
-
-
 def _check_site(path: str, slots: Mapping[str, Any]) -> None:
     where = f"config.adaptive.sites[{path!r}]"
-    _check_keys(where, slots, set(SLOT_ORDER))
+    check_keys(where, slots, set(SLOT_ORDER))
     if "ffn" in slots:
-        _check_keys(f"{where}.ffn", slots["ffn"], _FFN)
+        check_keys(f"{where}.ffn", slots["ffn"], _FFN)
         _check_experts(f"{where}.ffn", slots["ffn"])
         if "mixture" in slots["ffn"]:
             check_mixture(f"{where}.ffn", slots["ffn"])
     linear = slots.get("linear")
     if isinstance(linear, Mapping) and "mlp" in linear:
-        _check_keys(f"{where}.linear", linear, {"mlp"})
+        check_keys(f"{where}.linear", linear, {"mlp"})
         _check_mlp(f"{where}.linear.mlp", linear["mlp"])
     elif isinstance(linear, Mapping):
         check_adapters(f"{where}.linear", linear)
@@ -171,8 +163,8 @@ _MLP = {*_EXPERTS, "role", "output", "bias", "quality"}
 
 
 def _check_mlp(where: str, spec: Mapping[str, Any]) -> None:
-    _check_keys(where, spec, _MLP)
-    _check_keys(f"{where}.bias", spec.get("bias"), {"up", "down"})
+    check_keys(where, spec, _MLP)
+    check_keys(f"{where}.bias", spec.get("bias"), {"up", "down"})
     sizes = [spec.get(name) for name in ("hidden", "output", "intermediate")]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise AdaptiveConfigError(f"{where}: hidden, output and intermediate are {sizes}")
@@ -265,7 +257,7 @@ def check_mixture(where: str, spec: Mapping[str, Any]) -> None:
         AdaptiveConfigError: a key is missing or unknown, or a value is out of range.
     """
     for part, keys in (("mixture", _MIXTURE), ("null", _NULL)):
-        _check_keys(f"{where}.{part}", spec.get(part), keys)
+        check_keys(f"{where}.{part}", spec.get(part), keys)
         missing = sorted(keys - {"target", "start"} - set(spec[part]))
         if missing:
             raise AdaptiveConfigError(f"{where}.{part} lacks {', '.join(missing)}")
@@ -276,35 +268,23 @@ def check_mixture(where: str, spec: Mapping[str, Any]) -> None:
             listed = ", ".join(map(str, known))
             raise AdaptiveConfigError(f"{where}.{name} is {found!r}, known: {listed}")
     experts, null = spec["experts"]["count"], spec["null"]
-    _check_whole(f"{where}.experts.count", experts, None)
-    _check_whole(f"{where}.null.min_real", null["min_real"], 1, least=0)
-    _check_whole(f"{where}.mixture.top_k", spec["mixture"]["top_k"], experts)
-    _check_whole(f"{where}.null.count", null["count"], None)
+    check_whole(f"{where}.experts.count", experts, None)
+    check_whole(f"{where}.null.min_real", null["min_real"], 1, least=0)
+    check_whole(f"{where}.mixture.top_k", spec["mixture"]["top_k"], experts)
+    check_whole(f"{where}.null.count", null["count"], None)
     # more slots than experts could not all be filled
-    _check_whole(f"{where}.null.slots", null["slots"], experts + null["count"])
+    check_whole(f"{where}.null.slots", null["slots"], experts + null["count"])
     for name, found in (
         ("mixture.scaling", spec["mixture"]["scaling"]),
         ("null.gain", null["gain"]),
     ):
-        if not _is_number(found) or found <= 0:
+        if not is_number(found) or found <= 0:
             raise AdaptiveConfigError(f"{where}.{name} is {found!r}, expected a number above 0")
     target = null.get("target")
-    if target is not None and not (_is_number(target) and target >= 0):
+    if target is not None and not (is_number(target) and target >= 0):
         raise AdaptiveConfigError(
             f"{where}.null.target is {target!r}, expected null or a number, 0 or more"
         )
-
-
-def _is_number(found: Any) -> bool:
-    known = isinstance(found, int | float) and not isinstance(found, bool)
-    return known and math.isfinite(found)
-
-
-def _check_whole(where: str, found: Any, most: int | None, *, least: int = 1) -> None:
-    is_whole = isinstance(found, int) and not isinstance(found, bool)
-    if not is_whole or found < least or (most is not None and found > most):
-        limit = f"{least} or more" if most is None else f"{least} to {most}"
-        raise AdaptiveConfigError(f"{where} is {found!r}, expected {limit}")
 
 
 #: rule of routed adapters -> the name of its value.
@@ -341,12 +321,12 @@ def check_adapters(where: str, slot: Mapping[str, Any]) -> None:
     Raises:
         AdaptiveConfigError: a key is missing or unknown, or a value is out of range.
     """
-    _check_keys(where, slot, {"adapters", "router", "select"})
+    check_keys(where, slot, {"adapters", "router", "select"})
     try:
         adapters, router, select = slot["adapters"], slot["router"], slot["select"]
         known = _ADAPTERS.get(adapters["kind"], set())
-        _check_keys(f"{where}.adapters", adapters, known)
-        _check_keys(f"{where}.router", router, _ROUTER)
+        check_keys(f"{where}.adapters", adapters, known)
+        check_keys(f"{where}.router", router, _ROUTER)
         asked = {f"adapters.{name}": adapters[name] for name in sorted(known)}
         asked["router.kind"] = router["kind"]
         if router["kind"] != "none":
@@ -359,13 +339,13 @@ def check_adapters(where: str, slot: Mapping[str, Any]) -> None:
             listed = ", ".join(map(str, _ADAPTER_CHOICES[name]))
             raise AdaptiveConfigError(f"{where}.{name} is {value!r}, known: {listed}")
         if name.rpartition(".")[2] in ("count", "rank", "input", "output"):
-            _check_whole(f"{where}.{name}", value, None)
+            check_whole(f"{where}.{name}", value, None)
     each = asked.get("adapters.scaling", 1.0)
     each = each if isinstance(each, list | tuple) else [each] * adapters["count"]
-    if len(each) != adapters["count"] or not all(map(_is_number, each)):
+    if len(each) != adapters["count"] or not all(map(is_number, each)):
         raise AdaptiveConfigError(f"{where}.adapters.scaling is {adapters['scaling']!r}")
     owner, scale = asked.get("router.of"), asked.get("router.scale", 1.0)
-    if ("router.of" in asked and not isinstance(owner, str)) or not _is_number(scale):
+    if ("router.of" in asked and not isinstance(owner, str)) or not is_number(scale):
         raise AdaptiveConfigError(f"{where}.router has of {owner!r} and scale {scale!r}")
     check_gates(f"{where}.select", select, adapters["count"])
 
@@ -385,7 +365,7 @@ def check_gates(where: str, select: Mapping[str, Any], count: int) -> None:
     if rule not in GATE_RULES:
         raise AdaptiveConfigError(f"{where}.rule is {rule!r}, known: {', '.join(GATE_RULES)}")
     name = GATE_RULES[rule]
-    _check_keys(where, select, {"rule", "renormalize", *([name] if name else [])})
+    check_keys(where, select, {"rule", "renormalize", *([name] if name else [])})
     if not isinstance(select.get("renormalize"), bool | None):
         raise AdaptiveConfigError(f"{where}.renormalize is {select['renormalize']!r}, no boolean")
     if name is None:

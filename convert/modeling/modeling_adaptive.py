@@ -8,7 +8,7 @@ the stock class's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,7 +29,10 @@ from .adaptive_calls import AdaptiveBackbone, Runtime, forward_of
 from .adaptive_context import Account, checkpointed
 from .adaptive_costs import static_costs
 from .adaptive_execution import prepare
+from .adaptive_exit_costs import exit_modules
+from .adaptive_exits import ExitHead, ExitsMixin, fill_exits, init_exit
 from .adaptive_ffn import AdaptiveFFN
+from .adaptive_generating import GeneratingMixin
 from .adaptive_knobs import Knobs, Setting, knobs_for
 from .adaptive_linear import AdaptiveLinear
 from .adaptive_mixed import mixed_class
@@ -63,7 +66,7 @@ _NO_EXPERTS = "this model has no experts to choose from; see `set_adapters` for 
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 
 
-class AdaptiveMixin(AdaptedMixin):
+class AdaptiveMixin(AdaptedMixin, ExitsMixin):
     """What every adaptive model can do besides what its stock class can."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -78,6 +81,7 @@ class AdaptiveMixin(AdaptedMixin):
             return
         adaptive = read(config.adaptive)
         own: Any = self
+        self._fill_exits(adaptive)
         filled = fill(own, adaptive, own.base_model_prefix)
         adapted = {p: site for p, site in filled.items() if isinstance(site, AdaptiveLinear)}
         sites = {path: site for path, site in filled.items() if path not in adapted}
@@ -94,6 +98,18 @@ class AdaptiveMixin(AdaptedMixin):
                 self._init_weights(added)
         if adapted or any(isinstance(module, AdaptiveMixture) for module in sites.values()):
             self._keep_stock_routers()
+
+    def _fill_exits(self, adaptive: Mapping[str, Any]) -> None:
+        """Put exits after blocks; a backbone alone has nothing to leave to."""
+        own: Any = self
+        exits = (adaptive.get("model") or {}).get("exits")
+        if not exits or (own.base_model_prefix and not hasattr(own, own.base_model_prefix)):
+            return
+        fill_exits(own, exits)
+        self.adaptive_runtime.exits = exits
+        for head in own.exits.values():
+            if not next(head.parameters(), torch.empty(0, device="meta")).is_meta:
+                init_exit(head)
 
     def _keep_stock_routers(self) -> None:
         """Let a mixture's own routers have the model's dtype, whatever their name; what is beside
@@ -149,10 +165,10 @@ class AdaptiveMixin(AdaptedMixin):
             ValueError: unknown rule, site or value.
         """
         runtime = self.adaptive_runtime
-        before = (runtime.knobs, runtime.adapters)
+        before = runtime.kept()
         if rule is None:
             runtime.knobs = {}
-            return Setting(runtime, *before)
+            return Setting(runtime, before)
         if not runtime.sites:
             raise AdaptiveConfigError(_NO_EXPERTS)
         select = {"rule": rule, **value}
@@ -171,7 +187,7 @@ class AdaptiveMixin(AdaptedMixin):
         runtime.knobs = (
             {"*": select} if sites is None else {**before[0], **dict.fromkeys(sites, select)}
         )
-        return Setting(runtime, *before)
+        return Setting(runtime, before)
 
     def set_compute(self, compute: float | None) -> Setting:
         """Spend at most this fraction of the reference's FLOPs per token from now on.
@@ -185,10 +201,10 @@ class AdaptiveMixin(AdaptedMixin):
             ValueError: out of reach; the message gives the range.
         """
         runtime = self.adaptive_runtime
-        before = (runtime.knobs, runtime.adapters)
+        before = runtime.kept()
         adaptive = self.config.adaptive  # type: ignore[attr-defined]
         runtime.knobs = {} if compute is None else knobs_for(adaptive, compute)
-        return Setting(runtime, *before)
+        return Setting(runtime, before)
 
     def prepare_decoding(self, *, in_place: bool = False) -> int:
         """Lay matrices out so that decoding one sequence on the CPU reads only chosen neurons.
@@ -205,7 +221,7 @@ class AdaptiveMixin(AdaptedMixin):
     @contextmanager
     def account(self) -> Iterator[Account]:
         """Count what the forward passes inside the body do."""
-        static_flops, static_bytes = static_costs(self, self._own_modules())
+        static_flops, static_bytes = static_costs(self, self._own_modules() | exit_modules(self))
         reference = self.config.adaptive["reference"]  # type: ignore[attr-defined]
         made = Account(static_flops=static_flops, static_bytes=static_bytes, reference=reference)
         with self.adaptive_runtime.watching(account=made):
@@ -268,6 +284,8 @@ class AdaptiveMixin(AdaptedMixin):
                     init.zeros_(added)
         elif isinstance(module, RoutedAdapters):
             init_adapters(module)
+        elif isinstance(module, ExitHead):
+            init_exit(module)
         elif isinstance(module, AdaptiveFFN) and hasattr(module, "neuron_order"):
             order: Any = module.neuron_order
             init.copy_(order, torch.arange(order.numel(), dtype=order.dtype))
@@ -323,20 +341,6 @@ class AdaptiveMixin(AdaptedMixin):
         return self.get_submodule(path.removeprefix(f"{prefix}.") if bare else path)  # type: ignore[attr-defined]
 
 
-class GeneratingMixin:
-    """What an adaptive model whose stock class generates can do besides."""
-
-    adaptive_runtime: Runtime
-    config: Any
-
-    def generate(self, *args: Any, compute: float | None = None, **kwargs: Any) -> Any:
-        """Generate as the stock class does, at `compute` when it is given."""
-        if compute is None:
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-        with self.adaptive_runtime.overridden(knobs_for(self.config.adaptive, compute)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
 def _register_names(name: str, base: Any) -> None:
     """Give the class the stock one's names on disk, where they differ from those in memory."""
     own_type = f"{_PREFIX.lower()}_{base.config_class.model_type}"
@@ -366,6 +370,7 @@ def _make(name: str) -> type:
         "__qualname__": name,
         "config_class": made_config(f"{_PREFIX}{base.config_class.__name__}"),
         "forward": forward_of(base.forward),
+        "adaptive_stock_forward": staticmethod(base.forward),
         # a rounded router chooses other experts
         "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), "router"},
     }

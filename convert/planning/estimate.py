@@ -18,6 +18,7 @@ from adaconvert.arch import null_experts
 from adaconvert.arch.adapters import ADAPTER_ROLES, active_adapters, adapted, shapes_of
 from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
+from adaconvert.arch.exits import DRAFT_TOKENS, EXIT_ROLES, checked
 from adaconvert.arch.projections import active_shares, stock_spec
 from adaconvert.arch.registry import layer_mask
 from adaconvert.dtypes import nbytes_of
@@ -31,6 +32,8 @@ _PER_EXPERT = ("expert_",)
 _SHARED = "shared_"
 _FFN_STARTS = (*_PER_EXPERT, _SHARED, "router")
 _LOOKUPS = frozenset({"embed", "pos_embed", "neuron_order"})
+#: roles of whole numbers, which are no parameters.
+_WHOLE = ("neuron_order", DRAFT_TOKENS)
 #: matrices every token passes through, besides those of the feed-forward networks.
 _PER_TOKEN = frozenset(
     {
@@ -106,7 +109,7 @@ def _active_share(
     nulled: Mapping[int, float],
 ) -> float:
     """Return the share of a tensor's entries one token passes through."""
-    if tensor.role in _LOOKUPS:
+    if tensor.role in _LOOKUPS or tensor.role in EXIT_ROLES:
         return 0.0
     if tensor.layer is not None and tensor.layer in split and tensor.role in _FFN_ROLES:
         share, whole_gate = split[tensor.layer]
@@ -183,7 +186,8 @@ def unchosen_flops(spec: ModelSpec) -> tuple[int, int]:
 
 
 def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) -> Costs:
-    """Return the costs of a checkpoint.
+    """Return the costs of a checkpoint; with early exits, those of a token that takes none of them,
+    the checks at those it may take included.
 
     Args:
         spec: description of the model.
@@ -202,12 +206,17 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
             continue
         size = _count(tensor.shape)
         share = chosen.get(tensor.name, _active_share(spec, tensor, split, nulled))
-        total += size if stored == tensor.name and tensor.role != "neuron_order" else 0
+        total += size if stored == tensor.name and tensor.role not in _WHOLE else 0
         active += size * share
         if _is_per_token(spec, tensor):
             matrices += 2 * size * share
             read += nbytes_of(dtypes[stored], tensor.shape) * share
         ffn += 2 * size * share if _is_ffn(tensor) or tensor.name in beside else 0
+    for tensor in checked(spec):
+        size = _count(tensor.shape)
+        active += size if tensor.role in EXIT_ROLES else 0
+        matrices += 2 * size
+        read += nbytes_of(dtypes.get(tensor.name) or dtypes[embedded], tensor.shape)
     seen = sum(min(context, window or context) for window in _windows(spec))
     return Costs(
         total_params=int(total),

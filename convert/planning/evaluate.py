@@ -65,6 +65,8 @@ def evaluate(expr: Expr, sources: Sequence[Source], fitted: Mapping[str, Array])
     if isinstance(expr, Gather):
         return to_float32(gathered(expr, sources, fitted), expr.arg.dtype)
     if isinstance(expr, Init):
+        if expr.kind == "identity":
+            return numpy.eye(expr.shape[0], dtype=numpy.float32)
         value = dict(expr.params)["value"]
         return numpy.full(expr.shape, float(value), dtype=numpy.float32)
     assert isinstance(expr, Apply)

@@ -54,7 +54,7 @@ class Init:
     """A tensor made from nothing but its parameters.
 
     Attributes:
-        kind: "constant" (params: value).
+        kind: "constant" (params: value), or "identity" of a square matrix.
         shape: shape of the result.
     """
 

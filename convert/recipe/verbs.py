@@ -76,6 +76,17 @@ def _molora() -> dict[str, Option]:
     return options.options_of(MoloraOptions, without=("work",), roles=roles, more=options.CONVERT)
 
 
+def _early_exit() -> dict[str, Option]:
+    from adaconvert.methods.early_exit.config import EarlyExitOptions
+
+    return options.options_of(
+        EarlyExitOptions,
+        roles={"draft_data": TEXT_SOURCE},
+        counts=("draft_vocab",),
+        more=options.CONVERT,
+    )
+
+
 def _finetune() -> dict[str, Option]:
     from adaconvert.train.config import FinetuneConfig
 
@@ -207,6 +218,12 @@ VERBS: Final[dict[str, Verb]] = {
         makes=MAKES_CHECKPOINT,
         table=_molora,
         check=_check_convert("molora"),
+    ),
+    "early-exit": Verb(
+        summary="Give a model exits after some of its blocks.",
+        makes=MAKES_CHECKPOINT,
+        table=_early_exit,
+        check=_check_convert("early-exit"),
     ),
     "finetune": Verb(
         summary="Tune a checkpoint briefly on text.",

@@ -35,7 +35,9 @@ def candidates(model: Any) -> dict[str, str]:
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{own}"
-            if block_of(name) is None or not _is_adaptable(module, own, parameter):
+            if name.startswith("exits.") or block_of(name) is None:
+                continue
+            if not _is_adaptable(module, own, parameter):
                 continue
             part = part_of(name, sites)
             if part in {"experts", "rest"}:

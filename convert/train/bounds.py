@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
+
+_COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 
 
 def flag(name: str) -> str:
@@ -70,3 +73,22 @@ def number(
         expected=above if high == math.inf else f"{low:g} to {high:g}",
         found=escape(str(value)),
     )
+
+
+def parse_count(text: str | int, where: str = "--tokens") -> int:
+    """Return the number in `2M`, `1.5B`, `500k` or a plain number (powers of a thousand).
+
+    Raises:
+        OptionError: it is none, or less than 1.
+    """
+    match = _COUNT.fullmatch(str(text))
+    value = 0.0
+    if match:
+        value = float(match[1]) * 1000.0 ** " kmbt".index(match[2].lower() or " ")
+        # a fraction of one means nothing
+        value = value if match[2] or value.is_integer() else 0.0
+    if not 1 <= value < math.inf:
+        raise OptionError(
+            "is no count", where=where, expected="a number such as 20M", found=escape(str(text))
+        )
+    return round(value)

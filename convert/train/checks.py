@@ -12,6 +12,7 @@ from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train import adapter_folder
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.exit_checks import check_exits
 from adaconvert.train.goals import goals_of
 from adaconvert.train.routing_config import RAMP
 
@@ -100,6 +101,7 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
     adapter_folder.check_options(item, config)
+    check_exits(item, config)
     goals_of(item.spec.adaptive, config)
 
 

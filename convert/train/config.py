@@ -27,7 +27,9 @@ from adaconvert.train.adapt_config import (
 from adaconvert.train.bounds import among as _among
 from adaconvert.train.bounds import flag as _flag
 from adaconvert.train.bounds import number as _number
+from adaconvert.train.bounds import parse_count
 from adaconvert.train.bounds import whole as _whole
+from adaconvert.train.exit_config import EXIT_OPTIONS, Exiting
 from adaconvert.train.rates import Rate
 from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
 from adaconvert.train.sources import READING_OPTIONS, Reading, several
@@ -50,7 +52,6 @@ SPARSITY_OPTIONS: Final = {
     "sparsity_ramp": "ramp",
     "activation_ramp": "blend",
 }
-_COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +184,7 @@ class FinetuneConfig:
             by its square.
         sparsity: see `Sparsity`.
         routing: see `Routing`.
+        exits: see `Exiting`.
         select: {"rule": ..., its value} every adaptive site runs while training; None as stored.
         compute: fraction of the reference's FLOPs every token may use while training, None for all.
         dtype: of the floating-point tensors written, "keep" for the stored one.
@@ -222,6 +224,7 @@ class FinetuneConfig:
     temperature: float = 1.0
     sparsity: Sparsity = field(default_factory=Sparsity)
     routing: Routing = field(default_factory=Routing)
+    exits: Exiting = field(default_factory=Exiting)
     select: Mapping[str, Any] | None = None
     compute: float | None = None
     dtype: str = "keep"
@@ -310,12 +313,13 @@ class FinetuneConfig:
         routing = {ROUTING_OPTIONS[n]: given.pop(n) for n in ROUTING_OPTIONS if n in given}
         reading = {n: given.pop(n) for n in READING_OPTIONS if n in given}
         valid = {n: given.pop(n) for n in VALIDATION_OPTIONS if n in given}
+        exits = {n: given.pop(n) for n in EXIT_OPTIONS if n in given}
         adapting, machine = taken(ADAPT_OPTIONS, given), taken(MACHINE_OPTIONS, given)
         own_options = (
             *(*SPARSITY_OPTIONS, *ROUTING_OPTIONS, *READING_OPTIONS, *VALIDATION_OPTIONS),
-            *(*ADAPT_OPTIONS, *MACHINE_OPTIONS),
+            *(*ADAPT_OPTIONS, *MACHINE_OPTIONS, *EXIT_OPTIONS),
         )
-        nested = {"reading", "validation", "sparsity", "routing", "adapting", "machine"}
+        nested = {"reading", "validation", "sparsity", "routing", "exits", "adapting", "machine"}
         known = {item.name for item in fields(cls)} - {"data", "processes"} - nested
         unknown = sorted(set(given) - known)
         if unknown:
@@ -328,6 +332,7 @@ class FinetuneConfig:
         sparsity = Sparsity(**{SPARSITY_OPTIONS[name]: value for name, value in own.items()})
         given |= {"reading": Reading.of(reading), "validation": Validation.of(valid)}
         given |= {"adapting": Adapting(**adapting), "machine": Machine(**machine)}
+        given["exits"] = Exiting.of(exits)
         return cls(data=sources, sparsity=sparsity, routing=Routing(**routing), **given)
 
     @property
@@ -367,28 +372,9 @@ class FinetuneConfig:
         found["data"] = [{"name": s.label, "weight": s.weight} for s in self.data]
         found["sparsity"] = {f.name: getattr(self.sparsity, f.name) for f in fields(self.sparsity)}
         found["routing"] = self.routing.to_json()
-        nested = ("reading", "validation", "adapting", "machine")
+        nested = ("reading", "validation", "exits", "adapting", "machine")
         found |= {name: getattr(self, name).to_json() for name in nested}
         found["teacher"] = None if self.teacher is None else DataSource(where=self.teacher).label
         found["select"] = None if self.select is None else dict(self.select)
         found["train"], found["lr_of"] = list(self.train), list(self.lr_of)
         return found
-
-
-def parse_count(text: str | int, where: str = "--tokens") -> int:
-    """Return the number in `2M`, `1.5B`, `500k` or a plain number (powers of a thousand).
-
-    Raises:
-        OptionError: it is none, or less than 1.
-    """
-    match = _COUNT.fullmatch(str(text))
-    value = 0.0
-    if match:
-        value = float(match[1]) * 1000.0 ** " kmbt".index(match[2].lower() or " ")
-        # a fraction of one means nothing
-        value = value if match[2] or value.is_integer() else 0.0
-    if not 1 <= value < math.inf:
-        raise OptionError(
-            "is no count", where=where, expected="a number such as 20M", found=escape(str(text))
-        )
-    return round(value)

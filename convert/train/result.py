@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaconvert.arch.exits import exits_of, is_taken
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_report import data_lines, data_notes, data_summary
 from adaconvert.train.data_stream import Data
+from adaconvert.train.log_lines import EXIT_PART
 from adaconvert.train.parts import Chosen
 
 Curve = tuple[Mapping[str, Any], ...]
@@ -78,9 +80,10 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     rows += data_lines(summary)
     losses = ("lm", "distill", "distill_hidden", "balance", "z", "regression", "hoyer", "l1")
-    for name in losses:
-        if name in first:
-            shown = name.replace("distill_hidden", "hidden")
+    exits = [name for name in first if EXIT_PART.fullmatch(name)]
+    for name in (*losses, *exits):
+        if name in first and name in last:
+            shown = name.replace("distill_hidden", "hidden").replace("_", " ")
             rows.append(f"{shown:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
     if "sparsity" in last:
         rows.append(
@@ -149,7 +152,8 @@ def summary_of(
     there is held-out text, and of each block in "routing", "budgets".
     """
     sources = data.sources
-    ends = [{k: e[k] for k in _REPEATABLE if k in e} for e in (curve[0], curve[-1])]
+    exits = [name for name in curve[0] if EXIT_PART.fullmatch(name)]
+    ends = [{k: e[k] for k in (*_REPEATABLE, *exits) if k in e} for e in (curve[0], curve[-1])]
     return {
         "options": config.to_json(),
         "steps": config.total_steps,
@@ -171,4 +175,7 @@ def notes_of(item: Described, config: FinetuneConfig, data: Data) -> list[str]:
     adaptive = item.spec.adaptive
     if adaptive is not None and adaptive.get("calibration") is not None:
         notes.append("the calibration table was dropped: it belongs to the weights before")
+    exits = exits_of(adaptive)
+    if exits is not None and is_taken(exits):
+        notes.append("thresholds of exits stay as they were; `adaconvert calibrate` sets them anew")
     return notes

@@ -27,6 +27,7 @@ from adaconvert.train.validation import Validator
 from adaconvert.train.work import Work
 
 if TYPE_CHECKING:
+    from adaconvert.train.exit_training import ExitTraining
     from adaconvert.train.prepare import Prepared as Ready
     from adaconvert.train.routing_setup import Prepared
     from adaconvert.train.sparsify import Meter
@@ -111,6 +112,8 @@ class Session:
     def _fit(self) -> _Done:
         """Return what training made; of a model in parts, or rounded to 4 bits, what changed."""
         from adaconvert.train import routing_setup
+        from adaconvert.train.exit_heads import never_leaving
+        from adaconvert.train.exit_training import exit_training
         from adaconvert.train.prepare import prepare
         from adaconvert.train.shards import gathered
 
@@ -120,9 +123,11 @@ class Session:
             adapter_folder.settle(model, self.item.view)
         meter = self._prepare(model)
         routing = routing_setup.prepare(model, self.item, self.config, ready.chosen)
-        trainer = self._trainer(model, routing.chosen, meter, routing)
+        exits = exit_training(model, self.item, self.config)
+        trainer = self._trainer(model, routing.chosen, meter, routing, exits)
         resumed = self.work.resumed
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        with never_leaving(model):
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
         held = self.validator.history[-1].get("share_by_layer") if self.validator.history else None
         return _Done(
@@ -211,7 +216,12 @@ class Session:
         return meter
 
     def _trainer(
-        self, model: Any, chosen: Chosen, meter: Meter | None, routing: Prepared
+        self,
+        model: Any,
+        chosen: Chosen,
+        meter: Meter | None,
+        routing: Prepared,
+        exits: ExitTraining | None,
     ) -> FinetuneTrainer:
         from transformers import TrainerCallback, default_data_collator
 
@@ -242,6 +252,7 @@ class Session:
             routers=chosen.routers,
             meter=meter,
             watch=routing.routers,
+            exits=exits,
             flops=self._flops(chosen, args),
             teacher=self._teacher(args.device),
             report=self.report,

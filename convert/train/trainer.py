@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from adaconvert.errors import OptionError
-from adaconvert.train import health, losses
+from adaconvert.train import health, log_lines, losses
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.exit_training import ExitTraining
 from adaconvert.train.rates import Rate, Rates, bare_name
 from adaconvert.train.routing import Routers
 from adaconvert.train.sparsify import Meter
@@ -41,6 +42,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         watch: watches routers, None when nobody does.
         flops: per trained token and what the device does a second; None where unknown.
         teacher: dense model on the same device, None without distillation.
+        exits: how early exits are trained, None where none are.
         report: takes one line per log step.
         given: what Trainer takes.
     """
@@ -57,6 +59,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         report: Report,
         watch: Routers | None = None,
         flops: tuple[float, float] | None = None,
+        exits: ExitTraining | None = None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
@@ -79,7 +82,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         if watch is not None:
             watch.reduce = self._summed
             self.add_callback(_after_each_step(watch))
-        self._teacher = teacher
+        self._teacher, self.exits = teacher, exits
         self._report = report
         self._sums: dict[str, Tensor] = {}
         self._unchecked: list[tuple[str, int, Tensor]] = []
@@ -132,12 +135,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         shares = targets.to(exact) / torch.as_tensor(whole, device=labels.device).clamp_min(1)
         scale = self._averaged_over(num_items_in_batch)
         self._begin(labels, fed, shares, scale)
-        if self._config.distill_hidden:
-            fed["output_hidden_states"] = True
-        outputs = model(**fed, use_cache=False)
-        if self._watch is not None:
-            self._watch.pause()
-        parts = self._parts(outputs, labels, fed)
+        outputs, parts = self._run(model, fed, labels)
         total = self._total(parts, shares.sum(), scale)
         if torch.is_grad_enabled() and not total.requires_grad:
             raise OptionError(
@@ -147,6 +145,24 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
                 "from the language-model loss; `adaconvert d2dmoe` fits them.",
             )
         return (total, outputs) if return_outputs else total
+
+    def _run(
+        self, model: Any, fed: dict[str, Any], labels: Tensor
+    ) -> tuple[Any, dict[str, tuple[float, Tensor]]]:
+        """Return the model's output, None where exits are trained, and the parts of the loss."""
+        if self._config.distill_hidden:
+            fed["output_hidden_states"] = True
+        if self.exits is not None:
+            step, steps = self.state.global_step, self.state.max_steps
+            total, told = self.exits.losses(fed, labels, step, steps)
+            parts = {name: (0.0, value) for name, value in told.items()}
+            parts["exits"] = (1.0, total)
+            outputs = None
+        else:
+            outputs = model(**fed, use_cache=False)
+        if self._watch is not None:
+            self._watch.pause()
+        return outputs, parts if outputs is None else self._parts(outputs, labels, fed)
 
     def _begin(self, labels: Tensor, fed: Mapping[str, Any], shares: Tensor, scale: float) -> None:
         """Tell those who watch what the micro-batch is worth.
@@ -304,7 +320,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
             logs["mfu"] = speed * self._flops[0] / able
         self._logged = (self.state.global_step, now)
         super().log(logs, start_time)
-        for text in (line(logs, self.state.global_step, self.state.max_steps), *warnings):
+        for text in (log_lines.line(logs, self.state.global_step, self.state.max_steps), *warnings):
             self._report(text)
 
     def _routed(self, logs: dict[str, Any], steps: int) -> list[str]:
@@ -341,49 +357,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         return found | {
             settings.penalty: penalty,
             "coefficient": coefficient,
-            **_zeros(zeros[: len(ffn)], zeros[len(ffn) :]),
+            **log_lines.zeros(zeros[: len(ffn)], zeros[len(ffn) :]),
         }
-
-
-def _zeros(ffn: Sequence[float], networks: Sequence[float]) -> dict[str, Any]:
-    """Return the shares of zeros of feed-forward networks, and of those in place of projections."""
-    found: dict[str, Any] = {}
-    if ffn:
-        found["sparsity"] = sum(ffn) / len(ffn)
-        found["sparsity_by_layer"] = [round(share, 4) for share in ffn]
-    if networks:
-        found["projection_sparsity"] = sum(networks) / len(networks)
-    return found
-
-
-#: what a log line shows, in this order, and how.
-_SHOWN = {
-    "lm": "lm {:.4f}",
-    "distill": "distill {:.4f}",
-    "distill_hidden": "hidden {:.4f}",
-    "balance": "balance {:.3f}",
-    "z": "z {:.3g}",
-    "regression": "regression {:.4f}",
-    "hoyer": "hoyer {:.4g}",
-    "l1": "l1 {:.4g}",
-    "sparsity": "zeros {:.1%}",
-    "projection_sparsity": "projection zeros {:.1%}",
-    "share": "share {:.3f}",
-    "idle": "idle {:.1%}",
-    "router_entropy": "entropy {:.3f}",
-    "load": "load {:.2f}",
-    "dead_experts": "dead {}",
-    "grad_norm": "gradient {:.3g}",
-    "learning_rate": "lr {:.3g}",
-    "tokens_per_second": "{:.0f} tokens/s",
-    "mfu": "{:.1%} MFU",
-}
-
-
-def line(logs: Mapping[str, Any], step: int, steps: int) -> str:
-    """Return one line about the steps since the last one."""
-    shown = [text.format(logs[name]) for name, text in _SHOWN.items() if name in logs]
-    return f"step {step}/{steps}: {', '.join(shown)}"
 
 
 def _after_each_step(watch: Routers) -> Any:

@@ -215,7 +215,7 @@ def measure(model: Any, held: Held, *, batch_size: int, bf16: bool = False) -> t
     total, count = 0.0, 0
     device = next(model.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for ids, mask, targets in _batches(held, batch_size):
+        for ids, mask, targets in batches(held, batch_size):
             fed = {"input_ids": ids.to(device)}
             if mask is not None:
                 fed["attention_mask"] = mask.to(device)
@@ -231,7 +231,7 @@ def measure(model: Any, held: Held, *, batch_size: int, bf16: bool = False) -> t
     return total, count
 
 
-def _batches(held: Held, size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+def batches(held: Held, size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Yield ids, mask and targets, [B, S] each, in batches of similar length; -100 for targets that
     do not count, no mask without padding."""
     import numpy
@@ -263,7 +263,8 @@ class Validator:
         history: {"step", "loss", "names", "losses"} of every measurement, those of the run that is
             resumed included; with null experts also "share", "shares" and "share_by_layer", the
             real experts that ran over those of the model without null ones: of all, of each source
-            and of each block.
+            and of each block; with exits "exits", {blocks before it: {"loss", "agreement"}}, how
+            often an exit chooses the token the whole model does.
     """
 
     def __init__(
@@ -303,7 +304,10 @@ class Validator:
         self.history = [self._entry(entry) for entry in log if _LOGGED in entry]
 
     def _entry(self, logged: Mapping[str, Any]) -> dict[str, Any]:
+        from adaconvert.train.exit_validation import recalled_exits
+
         entry = {"step": logged["step"], "loss": logged[_LOGGED]}
+        entry |= recalled_exits(logged)
         entry |= {"names": [held.name for held in self._held], "losses": list(logged[_EACH])}
         spent = {"share": _SHARE, "shares": _SHARES, "share_by_layer": _BLOCKS}
         return entry | {ours: logged[name] for ours, name in spent.items() if name in logged}
@@ -313,12 +317,14 @@ class Validator:
         from transformers import Trainer
 
         from adaconvert.train.budgets import realised
+        from adaconvert.train.exit_validation import exit_lines, logged_exits, measured_exits
 
         state = trainer.state
         if self.history and self.history[-1]["step"] == state.global_step:
             return
         began = time.perf_counter()
         found, shares = [], []
+        exits = measured_exits(trainer, self._held, self._config.batch_size)
         bf16 = self._config.precision == "bf16"
         for held in self._held:
             with realised(trainer.model) as share:
@@ -334,6 +340,7 @@ class Validator:
                 hint="Lower --lr or --sparsity, lengthen --warmup, or look at the held-out data.",
             )
         logged: dict[str, Any] = {_LOGGED: loss, _EACH: losses, **_spent(shares, found)}
+        logged |= logged_exits(exits)
         self.history.append(self._entry({"step": state.global_step, **logged}))
         due = trainer.control.should_log
         # not our own `log`, which tells of training steps
@@ -345,6 +352,8 @@ class Validator:
             spent = f", share {logged[_SHARE]:.3f}" if _SHARE in logged else ""
             place = f"step {state.global_step}/{state.max_steps}"
             self._report(f"{place}: validation {loss:.4f}{spent}")
+            for text in exit_lines(exits):
+                self._report(text)
 
 
 def _spent(

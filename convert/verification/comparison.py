@@ -21,7 +21,9 @@ from adaconvert.verification.models import (
     is_split,
     load_reference,
     load_target,
+    never_leave,
     run,
+    takes_exits,
 )
 from adaconvert.verification.quality import Quality, measure
 from adaconvert.verification.routing import LayerRouting, RouterWatch
@@ -79,6 +81,8 @@ class Comparison:
             del model
             shown.update(1)
             target, self.keys = load_target(self._target)
+            if takes_exits(self._target):
+                never_leave(target)
             inputs = inputs_of(target, self._probe)
             with ExitStack() as stack:
                 if is_split(self._target) and not self._configured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.arch.exits import exits_of, is_taken
 from adaconvert.arch.null_experts import holds_nulls
 from adaconvert.errors import AdaconvertError, VerificationError
 from adaconvert.io.names import escape
@@ -60,6 +61,17 @@ def is_adapted(source: Source) -> bool:
     return any("adapters" in slot for slot in slots)
 
 
+def has_exits(source: Source) -> bool:
+    """Return whether a checkpoint has early exits."""
+    return is_adaptive(source) and exits_of(_adaptive(source)) is not None
+
+
+def takes_exits(source: Source) -> bool:
+    """Return whether tokens may leave a checkpoint's model early as it is configured."""
+    exits = exits_of(_adaptive(source)) if is_adaptive(source) else None
+    return exits is not None and is_taken(exits)
+
+
 def _adaptive(source: Source) -> Any:
     return source.config["adaptive"]
 
@@ -73,7 +85,7 @@ def is_text(source: Source) -> bool:
 
 def load_reference(source: Source) -> PreTrainedModel:
     """Return the source in float32; a split one with every expert on, one with null experts or
-    routed adapters as it is configured.
+    routed adapters as it is configured, one with early exits so that none is taken.
 
     A stock one is built from its validated files and its sanitised config.
 
@@ -84,6 +96,8 @@ def load_reference(source: Source) -> PreTrainedModel:
         model, keys = load_target(source)
         if is_split(source) and not is_nulled(source):
             _set_all(model)
+        if takes_exits(source):
+            never_leave(model)
     else:
         config = load_config(source)
         model, keys = load(_stock_class(source), config, stored_tensors(source, ReadCount()))
@@ -98,6 +112,11 @@ def load_reference(source: Source) -> PreTrainedModel:
 
 def _set_all(model: Any) -> None:
     model.set_select("all")
+
+
+def never_leave(model: Any) -> None:
+    """Let no token leave a model with early exits."""
+    model.set_exits(thresholds=None)
 
 
 def _stock_class(source: Source) -> type[PreTrainedModel]:

@@ -13,7 +13,14 @@ from adaconvert.planning.ops import Exactness, Plan
 from adaconvert.verification import render
 from adaconvert.verification.equivalence import Equivalence, compare
 from adaconvert.verification.integrity import Integrity, check
-from adaconvert.verification.models import is_adapted, is_adaptive, is_nulled, is_text
+from adaconvert.verification.models import (
+    has_exits,
+    is_adapted,
+    is_adaptive,
+    is_nulled,
+    is_split,
+    is_text,
+)
 from adaconvert.verification.tokens import Probe, compare_tokenizers, load_tokenizer
 from adaconvert.verification.verdict import EXACT, Verdict, bound_of, judge, promised, run_dtype
 
@@ -235,6 +242,11 @@ def _quality_notes(found: Equivalence, target: Source) -> list[str]:
     if is_adapted(target) and found.mode == "layerwise":
         return [
             "too large to load whole, so it was compared block by block without its adapters; they "
+            "were not run"
+        ]
+    if has_exits(target) and not is_split(target) and found.mode == "layerwise":
+        return [
+            "too large to load whole, so it was compared block by block without its exits; they "
             "were not run"
         ]
     if is_adaptive(target) and found.mode == "layerwise":

@@ -37,6 +37,7 @@ def test_there_is_one_for_every_method_and_model() -> None:
     models = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "mistral-7b")
     expected = {f"{m}/{model}" for m in ("upcycle", "moefy", "d2dmoe") for model in models}
     expected |= {"adamoe/smollm2-135m", "adamoe/olmoe-1b-7b", "molora/smollm2-135m"}
+    expected.add("early-exit/smollm2-135m")
     assert set(NAMES) == expected | {"btx/smollm2-135m", "moefy/smollm2-135m-tuned"}
 
 

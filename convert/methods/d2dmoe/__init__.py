@@ -43,7 +43,7 @@ from adaconvert.methods.moefy.config import Sizes
 from adaconvert.methods.moefy.plan import SplitLayer, adaptive_plan
 from adaconvert.methods.options import parse_layers
 from adaconvert.methods.planned import Fitted, PlainPlan, Prepared
-from adaconvert.methods.sources import Described
+from adaconvert.methods.sources import Described, refuse_exits
 from adaconvert.planning.ops import Exactness, Plan
 
 #: activations that are exactly zero for many inputs.
@@ -130,6 +130,8 @@ def _documents(config: D2dmoeConfig, item: Described) -> Documents | Images | No
 def _plan(config: D2dmoeConfig, item: Described, data_digest: str | None) -> Plan:
     changes = edits(config, item)
     if item.spec.adaptive is not None:
+        if not list(adaptive.sites_of(item.spec, item.spec.adaptive)):
+            refuse_exits(item, "and nothing of it is split")
         after = _changed_sites(config, item)
         options = _options(config, after[0][1] if after else None, data_digest, changes)
         plan = rerouted_plan(config, item, after, options, _digest(options))

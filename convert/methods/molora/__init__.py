@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adaconvert.arch import adaptive
+from adaconvert.arch.exits import is_copied
 from adaconvert.errors import OptionError
 from adaconvert.methods.molora import folder, moe, parts
 from adaconvert.methods.molora.config import OF_FITS, OF_NEW, MoloraOptions
@@ -19,7 +20,7 @@ from adaconvert.methods.molora.parts import Adapters
 from adaconvert.methods.molora.plan import standalone_plan
 from adaconvert.methods.options import option
 from adaconvert.methods.planned import Fitted, PlainPlan, Prepared
-from adaconvert.methods.sources import Described
+from adaconvert.methods.sources import Described, refuse_exits
 from adaconvert.planning.accounting import check_plan
 from adaconvert.planning.ops import Plan
 
@@ -65,8 +66,20 @@ def _adapters(options: MoloraOptions, item: Described) -> tuple[Adapters, Callab
         return parts.stored(item), _nothing
     if options.adapters:
         found = experts(options, item)
+        _check_copies(found.adapters, item)
         return found.adapters, found.fit
     return parts.fresh(options, item), _nothing
+
+
+def _check_copies(adapters: Adapters, item: Described) -> None:
+    """Refuse adapters that add something to linears which exits of the model have copies of.
+
+    Raises:
+        SourceError: the copies would compute what the model no longer does.
+    """
+    for one in adapters.placed:
+        if is_copied(item.spec, one.linear):
+            refuse_exits(item, f"whose copies of {one.linear.path} would lack the adapters")
 
 
 def _nothing(progress: bool) -> Fitted:
@@ -103,6 +116,7 @@ def _plan(options: MoloraOptions, adapters: Adapters, described: Sequence[Descri
     if options.standalone:
         plan = standalone_plan(adapters, said, item, sources)
     elif options.as_moe:
+        refuse_exits(item, "which a stock mixture cannot hold")
         plan = moe.moe_plan(options, adapters, said, item)
     else:
         make = folder.plain_plan if options.as_plain_lora else folder.folder_plan

@@ -1,0 +1,258 @@
+"""What every exit of a model says of every token, from one pass; any rule is then judged from it.
+
+With keys and values that are exact ("recompute"), what a token computes does not depend on where
+others leave, so one pass through all blocks holds what every rule would do.
+
+Shapes: N blocks, S tokens of a block, E exits in front of the last block's end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from adaconvert.data.images import ImageBlocks
+from adaconvert.evaluate.risk import Floats
+from adaconvert.evaluate.sweep import Measured, Measurer, Setting
+from adaconvert.modeling.adaptive_knobs import EXITS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaconvert.data.tokens import TokenBlocks
+    from adaconvert.evaluate.testing_sequence import Integers
+
+#: positions whose logits are held at once.
+_AT_ONCE: Final = 256
+_NEVER: Final = -2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One block; a classifier has one position.
+
+    Attributes:
+        sure: float32 [S, E], `_NEVER` where an exit cannot be judged.
+        tops: int32 [S, E + 1], what each exit chooses; last, the model.
+        losses: float32 [S, E + 1], of the next token; 0 where there is none.
+    """
+
+    sure: Any
+    tops: Any
+    losses: Any
+
+
+def exits_taken(rule: Mapping[str, Any], orders: Sequence[int], record: Record) -> Integers:
+    """Return which exit each token of a block takes, [S]: a column of the record, E for none.
+
+    Args:
+        rule: {"measure", "thresholds", "decay", "patience"}.
+        orders: [E] which exit of the configuration each column is.
+        record: of the block.
+    """
+    length, count = record.sure.shape
+    taken = np.full(length, count, dtype=np.int64)
+    if rule["measure"] == "patience":
+        same = record.tops[:, 1:count] == record.tops[:, : count - 1]
+        agreed = np.zeros(length, dtype=np.int64)
+        for column in range(1, count):
+            agreed = np.where(same[:, column - 1], agreed + 1, 0)
+            taken[(agreed >= rule["patience"]) & (taken == count)] = column
+        return taken
+    fall: Any = 1.0
+    if rule["decay"] is not None:
+        place = np.arange(length) / int(rule["decay"]["length"])
+        fall = 0.9 + 0.1 * np.exp(-float(rule["decay"]["rate"]) * place)
+    for column in reversed(range(count)):
+        level = rule["thresholds"][orders[column]]
+        if level is not None:
+            sure = record.sure[:, column].astype(np.float64)
+            taken[(sure > level * fall) & (sure != _NEVER)] = column
+    return taken
+
+
+class ExitMeasurer(Measurer):
+    """Measures rules of leaving; each block is run once.
+
+    Args:
+        model: adaptive, with exits and without experts.
+        blocks, options: see `Measurer`.
+        measure: of confidence.
+    """
+
+    def __init__(self, model: Any, blocks: TokenBlocks, *, measure: str, **options: Any) -> None:
+        super().__init__(model, blocks, **options)
+        exits = model.adaptive_runtime.exits
+        self.count = len(model.get_submodule(exits["blocks"]))
+        places = [int(head["at"]) for head in exits["heads"]]
+        self.orders = [order for order, at in enumerate(places) if at < self.count]
+        self.places = [places[order] for order in self.orders]
+        self._rule = measure
+        self._records: dict[int, Record] = {}
+        #: with frozen states every rule needs a pass of its own
+        self.frozen = exits["kv"] == "propagate" and exits["kind"] == "causal"
+
+    def records(self, chosen: Integers) -> list[Record]:
+        """Return the records of blocks; those without one are run."""
+        missing = [int(block) for block in chosen if int(block) not in self._records]
+        with self.model.set_exits(None):
+            for start in range(0, len(missing), self._batch):
+                self._record(np.array(missing[start : start + self._batch]))
+        return [self._records[int(block)] for block in chosen]
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._records.clear()
+
+    def measure(self, setting: Setting, chosen: Integers) -> Measured:
+        """Return what a setting does on the blocks `chosen`."""
+        rule = setting.select.get(EXITS)
+        if self.frozen or rule is None:
+            return super().measure(setting, chosen)
+        loss, changed = np.empty(len(chosen)), np.empty(len(chosen))
+        taken = []
+        for at, (block, record) in enumerate(zip(chosen, self.records(chosen), strict=True)):
+            column = exits_taken(rule, self.orders, record)
+            real = self._real[block, : len(column)]
+            rows = np.flatnonzero(real)
+            loss[at] = record.losses[rows, column[rows]].astype(np.float64).mean()
+            changed[at] = (record.tops[rows, column[rows]] != record.tops[rows, -1]).mean()
+            taken.append(column)
+        self.shown.update(len(chosen))
+        return Measured(loss=loss, changed=changed, compute=self._compute(rule, chosen, taken))
+
+    def _compute(
+        self, rule: Mapping[str, Any], chosen: Integers, taken: Sequence[Integers]
+    ) -> float:
+        """Return the account's fraction of the reference's FLOPs."""
+        import torch
+
+        from adaconvert.modeling.adaptive_exit_costs import count_left
+
+        ends = np.array([*self.places, self.count])
+        lengths = self.blocks.weights[chosen].sum(axis=1)
+        seen = [np.arange(1, length + 1) for length in lengths]
+        depth = [ends[column] for column in taken]
+        if self._classifies:
+            seen = [np.full(length, length) for length in lengths]
+            depth = [
+                np.full(length, column[0]) for length, column in zip(lengths, depth, strict=True)
+            ]
+        found: Any = SimpleNamespace(skipped_flops=0, skipped_bytes=0, exit_flops=0, exit_bytes=0)
+        count_left(
+            self.model,
+            found,
+            torch.from_numpy(np.concatenate(depth)),
+            torch.from_numpy(np.concatenate(seen)),
+            self._looked(rule),
+            inside=self.model._own_modules(),
+        )
+        whole = self.model.config.adaptive["reference"]["flops_per_token"]
+        change = (found.exit_flops - found.skipped_flops) / int(lengths.sum())
+        return float((whole + change) / whole)
+
+    def _looked(self, rule: Mapping[str, Any]) -> list[int]:
+        """Return the exits the runtime looks at under a rule."""
+        if rule["measure"] == "patience":
+            return self.places
+        used = [c for c, order in enumerate(self.orders) if rule["thresholds"][order] is not None]
+        if rule["measure"] == "state" and used:
+            return self.places[: used[-1] + 1]
+        return [self.places[column] for column in used]
+
+    def _record(self, part: Integers) -> None:
+        import torch
+
+        device = next(self.model.parameters()).device
+        weights = self.blocks.weights[part]
+        longest = int(weights.sum(axis=1).max())
+        ids = torch.from_numpy(self.blocks.ids[part, :longest]).to(device)
+        mask = torch.from_numpy(weights[:, :longest]).to(device)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+        if isinstance(self.blocks, ImageBlocks):
+            given = {"pixel_values": self.blocks.pixels(part).to(device)}
+        with torch.inference_mode():
+            states = self.model.exit_states(self.places, **given)
+            found = self._texts(states, given) if self._classifies else self._tokens(states, ids)
+        sure, tops, losses = (one.cpu().numpy() for one in found)
+        for row, block in enumerate(part):
+            length = 1 if self._classifies else int(weights[row].sum())
+            self._records[int(block)] = Record(
+                sure=sure[row, :length].astype(np.float32),
+                tops=tops[row, :length].astype(np.int32),
+                losses=losses[row, :length].astype(np.float32),
+            )
+
+    def _tokens(self, states: Mapping[int, Tensor], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return confidence [B, S, E], choices and losses [B, S, E + 1], a few logits at a time."""
+        import torch
+
+        after = torch.cat([ids[:, 1:], ids[:, :1]], 1)
+        step = max(1, _AT_ONCE // len(ids))
+        parts = [
+            self._judged(
+                {at: state[:, start : start + step] for at, state in states.items()},
+                after[:, start : start + step],
+            )
+            for start in range(0, ids.shape[1], step)
+        ]
+        sure, tops, losses = (torch.cat(one, 1) for one in zip(*parts, strict=True))
+        # after the last token comes none
+        losses[:, -1] = 0
+        return sure, tops, losses
+
+    def _judged(
+        self, states: Mapping[int, Tensor], after: Tensor | None, **given: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same of some positions; of a classifier, of the class the model chooses."""
+        import torch
+
+        logits = {at: self.model.exit_logits(at, state, **given) for at, state in states.items()}
+        if after is None:
+            logits = {at: scores[:, None] for at, scores in logits.items()}
+            states = {at: state[:, :1] for at, state in states.items()}
+            after = logits[self.count].argmax(-1)
+        every = [logits[at] for at in (*self.places, self.count)]
+        tops = torch.stack([scores.argmax(-1) for scores in every], -1)
+        losses = [-_chosen(scores, after) for scores in every]
+        sure = [self._sure(column, logits, states) for column in range(len(self.places))]
+        return torch.stack(sure, -1), tops, torch.stack(losses, -1)
+
+    def _texts(
+        self, states: Mapping[int, Tensor], given: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._judged(states, None, **{k: v for k, v in given.items() if k != "input_ids"})
+
+    def _sure(
+        self, column: int, logits: Mapping[int, Tensor], states: Mapping[int, Tensor]
+    ) -> Tensor:
+        """Return how sure an exit is of each position, [B, S]."""
+        from adaconvert.modeling.adaptive_exit_decide import confidence
+
+        at = self.places[column]
+        if self._rule == "patience" or (self._rule == "state" and column == 0):
+            return logits[at].new_full(logits[at].shape[:2], _NEVER).float()
+        return confidence(
+            self._rule,
+            logits[at],
+            state=states[at],
+            previous_state=states[self.places[column - 1]] if column else None,
+            head=self.model.adaptive_exits()[at],
+        )
+
+
+def _chosen(scores: Tensor, after: Tensor) -> Tensor:
+    """Return the log-probability of one class at each position, [B, S]."""
+    logs = scores.float().log_softmax(-1)
+    return logs.gather(-1, after[..., None])[..., 0]
+
+
+def pooled(records: Sequence[Record], column: int | None = None) -> Floats:
+    """Return how sure the exits are of tokens, sorted; of one exit, or of each token's surest."""
+    each = [r.sure.max(axis=1) if column is None else r.sure[:, column] for r in records]
+    every = np.concatenate(each).astype(np.float64)
+    return np.sort(every[every > _NEVER])

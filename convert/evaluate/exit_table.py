@@ -1,0 +1,80 @@
+"""What `evaluate` says of exits: how good each is, and how many tokens take it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaconvert.evaluate.exit_records import ExitMeasurer, exits_taken
+from adaconvert.modeling.adaptive_knobs import has_exits
+
+if TYPE_CHECKING:
+    from adaconvert.data.tokens import TokenBlocks
+
+
+def exit_table(
+    model: Any, blocks: TokenBlocks, batch: int | None = None
+) -> tuple[dict[str, object], ...]:
+    """Return a row for each exit of a language model, and for its end; none without exits.
+
+    Where tokens leave, `share` says how many of all do there. Means are over predicted tokens.
+
+    Args:
+        model: any; experts run as configured.
+        blocks: the text.
+        batch: blocks run together.
+    """
+    adaptive = getattr(model.config, "adaptive", None)
+    if not adaptive or not has_exits(adaptive):
+        return ()
+    rule = model.adaptive_runtime.leaving()
+    measure = str(model.adaptive_runtime.exits["decide"]["measure"])
+    measure = "max" if measure == "patience" else measure
+    runs = ExitMeasurer(model, blocks, measure=measure, batch=batch)
+    count = len(runs.places)
+    sums, sure = np.zeros((2, count + 1)), np.zeros(count)
+    taken, tokens, every = np.zeros(count + 1), 0, 0
+    for block in range(len(blocks)):
+        record = runs.records(np.array([block]))[0]
+        runs.forget()
+        length = len(record.losses) - 1
+        tokens, every = tokens + length, every + length + 1
+        sums[0] += record.losses[:length].sum(axis=0, dtype=np.float64)
+        sums[1] += (record.tops[:length] == record.tops[:length, -1:]).sum(axis=0)
+        sure += np.maximum(record.sure[:length], 0).sum(axis=0, dtype=np.float64)
+        if rule is not None and rule["measure"] in (measure, "patience") and not runs.frozen:
+            taken += np.bincount(exits_taken(rule, runs.orders, record), minlength=count + 1)
+    rows = []
+    for column, at in enumerate((*runs.places, runs.count)):
+        row: dict[str, object] = {
+            "blocks": at,
+            "loss": float(sums[0, column] / max(tokens, 1)),
+            "agreement": float(sums[1, column] / max(tokens, 1)),
+            "confidence": float(sure[column] / max(tokens, 1)) if column < count else None,
+            "measure": measure,
+            "share": float(taken[column] / every) if taken.any() else None,
+        }
+        rows.append(row)
+    return tuple(rows)
+
+
+def exit_lines(rows: tuple[Mapping[str, Any], ...]) -> list[str]:
+    """Return the table as text."""
+    if not rows:
+        return []
+    shares = [row["share"] for row in rows]
+    lines = [f"exits, by the blocks before them; confidence: {rows[0]['measure']}"]
+    lines.append(f"  {'blocks':>6} {'loss':>8} {'agreement':>9} {'confidence':>10} {'tokens':>8}")
+    for row in rows:
+        sure = "" if row["confidence"] is None else f"{row['confidence']:.4f}"
+        share = "" if row["share"] is None else f"{row['share']:.2%}"
+        line = (
+            f"  {row['blocks']:6} {row['loss']:8.4f} {row['agreement']:9.2%} {sure:>10} {share:>8}"
+        )
+        lines.append(line.rstrip())
+    if shares[0] is not None:
+        mean = sum(row["share"] * row["blocks"] for row in rows)
+        lines.append(f"  tokens run {mean:.2f} blocks on average, as configured")
+    return lines
