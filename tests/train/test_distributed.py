@@ -25,6 +25,7 @@ from adaconvert.train.result import FinetuneResult
 from adaconvert.train.run import RunSettings, finetune
 
 Tune = Callable[..., FinetuneResult]
+Alone = Callable[[str, dict[str, Any]], FinetuneResult]
 SCRIPT = Path(__file__).with_name("distributed_cases.py")
 SGD: dict[str, Any] = {
     **{"optimizer": "sgd", "precision": "fp64", "lr": 0.1, "schedule": "constant"},
@@ -83,11 +84,29 @@ def case_of(name: str, source: Path, text: Path, folder: Path, **options: Any) -
 
 
 @pytest.fixture(scope="module")
+def alone(sources: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """Return what gives one process's run with twice the batch; cases that share its model and
+    options share the run."""
+    one = tmp_path_factory.mktemp("one")
+    runs: dict[str, FinetuneResult] = {}
+
+    def run(model: str, options: dict[str, Any]) -> FinetuneResult:
+        key = json.dumps([model, options], sort_keys=True)
+        if key not in runs:
+            config = FinetuneConfig.of([str(text)], {**options, "batch_size": 4})
+            settings = RunSettings(destination=one / str(len(runs)), device="cpu")
+            runs[key] = finetune(str(sources[model]), config, settings)
+        return runs[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def pairs(
     sources: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, dict[str, Any]]:
-    """Return where the results of one process and of two lie, and what the two reported."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+) -> tuple[Path, dict[str, Any]]:
+    """Return where the results of two processes lie, and what the two reported."""
+    two = tmp_path_factory.mktemp("two")
     cases = []
     for name, (model, common, own, _) in CASES.items():
         if own and not can_split():
@@ -102,7 +121,7 @@ def pairs(
     (two / "cases.json").write_text(json.dumps(cases))
     done = launch(two, str(two / "cases.json"), str(two / "results.json"))
     assert done.returncode == 0, done.stderr[-4000:]
-    return one, two, json.loads((two / "results.json").read_text())
+    return two, json.loads((two / "results.json").read_text())
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -113,22 +132,20 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_with_twice_the_batch(
     name: str,
-    pairs: tuple[Path, Path, dict[str, Any]],
+    pairs: tuple[Path, dict[str, Any]],
+    alone: Alone,
     sources: dict[str, Path],
-    text: Path,
 ) -> None:
-    one, two, results = pairs
+    two, results = pairs
     if name not in results:
         pytest.skip("transformers is older than 5.23")
     model, common, _, tolerance = CASES[name]
-    config = FinetuneConfig.of([str(text)], {**common, "batch_size": 4})
-    settings = RunSettings(destination=one / name, device="cpu")
-    alone: Any = finetune(str(sources[model]), config, settings)
+    single: Any = alone(model, common)
     relative = 1e-12 if common.get("precision") == "fp64" else 1e-6
-    expected = [entry["lm"] for entry in alone.curve]
+    expected = [entry["lm"] for entry in single.curve]
     found = [entry["lm"] for entry in results[name]["curve"]]
     assert found == pytest.approx(expected, rel=relative)
-    a, b = tensors_of(one / name), tensors_of(two / name)
+    a, b = tensors_of(single.destination), tensors_of(two / name)
     start = tensors_of(sources[model])
     assert a.keys() == b.keys() == start.keys()
     moved = 0.0
@@ -144,8 +161,8 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 @needs_splitting
 @pytest.mark.slow
-def test_sharded_run_is_resumed(pairs: tuple[Path, Path, dict[str, Any]]) -> None:
-    _, two, results = pairs
+def test_sharded_run_is_resumed(pairs: tuple[Path, dict[str, Any]]) -> None:
+    two, results = pairs
     a, b = tensors_of(two / "whole"), tensors_of(two / "resumed")
     assert a.keys() == b.keys()
     assert all(torch.equal(b[key], value) for key, value in a.items())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.mixtures_by_case import (
@@ -25,6 +26,7 @@ from adaconvert.testing.mixtures_by_case import (
     IDS,
     MASK,
     SEEDS,
+    Gates,
     assert_same_gates,
     assert_same_logits,
     blocks_of,
@@ -39,18 +41,20 @@ NAMES = [pytest.param(n, marks=pytest.mark.smoke if n in SMOKE else ()) for n in
 EPS = torch.finfo(torch.float32).eps
 BF16 = torch.finfo(torch.bfloat16).eps
 Sources = Callable[..., Path]
+Computed = Callable[..., tuple[Gates, Tensor]]
+Started = Callable[[str, int, int], Path]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exact_start_has_the_gates_and_the_logits_of_the_source(
-    name: str, seed: int, sources: Sources, tmp_path: Path
+    name: str, seed: int, sources: Sources, computed: Computed, started: Started
 ) -> None:
     source = sources(name, seed)
-    gates, logits = gates_of(stock(source), source)
+    gates, logits = computed(name, seed)
     for copies in (1, 2):
         count = 6 * copies
-        out = null(source, tmp_path / f"{copies}", null_experts=count, verify=copies == 1)
+        out = started(name, seed, copies)
         model: Any = load_model(out, dtype="float32")
         found, mine = gates_of(model, source)
         assert_same_gates(model, found, gates, source)
@@ -69,30 +73,30 @@ def test_an_exact_start_has_the_gates_and_the_logits_of_the_source(
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stock_form_computes_what_the_adaptive_one_does(
-    name: str, seed: int, sources: Sources, tmp_path: Path
+    name: str, seed: int, sources: Sources, computed: Computed, started: Started, tmp_path: Path
 ) -> None:
     source = sources(name, seed)
+    _, logits = computed(name, seed)
     for copies in (1, 2):
-        count = 6 * copies
-        adaptive = null(source, tmp_path / f"a{copies}", null_experts=count)
-        written = null(source, tmp_path / f"m{copies}", null_experts=count, materialize=True)
+        adaptive = started(name, seed, copies)
+        written = null(source, tmp_path / f"{copies}", null_experts=6 * copies, materialize=True)
         config, before = (json.loads((f / "config.json").read_text()) for f in (written, source))
         assert config["model_type"] == before["model_type"]
         assert not {"adaptive", "auto_map"} & config.keys()
         assert not list(written.glob("*.py"))
         found = logits_of(stock(written))
         assert_same_logits(found, logits_of(load_model(adaptive, dtype="float32")))
-        assert_same_logits(found, logits_of(stock(source)))
+        assert_same_logits(found, logits)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_that_null_experts_share_become_a_stock_form_later(
-    name: str, sources: Sources, tmp_path: Path
+    name: str, sources: Sources, computed: Computed, tmp_path: Path
 ) -> None:
     source = sources(name)
     shared = null(source, tmp_path / "a", null_experts=6, null_weights="selected")
     model = load_model(shared, dtype="float32")
-    gates, logits = gates_of(stock(source), source)
+    gates, logits = computed(name)
     found, mine = gates_of(model, source)
     assert_same_gates(model, found, gates, source)
     assert_same_logits(mine, logits)
@@ -103,12 +107,12 @@ def test_weights_that_null_experts_share_become_a_stock_form_later(
 @pytest.mark.parametrize("options", [{"null_init": "bias"}, {"null_init": "bias", "top_k": 4}])
 @pytest.mark.parametrize("name", CASES)
 def test_a_start_by_bias_runs_the_best_real_experts(
-    name: str, options: dict[str, object], sources: Sources, tmp_path: Path
+    name: str, options: dict[str, object], sources: Sources, computed: Computed, tmp_path: Path
 ) -> None:
     """With k slots that is the source; with more, every token runs as many real experts."""
     source = sources(name)
     out = null(source, tmp_path / "a", null_experts=5, **options)
-    gates, logits = gates_of(stock(source), source)
+    gates, logits = computed(name)
     model = load_model(out, dtype="float32")
     found, mine = gates_of(model, source)
     if "top_k" not in options:
@@ -122,22 +126,24 @@ def test_a_start_by_bias_runs_the_best_real_experts(
 @pytest.mark.parametrize("kind", ["identity", "constant"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_of_null_expert_starts_at_nothing(
-    name: str, kind: str, sources: Sources, tmp_path: Path
+    name: str, kind: str, sources: Sources, computed: Computed, tmp_path: Path
 ) -> None:
-    source = sources(name)
-    out = null(source, tmp_path / "a", null_experts=6, null_kind=kind)
+    _, logits = computed(name)
+    out = null(sources(name), tmp_path / "a", null_experts=6, null_kind=kind)
     model = load_model(out, dtype="float32")
-    assert_same_logits(logits_of(model), logits_of(stock(source)))
+    assert_same_logits(logits_of(model), logits)
 
 
 # --- dtypes and processes
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bfloat16_chooses_the_same_experts(name: str, sources: Sources, tmp_path: Path) -> None:
+def test_bfloat16_chooses_the_same_experts(
+    name: str, sources: Sources, computed: Computed, tmp_path: Path
+) -> None:
     source = sources(name, 1, "bfloat16")
     out = null(source, tmp_path / "a", null_experts=6)
-    gates, logits = gates_of(stock(source, "bfloat16"), source)
+    gates, logits = computed(name, 1, "bfloat16")
     found, mine = gates_of(load_model(out, dtype="bfloat16"), source)
     first = next(iter(gates.dense))
     assert torch.equal(found.logits[first], gates.logits[first])
@@ -163,8 +169,10 @@ save_file(found, out)
 """
 
 
-def test_every_family_loads_in_a_process_without_us(sources: Sources, tmp_path: Path) -> None:
-    made = {name: null(sources(name), tmp_path / name, null_experts=6) for name in CASES}
+def test_every_family_loads_in_a_process_without_us(
+    computed: Computed, started: Started, tmp_path: Path
+) -> None:
+    made = {name: started(name, 1, 1) for name in CASES}
     out = tmp_path / "out.safetensors"
     folders = {name: str(folder) for name, folder in made.items()}
     arguments = [str(out), json.dumps(IDS.tolist()), json.dumps(folders)]
@@ -181,4 +189,5 @@ def test_every_family_loads_in_a_process_without_us(sources: Sources, tmp_path: 
         mine = logits_of(load_model(folder, dtype="float32"))
         # transformers' own loop over experts there, ours here: sums in another order
         assert (found[name] - mine).norm() <= 32 * EPS * mine.norm(), name
-        assert_same_logits(found[name], logits_of(stock(sources(name))))
+        _, logits = computed(name)
+        assert_same_logits(found[name], logits)
