@@ -36,7 +36,8 @@ class Record:
     """One block; a classifier has one position.
 
     Attributes:
-        sure: float32 [S, E], `_NEVER` where an exit cannot be judged.
+        sure: float32 [S, E], `_NEVER` where an exit cannot be judged; of measure "patience" how
+            alike its probabilities and those of the exit before are (F-PABEE).
         tops: int32 [S, E + 1], what each exit chooses; last, the model.
         losses: float32 [S, E + 1], of the next token; 0 where there is none.
     """
@@ -60,7 +61,9 @@ def exits_taken(rule: Mapping[str, Any], orders: Sequence[int], record: Record) 
         same = record.tops[:, 1:count] == record.tops[:, : count - 1]
         agreed = np.zeros(length, dtype=np.int64)
         for column in range(1, count):
-            agreed = np.where(same[:, column - 1], agreed + 1, 0)
+            level = rule["thresholds"][orders[column]]
+            agrees = same[:, column - 1] if level is None else record.sure[:, column] > level
+            agreed = np.where(agrees, agreed + 1, 0)
             taken[(agreed >= rule["patience"]) & (taken == count)] = column
         return taken
     fall: Any = 1.0
@@ -231,11 +234,13 @@ class ExitMeasurer(Measurer):
         self, column: int, logits: Mapping[int, Tensor], states: Mapping[int, Tensor]
     ) -> Tensor:
         """Return how sure an exit is of each position, [B, S]."""
-        from adaconvert.modeling.adaptive_exit_decide import confidence
+        from adaconvert.modeling.adaptive_exit_decide import confidence, similarity
 
         at = self.places[column]
-        if self._rule == "patience" or (self._rule == "state" and column == 0):
+        if column == 0 and self._rule in ("state", "patience"):
             return logits[at].new_full(logits[at].shape[:2], _NEVER).float()
+        if self._rule == "patience":
+            return similarity(logits[at], logits[self.places[column - 1]]).float()
         return confidence(
             self._rule,
             logits[at],

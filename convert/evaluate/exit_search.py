@@ -135,13 +135,17 @@ class ExitSearch(Search):
     def _setting(
         self, levels: Sequence[float | None] | None, *, patience: int | None = None
     ) -> Setting:
+        decide = self._exits["decide"]
         thresholds: list[float | None] = [None] * len(self._exits["heads"])
+        if patience is not None and decide["measure"] == "patience":
+            # from which likeness exits agree stays as configured (F-PABEE)
+            thresholds = list(decide["thresholds"])
         for order, level in zip(self._runs.orders, levels or (), strict=levels is not None):
             thresholds[order] = level
         rule = {
             "measure": self._measure,
             "thresholds": thresholds,
-            "decay": self._exits["decide"]["decay"],
+            "decay": decide["decay"],
             "patience": patience,
             "kv": self._exits["kv"],
         }

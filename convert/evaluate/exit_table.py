@@ -31,7 +31,8 @@ def exit_table(
         return ()
     rule = model.adaptive_runtime.leaving()
     measure = str(model.adaptive_runtime.exits["decide"]["measure"])
-    measure = "max" if measure == "patience" else measure
+    if measure == "patience" and not _compares(rule):
+        measure = "max"
     runs = ExitMeasurer(model, blocks, measure=measure, batch=batch)
     count = len(runs.places)
     sums, sure = np.zeros((2, count + 1)), np.zeros(count)
@@ -58,6 +59,13 @@ def exit_table(
         }
         rows.append(row)
     return tuple(rows)
+
+
+def _compares(rule: Mapping[str, Any] | None) -> bool:
+    """Return whether patience counts exits that are alike, and not those that agree (F-PABEE)."""
+    if rule is None or rule["measure"] != "patience":
+        return False
+    return any(level is not None for level in rule["thresholds"])
 
 
 def exit_lines(rows: tuple[Mapping[str, Any], ...]) -> list[str]:

@@ -46,6 +46,7 @@ def test_every_option_arrives_under_its_name(
             *("--split", "valid", "--max-documents", "9", "--max-tokens", "50", "--length", "16"),
             *("--seed", "3", "--max-loss-increase", "0.02", "--confidence", "0.9", "--clip", "1"),
             *("--unit", "block", "--rule", "dynamic-k", "--values", "1,0.1", "--per-layer"),
+            *("--measure", "entropy"),
             *("--device", "cpu", "--dtype", "float32", "--batch-size", "2"),
             *("--out", "dst", "--overwrite", "-q"),
         ]
@@ -69,6 +70,7 @@ def test_every_option_arrives_under_its_name(
         "rules": ("dynamic-k",),
         "values": (1.0, 0.1),
         "per_layer": True,
+        "measure": "entropy",
         "device": "cpu",
         "dtype": "float32",
         "batch_size": 2,

@@ -168,7 +168,7 @@ SITE = "model.layers.0.mlp"
             lambda c: c["adaptive"]["sites"][SITE]["ffn"].update(router={"kind": "none such"}),
             "router.kind is not usable",
         ),
-        (lambda c: c["adaptive"]["model"].update(exits={"at": 1}), "holds more than split"),
+        (lambda c: c["adaptive"]["model"].update(exits={"at": 1}), "exits is not usable"),
         (
             lambda c: c["adaptive"]["sites"][SITE]["ffn"].update(activation="relu"),
             "holds more than split networks: activation relu",
