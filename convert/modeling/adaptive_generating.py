@@ -22,7 +22,7 @@ from .adaptive_exit_decide import leaving_of
 from .adaptive_exit_decode import Leaver
 from .adaptive_exit_passes import full_depth, why_not
 from .adaptive_exit_schema import check_draft
-from .adaptive_knobs import knobs_for
+from .adaptive_knobs import EXITS, knobs_for
 from .adaptive_row_stops import RowStops
 from .adaptive_speculate import Draft, Speculation
 
@@ -74,12 +74,26 @@ class GeneratingMixin:
         draft = self._draft_of(draft_exit, draft_tokens, draft_threshold, draft_schedule)
         token = _DRAFT.set(None if draft is None else (id(self.adaptive_runtime), draft))
         try:
-            if compute is None:
+            runtime = self.adaptive_runtime
+            knobs = None if compute is None else knobs_for(self.config.adaptive, compute)
+            if runtime.exits is not None and self._assisted(kwargs):
+                if leaving_of(runtime) is not None:
+                    warnings.warn("no token leaves early: stock code drafts", stacklevel=3)
+                # its checks of drafts are passes over several tokens, which would leave as well
+                knobs = {**(runtime.knobs if knobs is None else knobs), EXITS: {}}
+            if knobs is None:
                 return stock.generate(*args, **kwargs)
-            with self.adaptive_runtime.overridden(knobs_for(self.config.adaptive, compute)):
+            with runtime.overridden(knobs):
                 return stock.generate(*args, **kwargs)
         finally:
             _DRAFT.reset(token)
+
+    def _assisted(self, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether stock code drafts, by whatever means."""
+        own: Any = self
+        config = kwargs.get("generation_config") or own.generation_config
+        names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+        return any((kwargs.get(n) or getattr(config, n, None)) is not None for n in names)
 
     def _draft_of(
         self, at: int | bool | None, tokens: int | None, threshold: float | None, schedule: str
@@ -212,7 +226,8 @@ def _speculated(model: Any, draft: Draft, given: Mapping[str, Any], inputs: Any)
         sequences=sequences,
         scores=None if made.scores is None else tuple(made.scores),
         logits=None if made.raw is None else tuple(made.raw),
-        past_key_values=made.cache.as_dynamic(),
+        # sequences that ended earlier have left the cache
+        past_key_values=made.cache.as_dynamic() if made.cache.batch == len(sequences) else None,
     )
     output.draft = dataclasses.asdict(made.count)
     return output

@@ -201,9 +201,10 @@ def _tokens(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], count: 
     out.logits = logits
     if labels is not None:
         extra = {k: v for k, v in inputs.items() if k == "num_items_in_batch"}
-        out["loss"] = model.loss_function(
+        loss = model.loss_function(
             logits=logits, labels=labels, vocab_size=model.config.vocab_size, **extra
         )
+        out = _with_loss(out, loss)
     _account(model, depth, positions.view_as(depth) + 1, places)
     mask = current().token_mask
     out.exit_layers = depth if mask is None else depth.masked_fill(~mask.to(depth.device), 0)
@@ -326,10 +327,15 @@ def _classified(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], cou
     assert logits is not None
     out.logits = logits
     if labels is not None:
-        out["loss"] = ForSequenceClassificationLoss(labels, logits, model.config)
+        out = _with_loss(out, ForSequenceClassificationLoss(labels, logits, model.config))
     out.exit_layers = depth
     _account_texts(model, depth, inputs, judge.exits(count))
     return out
+
+
+def _with_loss(out: Any, loss: Tensor) -> Any:
+    """Return an output with a loss, which is the first of its tuple."""
+    return type(out)(**{**out, "loss": loss})
 
 
 def _account_texts(

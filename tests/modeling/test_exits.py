@@ -308,3 +308,39 @@ def test_half_precision_and_gradients_pass(made: Made) -> None:
     states = model.exit_states(**inputs_of("llama", model))
     model.exit_logits(1, states[1]).float().square().mean().backward()
     assert model.exits["1"].network.gate_proj.weight.grad is not None
+
+
+def test_the_loss_is_the_first_of_a_tuple(made: Made) -> None:
+    for family in ("llama", "bert"):
+        model, _ = made(family)
+        inputs = inputs_of(family, model)
+        labels = inputs["input_ids"] if family == "llama" else torch.tensor([0, 1])
+        with model.set_exits(0.0), torch.no_grad():
+            whole = model(**inputs, labels=labels)
+            parts = model(**inputs, labels=labels, return_dict=False)
+        assert torch.equal(parts[0], whole.loss)
+        assert torch.equal(parts[1], whole.logits)
+
+
+def test_stock_drafts_are_checked_by_the_whole_model(made: Made) -> None:
+    model, dense = made("llama")
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
+    plain = dense.generate(ids, **options)
+    with model.set_exits(0.0), pytest.warns(UserWarning, match="no token leaves early"):
+        found = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(found, plain)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), plain)
+
+
+def test_a_cache_without_all_sequences_is_not_returned(made: Made) -> None:
+    model, _ = made("llama")
+    ids = torch.randint(5, 60, (3, 6), generator=torch.manual_seed(2))
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    output = model.generate(
+        ids, max_new_tokens=9, draft_exit=3, return_dict_in_generate=True, **options
+    )
+    cache = output.past_key_values
+    assert cache is None or cache.layers[0].keys.shape[0] == 3
+    again = model.generate(output.sequences, past_key_values=cache, max_new_tokens=4, **options)
+    assert torch.equal(again, model.generate(ids, max_new_tokens=13, **options))
