@@ -158,46 +158,42 @@ class _Job:
         self, states: Sequence[Tensor], grads: list[Tensor | None], rows: slice, scale: float
     ) -> None:
         """Add one chunk to every sum; `rows` are its positions."""
-        wanted, end = self._wanted, None
+        wanted, teacher, chosen = self._wanted, None, None
         for index, at in enumerate(wanted.places):
-            learns = self._factor(at) > 0 and (grads[index] is not None or bool(self._parameters))
+            factors = (wanted.ce.get(at, 0.0), wanted.kd.get(at, 0.0))
+            learns = sum(factors) > 0 and (grads[index] is not None or bool(self._parameters))
             with torch.set_grad_enabled(learns):
                 leaf = states[index][rows].detach()
                 leaf.requires_grad_(learns and grads[index] is not None)
-                logits = wide(self._logits_of(at, leaf))
-                loss = self._loss(at, logits, end, rows) * scale
+                given = self._logits_of(at, leaf)
+            logits = wide(given.detach())
             if at == wanted.end:
-                end = logits.detach()
-            elif wanted.compare and end is not None:
-                self.agrees[at].append(logits.detach().argmax(-1) == end.argmax(-1))
-            self.total += loss.detach()
-            if loss.requires_grad:
-                self._backward(loss, leaf, grads, index, rows)
-
-    def _factor(self, at: int) -> float:
-        return self._wanted.ce.get(at, 0.0) + self._wanted.kd.get(at, 0.0)
-
-    def _loss(self, at: int, logits: Tensor, end: Tensor | None, rows: slice) -> Tensor:
-        """Return the weighted sum over the positions of a chunk."""
-        wanted = self._wanted
-        ce = functional.cross_entropy(logits, self._targets[rows], reduction="sum")
-        self.ce[at] += ce.detach()
-        loss = ce * wanted.ce.get(at, 0.0)
-        if at in wanted.kd and end is not None:
-            ours = (logits / wanted.temperature).log_softmax(-1)
-            theirs = (end / wanted.temperature).log_softmax(-1)
-            kd = functional.kl_div(ours, theirs, log_target=True, reduction="sum")
-            kd = kd * wanted.temperature**2
-            self.kd[at] += kd.detach()
-            loss = loss + kd * wanted.kd[at]
-        return loss
+                chosen = logits.argmax(-1) if wanted.compare else None
+                teacher = Teacher.of(logits, wanted.temperature) if wanted.kd else None
+            elif chosen is not None:
+                self.agrees[at].append(logits.argmax(-1) == chosen)
+            found = softmax_losses(logits, self._targets[rows], teacher, *factors, learns=learns)
+            self.ce[at] += found.ce
+            self.total += found.ce * (factors[0] * scale)
+            if found.kd is not None:
+                self.kd[at] += found.kd
+                self.total += found.kd * (factors[1] * scale)
+            if found.grad is not None and given.requires_grad:
+                slope = found.grad.mul_(scale).to(given.dtype)
+                self._backward(given, slope, leaf, grads, index, rows)
 
     def _backward(
-        self, loss: Tensor, leaf: Tensor, grads: list[Tensor | None], index: int, rows: slice
+        self,
+        logits: Tensor,
+        slope: Tensor,
+        leaf: Tensor,
+        grads: list[Tensor | None],
+        index: int,
+        rows: slice,
     ) -> None:
         """Add the gradients of one exit at one chunk."""
         inputs = [*([leaf] if leaf.requires_grad else []), *self._parameters]
-        found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        found = list(torch.autograd.grad(logits, inputs, slope, allow_unused=True))
         mine = grads[index]
         if leaf.requires_grad:
             grad = found.pop(0)
@@ -210,6 +206,97 @@ class _Job:
                 self._sums[number] += grad
             else:
                 self._sums[number] = grad.clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """What exits learn from at the positions of a chunk.
+
+    Attributes:
+        shares: [C, V] p = softmax(z / temperature) of its logits z.
+        negentropy: [C] sum of p log p.
+    """
+
+    shares: Tensor
+    negentropy: Tensor
+    temperature: float
+
+    @classmethod
+    def of(cls, logits: Tensor, temperature: float) -> Teacher:
+        """Return the teacher with logits z [C, V]."""
+        scaled = logits if temperature == 1 else logits / temperature
+        shares, log_sums = _softmax(scaled)
+        # sum of p (z - log sum exp z): where p is 0, so is its part
+        negentropy = torch.linalg.vecdot(shares, scaled) - log_sums
+        return cls(shares=shares, negentropy=negentropy, temperature=temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmaxed:
+    """Losses of logits, summed over C positions.
+
+    Attributes:
+        ce: [].
+        kd: [], None where none is wanted.
+        grad: [C, V] of the weighted sum by the logits, None unless asked for.
+    """
+
+    ce: Tensor
+    kd: Tensor | None
+    grad: Tensor | None
+
+
+def softmax_losses(
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Teacher | None,
+    ce: float,
+    kd: float,
+    *,
+    learns: bool,
+) -> Softmaxed:
+    """Return cross-entropy, divergence from a teacher and their gradient in closed form.
+
+    Both come from one softmax, and the gradient is written over it: (p - 1[target]) for the
+    cross-entropy and T (p_T - teacher) for the divergence times T^2, T the temperature. Taken
+    through autograd, each costs several more passes over [C, V], which is most of a step on a CPU.
+
+    Args:
+        logits: [C, V].
+        targets: [C].
+        teacher: of the divergence; none is computed without.
+        ce, kd: their factors in the gradient.
+        learns: whether the gradient is wanted.
+    """
+    rows = torch.arange(len(targets), device=logits.device)
+    shares, log_sums = _softmax(logits)
+    lost = (log_sums - logits[rows, targets]).sum()
+    diverged = None
+    if kd and teacher is not None:
+        degrees = teacher.temperature
+        scaled = logits if degrees == 1 else logits / degrees
+        flat, sums = (None, log_sums) if degrees == 1 else _softmax(scaled)
+        apart = teacher.negentropy - torch.linalg.vecdot(teacher.shares, scaled) + sums
+        diverged = apart.sum() * degrees**2
+        if learns:
+            if flat is None:
+                shares.mul_(ce + kd)
+            else:
+                shares.mul_(ce).add_(flat, alpha=kd * degrees)
+            shares.sub_(teacher.shares, alpha=kd * degrees)
+    elif learns and ce != 1:
+        shares.mul_(ce)
+    if learns:
+        shares[rows, targets] -= ce
+    return Softmaxed(ce=lost, kd=diverged, grad=shares if learns else None)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax [C, V] and log-sum-exp [C] of logits, from one pass of exponentials."""
+    top = logits.amax(-1, keepdim=True)
+    shares = (logits - top).exp_()
+    sums = shares.sum(-1, keepdim=True)
+    return shares.div_(sums), (sums.log() + top).squeeze(-1)
 
 
 class _Chunked(torch.autograd.Function):

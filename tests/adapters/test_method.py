@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,7 @@ def test_copies_and_pickles_compute_the_same_and_are_independent(
 ) -> None:
     model = attach(base_of("llama"), router={"reads": reads})
     want = logits_of(model)
-    stream = io.BytesIO()
-    torch.save(model, stream)
-    stream.seek(0)
-    for again in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits_of(again), want)
         for name, parameter in again.named_parameters():
             if "molora_router" in name:

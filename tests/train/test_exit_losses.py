@@ -17,12 +17,14 @@ from adaconvert.testing.exits_by_hand import by_hand
 from adaconvert.train import losses
 from adaconvert.train.exit_heads import OwnHeads, SharedHeads
 from adaconvert.train.exit_losses import (
+    Teacher,
     Wanted,
     confidence_loss,
     enabled_layers,
     exit_losses,
     predicted,
     skip_weights,
+    softmax_losses,
 )
 from adaconvert.train.layer_dropout import LayerTaps, probabilities
 
@@ -68,6 +70,28 @@ def plain(model: Any, ids: Tensor, labels: Tensor, wanted: Wanted) -> Tensor:
             kd = losses.distillation(logits, end.detach(), labels, wanted.temperature)
             total = total + wanted.kd[at] * kd
     return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("ce", "kd"), [(1.0, 0.0), (0.3, 0.0), (0.0, 1.0), (0.7, 0.4)])
+def test_the_closed_form_is_what_autograd_finds(ce: float, kd: float, temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = (8 * torch.randn(6, 50, dtype=torch.float64)).requires_grad_()
+    other = 8 * torch.randn(6, 50, dtype=torch.float64)
+    targets = torch.randint(50, (6,))
+    found = softmax_losses(
+        logits.detach(), targets, Teacher.of(other, temperature), ce, kd, learns=True
+    )
+    lost = functional.cross_entropy(logits, targets, reduction="sum")
+    ours, theirs = (logits / temperature).log_softmax(-1), (other / temperature).log_softmax(-1)
+    apart = functional.kl_div(ours, theirs, log_target=True, reduction="sum") * temperature**2
+    (grad,) = torch.autograd.grad(ce * lost + kd * apart, logits)
+    torch.testing.assert_close(found.ce, lost.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.grad, grad, rtol=0, atol=1e-13)
+    if kd:
+        torch.testing.assert_close(found.kd, apart.detach(), rtol=1e-12, atol=0)
+    else:
+        assert found.kd is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
