@@ -2,18 +2,19 @@
 """Measure generation with a model that has exits: drafts that change nothing, and early leaving.
 
     python scripts/bench_exits.py EXITS --prompts FILE.jsonl [--exits 10,15,20] [--count 50]
-        [--tokens 128] [--tune 5] [--vocab full,reduced] [--draft-tokens-file FILE] [--threads 1]
+        [--tokens 128] [--tune 5] [--vocab full,reduced] [--draft-text FILE] [--threads 1]
         [--lossy T1,T2,...] [--csv FILE | --dry]
 
 EXITS is an adaptive checkpoint with (trained) exits. Prompts are the first tokens of the texts of
-FILE: --tune of them to choose settings by, then --count to measure. One sequence at a time, greedy;
+FILE, or of each --piece of them, of several files in turn: --tune to choose settings by, then
+--count to measure. One sequence at a time, greedy;
 nothing ends a sequence early. For every exit these take turns, prompt by prompt:
 
     plain                        `generate` without drafts; no token leaves early
     stock assistant_early_exit   transformers' own, with the same exit's head
     draft_exit                   this project's, with every vocabulary of --vocab: "full", "reduced"
-                                 (the exit's `draft_tokens`, or those of the file), or a number, the
-                                 first of the file, which is a list of ids in JSON
+                                 (the exit's `draft_tokens`), or a number, so many of the most
+                                 frequent tokens of --draft-text
 
 Length, threshold and schedule of the drafts are chosen for the least CPU time on the tuning
 prompts, of stock drafts as well; settings are dropped by halves. Tokens must be plain's: "wrong" is
@@ -37,10 +38,11 @@ Rows go to scripts/bench/drafts.csv.
 from __future__ import annotations
 
 import datetime
-import json
+import itertools
 import os
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ FIELDS = (
     *("depth", "equal_depth", "forced", "agreement", "rival", "over_rival", "rival_forced"),
     "skipped",
 )
+#: texts of a file in which tokens are counted.
+COUNTED = 60
 SHOWN = (
     *("part", "exit", "variant", "vocab", "draft_tokens", "threshold", "schedule", "tokens_per_s"),
     *("over_plain", "over_stock", "wrong", "accepted", "tokens_per_round", "predicted"),
@@ -94,7 +98,8 @@ SHOWN = (
 
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("exits", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--prompts", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--prompts", multiple=True, required=True, metavar="FILE")
+@click.option("--piece", type=int, help="characters that texts are cut into  [default: whole]")
 @click.option("--exits", "places", help="blocks before each  [default: all of them]")
 @click.option("--count", default=50, show_default=True, help="prompts to measure")
 @click.option("--tokens", default=128, show_default=True, help="new ones of each")
@@ -104,7 +109,7 @@ SHOWN = (
 @click.option("--lengths", default="1,2,4,8", show_default=True, help="drafts to choose among")
 @click.option("--thresholds", default="0,0.4,0.7", show_default=True, help="to choose among")
 @click.option("--vocab", default="full,reduced", show_default=True)
-@click.option("--draft-tokens-file", type=click.Path(exists=True, path_type=Path))
+@click.option("--draft-text", multiple=True, metavar="FILE", help="to count tokens in")
 @click.option("--lossy", default="", metavar="T1,T2,...", help="thresholds of early leaving")
 @click.option("--only-lossy", is_flag=True, help="no drafts")
 @click.option("--turns", default=5, show_default=True, help="of parts, for each tuning prompt")
@@ -123,6 +128,7 @@ def main(exits: Path, csv: Path, dry: bool, **options: Any) -> None:
         raise click.UsageError(f"{exits.name} has no exits")
     only_greedy(model)
     tune, prompts = prompts_of(exits, options)
+    options["ranked"] = by_frequency(exits, options["draft_text"])
     common = facts(model, options) | {"model": options["name"] or exits.name}
     common["prompts"] = str(len(prompts))
     parts = [] if options["only_lossy"] else [draft_rows(model, tune, prompts, options)]
@@ -159,7 +165,7 @@ def prompts_of(folder: Path, options: dict[str, Any]) -> tuple[list[Tensor], lis
     """
     length, tune, wanted = options["prompt_tokens"], options["tune"], options["count"]
     tokenizer, found = load_tokenizer(folder), []
-    for text in read_documents(options["prompts"]).texts:
+    for text in texts_of(options["prompts"], options["piece"]):
         # a token has seldom more than 16 characters
         ids = encode(tokenizer, text[: 16 * length])[:length]
         if len(ids) == length:
@@ -171,6 +177,26 @@ def prompts_of(folder: Path, options: dict[str, Any]) -> tuple[list[Tensor], lis
     if len(found) < tune + wanted:
         click.echo(f"{len(found) - tune} prompts instead of {wanted}", err=True)
     return found[:tune], found[tune:]
+
+
+def texts_of(files: Sequence[str], piece: int | None) -> Iterator[str]:
+    """Yield texts, or pieces of so many characters, of each file in turn."""
+    every: list[list[str]] = []
+    for file in files:
+        texts = read_documents(file).texts
+        cuts = [(text, piece or max(len(text), 1)) for text in texts]
+        every.append([t[at : at + size] for t, size in cuts for at in range(0, len(t), size)])
+    for group in itertools.zip_longest(*every):
+        yield from (text for text in group if text is not None)
+
+
+def by_frequency(folder: Path, files: Sequence[str]) -> Tensor:
+    """Return the tokens of texts, the most frequent first."""
+    tokenizer, seen = load_tokenizer(folder), Counter[int]()
+    for file in files:
+        for text in read_documents(file, max_documents=COUNTED).texts:
+            seen.update(encode(tokenizer, text))
+    return torch.tensor([token for token, _ in seen.most_common()])
 
 
 # -- drafts
@@ -218,20 +244,17 @@ def candidates(model: Any, at: int, options: dict[str, Any]) -> Iterator[tuple[V
     head = model.adaptive_exits()[at]
     own = "" if head.part("block") is None else "stock caches have no place for the exit's block"
     yield Variant(STOCK, at), own
-    path = options["draft_tokens_file"]
-    listed = None if path is None else torch.tensor(json.loads(path.read_text()))
     kept = getattr(head, "draft_tokens", None)
     for label in options["vocab"].split(","):
         if label == "full":
             yield Variant(OURS, at), ""
         elif label == "reduced":
-            few = listed if listed is not None else kept
-            reason = "the exit has no draft_tokens, and no file was given" if few is None else ""
-            yield Variant(OURS, at, few, "reduced" if few is None else str(len(few))), reason
-        elif listed is None:
-            raise click.UsageError(f"--vocab {label} needs --draft-tokens-file")
+            reason = "the exit has no draft_tokens" if kept is None else ""
+            yield Variant(OURS, at, kept, "reduced" if kept is None else str(len(kept))), reason
+        elif not options["draft_text"]:
+            raise click.UsageError(f"--vocab {label} needs --draft-text")
         else:
-            yield Variant(OURS, at, listed[: int(label)], label), ""
+            yield Variant(OURS, at, options["ranked"][: int(label)], label), ""
 
 
 def _tuned(

@@ -5,7 +5,8 @@
 
 Each --case is a kind of head of `adaconvert early-exit`, with "-tied" where its output matrix stays
 the model's; "affine" is the tuned lens, which must be beaten. Every case is trained by `adaconvert
-finetune --train exits` at every --lr on the same tokens in the same order. A row says, for one exit
+finetune --train exits` at every --lr, or at one of its own ("mlp-tied@1e-2"), on the same tokens in
+the same order. A row says, for one exit
 of one case at one rate, what it loses on held-out text and how often it chooses the token the whole
 model chooses, before training and after.
 
@@ -84,7 +85,8 @@ def _runs(
     dense: Path, work: Path, cases: list[str], lrs: tuple[float, ...], options: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, float], dict[str, Any]]]:
     """Yield (case, rate) and what its run says of itself, made where it is missing."""
-    for case in cases:
+    for name in cases:
+        case, _, own = name.partition("@")
         start = work / case
         if not start.exists():
             click.echo(f"making {case}", err=True)
@@ -98,7 +100,7 @@ def _runs(
                 head=head,
                 **more,
             )
-        for lr in lrs:
+        for lr in (float(own),) if own else lrs:
             path = work / f"{case}_{lr:g}"
             if not path.exists():
                 _tune(start, path, lr, options)

@@ -77,7 +77,8 @@ def calibrate(
         destination: write a calibrated copy there and leave `checkpoint` as it is.
         overwrite: replace a destination adaconvert wrote.
         options: fields of `CalibrationSettings` and `Reading` in `adaconvert.evaluate`: `budget`,
-            or `max_loss_increase` and `confidence`, and others.
+            or `max_loss_increase`, `max_disagreement`, `max_label_error` and `confidence`, and
+            others.
 
     Raises:
         OptionError: options that do not fit together or the model, or the budget is out of reach

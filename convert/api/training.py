@@ -39,10 +39,12 @@ def finetune(
 
     Args:
         source: checkpoint of a causal language model: dense, native mixture or adaptive, early
-            exits included (`train="exits"` tunes them on a frozen trunk); or a PEFT
-            folder of routed adapters or of a LoRA, of which adapters and routers are trained.
+            exits included (`train="exits"` tunes them on a frozen trunk); or of a classifier of
+            texts or images with early exits, trained on labelled data; or a PEFT folder of routed
+            adapters or of a LoRA, of which adapters and routers are trained.
         destination: folder that must not exist, or be empty, unless `overwrite`.
-        data: one text or several, each as "FILE" or "FILE,WEIGHT".
+        data: one text or several, each as "FILE" or "FILE,WEIGHT"; of a classifier "FILE" with
+            `text_field` and `label_field`, or what `data.images.read_images` takes.
         base: folder or hub id of the model a PEFT folder is for; what that names itself when None.
         overwrite: replace a folder adaconvert wrote.
         resume: go on from the last complete checkpoint of an interrupted run.
@@ -57,12 +59,14 @@ def finetune(
         options: fields of `train.config.FinetuneConfig`, and those of its parts by the names of
             the command line: `activation`, `sparsity`, ... for stage 1 of D2DMoE, `lora`,
             `lora_alpha`, `lora_targets`, `load_in_4bit`, `compile`, `fsdp`, `expert_parallel`, and
-            `exit_loss`, `exit_weights`, `early_exit_loss`, `layer_dropout`, ... for early exits.
+            `exit_loss`, `exit_weights`, `early_exit_loss`, `layer_dropout`, ... for early exits;
+            `exit_objective`, ... for those of classifiers.
 
     Raises:
         OptionError: options do not fit together or the model (2).
         DataError: the text is missing, damaged or too short (2).
-        SourceError: the checkpoint is damaged, or no causal language model (3).
+        SourceError: the checkpoint is damaged, or neither a causal language model nor a classifier
+            with exits (3).
         OutputConflictError: the destination is taken, or `resume` finds another run (4).
         TrainingError: a loss stops being finite, or routers collapsed; the last checkpoint is kept
             (5).

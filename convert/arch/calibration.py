@@ -23,6 +23,10 @@ def config_digest(config: Mapping[str, Any]) -> str:
     for slots in adaptive.get("sites", {}).values():
         slots.get("ffn", {}).pop("select", None)
         (slots.get("linear", {}).get("mlp") or {}).pop("select", None)
+    # rows of a table say all of how tokens leave; these are what holds without one
+    exits = (adaptive.get("model") or {}).get("exits") or {}
+    for name in ("decide", "kv"):
+        exits.pop(name, None)
     bare["adaptive"] = adaptive
     text = json.dumps(bare, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

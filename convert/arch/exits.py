@@ -1,8 +1,8 @@
 """Early exits as data: where a model can be left, and the tensors an exit has of its own.
 
-An exit at k lies after k blocks. Everything it has of its own begins as a copy of a tensor of the
-model, but for an affine map (the identity), a classifier (zeros) and the tokens a draft chooses
-among. `modeling.adaptive_exit_schema` says what `config.adaptive.model.exits` holds.
+An exit at k lies after k blocks, 0 < k < L. Everything it has of its own begins as a copy of a
+tensor of the model, but for an affine map (the identity), a classifier (zeros) and the tokens a
+draft chooses among. `modeling.adaptive_exit_schema` says what `config.adaptive.model.exits` holds.
 Letters: L blocks, d hidden size, V vocabulary, n tokens a draft chooses among.
 """
 
@@ -252,11 +252,11 @@ def exit_tensors(spec: ModelSpec, exits: Mapping[str, Any]) -> Iterator[ExitTens
         SourceError: an exit lies outside the model, or has what the model has not.
     """
     for head in exits["heads"]:
-        if head["at"] > spec.layers:
+        if head["at"] >= spec.layers:
             raise SourceError(
                 f"adaptive.model.exits has an exit after {head['at']} blocks",
                 where=WHERE,
-                expected=f"1 to {spec.layers}",
+                expected=f"1 to {spec.layers - 1}",
             )
         yield from _tail_tensors(spec, head)
         if head["network"]:

@@ -36,7 +36,22 @@ def _choice_options() -> options.Decorator[Any]:
             type=float,
             metavar="SHARE",
             help="Choose the cheapest setting certified to change no more than this share of the "
-            "most likely next tokens.",
+            "most likely next tokens, or of a classifier's classes.",
+        ),
+        option(
+            "choice",
+            "--max-label-error",
+            type=float,
+            metavar="SHARE",
+            help="Of a classifier, on labelled data: choose the cheapest setting certified to be "
+            "wrong about no more than this share of the labels.",
+        ),
+        option(
+            "choice",
+            "--max-label-error-increase",
+            type=float,
+            metavar="SHARE",
+            help="The same for how much more of them it gets wrong than the whole model does.",
         ),
         option(
             "choice",
@@ -114,6 +129,14 @@ def _data_options() -> options.Decorator[Any]:
         option("data", "--field", default="text", metavar="NAME", help="What holds the text."),
         option(
             "data",
+            "--label-field",
+            metavar="NAME",
+            help="What holds the class of a text or image, as a number or by name; the table then "
+            "says how many labels are wrong. Default: 'label' with --max-label-error and "
+            "--max-label-error-increase, else labels are not read.",
+        ),
+        option(
+            "data",
             "--split",
             metavar="NAME",
             help="Split of a hub data set, or the word that names the files of a folder.",
@@ -176,8 +199,8 @@ def calibrate(checkpoint: str, data: tuple[str, ...], as_json: bool, **settings:
     """Measure which setting gives which compute and loss, and choose the default.
 
     The table goes into config.json and the card; `model.set_compute(x)` uses it wherever the
-    checkpoint loads. With --max-loss-increase the choice is certified (Learn-then-Test) on data
-    that took no part in finding it; too little data is refused with the number needed.
+    checkpoint loads. With a --max option the choice is certified (Learn-then-Test) on data that
+    took no part in finding it; too little data is refused with the number needed.
     """
     heard = begin(versions.EVALUATING)
     from adaconvert import api

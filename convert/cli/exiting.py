@@ -19,7 +19,7 @@ _PLACES = (
         "exits",
         "--exits",
         metavar="LIST",
-        help="Where: how many blocks have run, such as 8,16; from 1 to all.",
+        help="Where: how many blocks have run, such as 8,16; from 1 to one less than there are.",
     ),
     option(
         "exits",

@@ -61,6 +61,13 @@ def _data_options() -> options.Decorator[Any]:
         ),
         option(
             "data",
+            "--label-field",
+            metavar="NAME",
+            help="Of a classifier with exits: what holds the class of a text or image, as a number "
+            "or by name. Default: 'label'.",
+        ),
+        option(
+            "data",
             "--messages-field",
             default="messages",
             metavar="NAME",
@@ -361,7 +368,8 @@ def _router_options() -> options.Decorator[Any]:
 @run_options()
 @verbosity_options
 def finetune(source: str, destination: str, as_json: bool, **settings: Any) -> None:
-    """Tune a dense, mixture or adaptive checkpoint briefly on text.
+    """Tune a dense, mixture or adaptive checkpoint briefly on text; or, on labelled texts or
+    images, a classifier with exits.
 
     The result is a checkpoint of the same kind, under the same names and in the same dtype; of an
     adapter folder, whose adapters and routers are trained, such a folder. With

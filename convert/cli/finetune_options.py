@@ -162,6 +162,36 @@ def exit_options() -> options.Decorator[Any]:
             help="LayerSkip: which exits count at a step: none (all), rotational:R (every R-th, "
             "another one each step), gradual (from the last one down).",
         ),
+        option(
+            "exits",
+            "--exit-objective",
+            type=click.Choice(["weighted", "geometric", "ponder"]),
+            help="Of a classifier: mean of all exits' losses, weights proportional to the blocks "
+            "before each (PABEE); or with classifiers of confidence that learn when to halt: at "
+            "the exit that does best (Depth-Adaptive Transformer), or as the expected loss asks "
+            "(PonderNet). Default: weighted.",
+        ),
+        option(
+            "exits",
+            "--objective-factor",
+            type=float,
+            metavar="C",
+            help="Of the loss that teaches geometric and ponder when to halt. Default: 0.01.",
+        ),
+        option(
+            "exits",
+            "--halting-prior",
+            type=float,
+            metavar="P",
+            help="Of ponder: chance of halting at each exit in the prior. Default: 0.3.",
+        ),
+        option(
+            "exits",
+            "--halting-cost",
+            type=float,
+            metavar="NATS",
+            help="Of geometric: what each further exit must gain. Default: 0.05.",
+        ),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from adaconvert.errors import DataError, OptionError
 from adaconvert.io.names import escape, listing
+
+#: what holds the class of a text or an image unless another field is named.
+LABEL_FIELD: Final = "label"
 
 
 def check_single_label(config: Any, what: str = "a text") -> None:
@@ -22,7 +25,7 @@ def check_single_label(config: Any, what: str = "a text") -> None:
     kind = getattr(config, "problem_type", None)
     if kind in ("regression", "multi_label_classification") or config.num_labels < 2:
         raise OptionError(
-            f"accuracy is measured on classifiers with one label {what}",
+            f"labels are compared with what classifiers choose that give one label {what}",
             where="config.json",
             found=kind or f"{config.num_labels} labels",
         )

@@ -100,7 +100,8 @@ def missing_field(field: str, found: Sequence[object], where: str) -> DataError:
         f"there is no field '{escape(field, 60)}'",
         where=where,
         found=f"fields {names}" if found else names,
-        hint="Name the field that holds the text (--field or --data-field).",
+        hint="Name the field that holds the text (--field or --data-field) or the label "
+        "(--label-field).",
     )
 
 

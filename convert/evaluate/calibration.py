@@ -35,6 +35,7 @@ from adaconvert.layerwise.configs import load_config
 from adaconvert.modeling.adaptive_knobs import has_exits
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
+_LABEL_LOSS: Final = "loss is that of the label"
 _CLASS_LOSS: Final = "loss is that of the class the model chooses with every expert on"
 
 
@@ -54,13 +55,15 @@ def calibrate(
     if has_exits(checkpoint.adaptive):
         check_exit_settings(checkpoint.adaptive, settings)
     single, masked = _kind(checkpoint, settings)
+    config = load_config(Source.open(checkpoint.folder)) if single else None
     data = read_data(
         settings.reading,
         checkpoint.folder,
         settings.shares,
         whole=single,
         masked=masked,
-        images=_images(checkpoint, settings.reading),
+        images=_images(checkpoint, settings.reading, config),
+        config=config,
     )
     risk = settings.risk(single=single)
     if risk is not None:
@@ -83,7 +86,7 @@ def calibrate(
         notes=(
             *found.notes,
             *calibration_output.reset_notes(checkpoint.adaptive, found.chosen),
-            *([_CLASS_LOSS] if single else []),
+            *([_CLASS_LOSS if data.labels is None else _LABEL_LOSS] if single else []),
             *([_HIDDEN] if masked else []),
         ),
     )
@@ -127,11 +130,18 @@ def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, 
     if is_classifier(name):
         if settings.max_loss_increase is not None:
             raise OptionError(
-                "needs labels, which a classifier is not given here",
+                "is for language models, and this model chooses a class",
                 where="--max-loss-increase",
-                hint="Use --max-disagreement, the share of texts or images whose class changes.",
+                hint="Use --max-disagreement, the share of texts or images whose class changes, or "
+                "with labelled data --max-label-error-increase.",
             )
         return True, False
+    if settings.of_labels is not None:
+        raise OptionError(
+            "is for classifiers: a language model chooses tokens, which have no labels",
+            where=settings.of_labels,
+            hint="Use --max-loss-increase or --max-disagreement.",
+        )
     masked = is_masked(name)
     if not masked and not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise OptionError(
@@ -145,15 +155,16 @@ def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, 
     return False, masked
 
 
-def _images(checkpoint: Checkpoint, reading: Reading) -> Images | None:
+def _images(checkpoint: Checkpoint, reading: Reading, config: Any) -> Images | None:
     """Return the images a classifier of images is calibrated on, None for a model of text."""
     if not takes_images(str((checkpoint.config.get("architectures") or [""])[0])):
         return None
     return read_images(
         reading.data,
         checkpoint.folder,
-        load_config(Source.open(checkpoint.folder)),
+        config,
         field=reading.field,
+        label_field=reading.label_field,
         split=reading.split,
         max_documents=reading.max_documents,
     )

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaconvert.data.images import image_blocks
+from adaconvert.data.labelled import read_labelled_documents
 from adaconvert.data.text import Documents, documents_of, read_documents
 from adaconvert.data.tokens import token_blocks
 from adaconvert.errors import DataError
@@ -31,6 +32,7 @@ class Reading:
     Attributes:
         data: files, folders or hub data sets, see `read_documents`; of images, see `read_images`.
         field, split: where in the data the text, or the path of an image, is.
+        label_field: what holds its class; None where labels are not read.
         length: tokens of a block.
         max_tokens: tokens to calibrate on, None for all there are.
         max_documents: documents, or images, to read of each of `data`, None for all.
@@ -42,6 +44,7 @@ class Reading:
     data: tuple[str, ...]
     field: str = "text"
     split: str | None = None
+    label_field: str | None = None
     length: int = 512
     max_tokens: int | None = 100_000
     max_documents: int | None = None
@@ -80,6 +83,7 @@ class CalibrationData:
         ordering, testing, evaluation: the splits.
         digest: sha256 over the blocks, the unit and the division.
         hidden: what is hidden of the blocks from a masked language model.
+        labels: [documents] the class of each, None where labels were not read.
     """
 
     blocks: TokenBlocks
@@ -90,6 +94,7 @@ class CalibrationData:
     evaluation: Part
     digest: str
     hidden: Hidden | None = None
+    labels: Integers | None = None
 
     @property
     def units(self) -> int:
@@ -120,6 +125,7 @@ def read_data(
     whole: bool = False,
     masked: bool = False,
     images: Images | None = None,
+    config: Any = None,
 ) -> CalibrationData:
     """Return the data of a calibration.
 
@@ -133,13 +139,14 @@ def read_data(
         whole: each document is one text to classify, so only its first block is used.
         masked: the model predicts hidden tokens.
         images: what is used instead of text; equal ones are used once.
+        config: transformers config of the classifier, where labels are read.
 
     Raises:
-        DataError: the data cannot be read, or hold fewer units than there are splits, or the
-            tokenizer has no mask token.
+        DataError: the data cannot be read, or hold fewer units than there are splits, or a label
+            the model does not have, or the tokenizer has no mask token.
         OptionError: a number is out of range.
     """
-    blocks, sources = _blocks(reading, folder, images)
+    blocks, sources, labels = _blocks(reading, folder, images, config)
     by_document = reading.unit == "document"
     if whole and images is None:
         blocks = _first_blocks(blocks)
@@ -163,23 +170,25 @@ def read_data(
         ordering=_part(kept, members, parts.ordering),
         testing=_part(kept, members, parts.testing),
         evaluation=_part(kept, members, parts.evaluation),
-        digest=_digest(blocks.digest, reading.unit, kept, members, parts),
+        digest=_digest(blocks.digest, reading.unit, kept, members, parts, labels),
         hidden=hide(blocks, folder, reading.seed) if masked else None,
+        labels=labels,
     )
 
 
 def _blocks(
-    reading: Reading, folder: Path, images: Images | None
-) -> tuple[TokenBlocks, tuple[str, ...]]:
-    """Return what the model is run on, and where each document comes from."""
+    reading: Reading, folder: Path, images: Images | None, config: Any
+) -> tuple[TokenBlocks, tuple[str, ...], Integers | None]:
+    """Return what the model is run on, where each document comes from, and its label."""
     if images is not None:
         unique = images.unique()
-        return image_blocks(unique), unique.names
-    documents = _documents(reading)
+        labels = None if reading.label_field is None else np.array(unique.labels, dtype=np.int64)
+        return image_blocks(unique), unique.names, labels
+    documents, labels = _documents(reading, config)
     blocks = token_blocks(
         documents, folder, length=reading.length, seed=reading.seed, progress=reading.progress
     )
-    return blocks, documents.names
+    return blocks, documents.names, labels
 
 
 def check_enough(data: CalibrationData, risk: Risk, shares: Sequence[float], where: str) -> None:
@@ -209,7 +218,21 @@ def too_small(
     )
 
 
-def _documents(reading: Reading) -> Documents:
+def _documents(reading: Reading, config: Any) -> tuple[Documents, Integers | None]:
+    if reading.label_field is not None:
+        found, labels = read_labelled_documents(
+            reading.data,
+            config,
+            field=reading.field,
+            label_field=reading.label_field,
+            split=reading.split,
+            max_documents=reading.max_documents,
+        )
+        return found, np.array(labels, dtype=np.int64)
+    return _unlabelled(reading), None
+
+
+def _unlabelled(reading: Reading) -> Documents:
     texts: list[str] = []
     names: list[str] = []
     for where in reading.data:
@@ -266,9 +289,17 @@ def _part(kept: Integers, members: Integers, chosen: Integers) -> Part:
     return Part(blocks=kept[inside], members=place[members[inside]], units=len(chosen))
 
 
-def _digest(blocks: str, unit: str, kept: Integers, members: Integers, parts: Splits) -> str:
+def _digest(
+    blocks: str,
+    unit: str,
+    kept: Integers,
+    members: Integers,
+    parts: Splits,
+    labels: Integers | None,
+) -> str:
     whole = hashlib.sha256(f"{blocks} {unit}\n".encode())
-    for array in (kept, members, parts.ordering, parts.testing, parts.evaluation):
+    arrays = (kept, members, parts.ordering, parts.testing, parts.evaluation)
+    for array in arrays if labels is None else (*arrays, labels):
         whole.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         whole.update(b"\n")
     return whole.hexdigest()

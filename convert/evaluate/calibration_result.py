@@ -24,6 +24,7 @@ class Row:
         clipped: share of blocks whose rise in loss was clipped; None when nothing was.
         guaranteed: it passed the test.
         p_value: of the test, None when it was not tested.
+        label_error: share of wrong labels, None where labels are not known.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     clipped: float | None = None
     guaranteed: bool = False
     p_value: float | None = None
+    label_error: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the row as config.json stores it."""
@@ -53,6 +55,8 @@ class Row:
             row["p_value"] = self.p_value
         if self.clipped is not None:
             row["clipped"] = self.clipped
+        if self.label_error is not None:
+            row["label_error"] = self.label_error
         return row
 
 
@@ -104,17 +108,19 @@ class CalibrationResult:
         """Return the text a person reads."""
         split = self.split
         unit = split["unit"]
+        wrong = "" if self.rows[0].label_error is None else f" {'wrong':>8}"
         lines = [
             f"{self.checkpoint}: {len(self.rows)} settings, measured on {split['evaluation']} "
             f"{unit}s that chose nothing ({split['tokens']} tokens in all)",
-            f"{'':2}{'compute':>8} {'loss':>8} {'rise':>9} {'changed':>8}  setting",
+            f"{'':2}{'compute':>8} {'loss':>8} {'rise':>9} {'changed':>8}{wrong}  setting",
         ]
         for index, row in enumerate(self.rows):
             mark = "*" if index == self.chosen else " "
             sure = "  guaranteed" if row.guaranteed else ""
+            wrong = "" if row.label_error is None else f" {row.label_error:8.1%}"
             lines.append(
                 f"{mark:2}{row.compute:8.4f} {row.loss:8.4f} {row.loss_increase:+9.4f} "
-                f"{row.changed:8.1%}  {row.name}{sure}"
+                f"{row.changed:8.1%}{wrong}  {row.name}{sure}"
             )
         if self.chosen is not None:
             lines.append(f"chosen (*), now the default: {self.promise()}")
@@ -130,10 +136,14 @@ class CalibrationResult:
         limit, bounds = self.risk["limit"], self.risk["range"]
         assert isinstance(limit, float)
         assert isinstance(bounds, list)
-        said = f"the most likely prediction changes for at most {limit:.2%}"
+        said = {
+            "disagreement": f"the most likely prediction changes for at most {limit:.2%}",
+            "label-error": f"the label is wrong for at most {limit:.2%}",
+            "label-error-increase": f"the share of wrong labels rises by at most {limit:.2%}",
+            "loss-increase": f"the loss rises by at most {limit:g} nats per token",
+        }[str(self.risk["kind"])]
         clipped = ""
         if self.risk["kind"] == "loss-increase":
-            said = f"the loss rises by at most {limit:g} nats per token"
             share = f"{row.clipped or 0:.2%} of blocks were"
             clipped = f"; rises are clipped to {bounds[1]:g} per block ({share})"
         return (

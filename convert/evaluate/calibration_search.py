@@ -12,6 +12,7 @@ import numpy as np
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.allocation import LEVELS, sensitivities
 from adaconvert.evaluate.calibration_data import CalibrationData, Part, too_small
+from adaconvert.evaluate.calibration_losses import UnitLosses, out_of_reach
 from adaconvert.evaluate.calibration_result import Row
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
 from adaconvert.evaluate.candidates import (
@@ -26,15 +27,14 @@ from adaconvert.evaluate.candidates import (
 )
 from adaconvert.evaluate.null_grid import STORED, NullGrid, NullSite
 from adaconvert.evaluate.risk import Floats, Risk
-from adaconvert.evaluate.sweep import REFERENCE, Grid, Measured, Measurer, Setting, given
+from adaconvert.evaluate.sweep import ALL, REFERENCE, Grid, Measured, Measurer, Setting, given
 from adaconvert.evaluate.testing_sequence import (
     Certified,
-    Integers,
     best_within,
     certify,
     frontier,
 )
-from adaconvert.modeling.adaptive_knobs import neuron_flops
+from adaconvert.evaluate.whole_compute import chooses, whole_compute, whole_flops
 from adaconvert.modeling.adaptive_schema import routed_specs
 from adaconvert.progress import Bar, bar
 
@@ -76,31 +76,44 @@ class Search:
         sites = routed_specs(model.config.adaptive)
         self.whole = whole_compute(model.config.adaptive)
         self._specs: dict[str, dict[str, Any]] = {
-            path: spec for path, spec in sites.items() if _chooses(spec)
+            path: spec for path, spec in sites.items() if chooses(spec)
         }
         self._nulled = any("mixture" in spec for spec in self._specs.values())
         self.whole_name = _NO_NULLS if self._nulled else "every expert"
+        self._reference_name = _NO_NULLS if self._nulled else REFERENCE.name
         self._model = model
         self._routes_all = len(self._specs) == len(sites)
-        self._measurer = Measurer(
-            model, data.blocks, batch=settings.batch_size, names=data.names, hidden=data.hidden
-        )
+        self._measurer = Measurer(model, data.blocks, **self._given())
         self._ordering: list[Measured] = []
+
+    def _given(self) -> dict[str, Any]:
+        """Return what a measurer is told besides model and blocks."""
+        data = self.data
+        return {
+            "batch": self.settings.batch_size,
+            "names": data.names,
+            "hidden": data.hidden,
+            "labels": data.labels,
+        }
 
     def run(self) -> Found:
         """Return the table and the choice.
 
         Raises:
             DataError: the data are too small to certify what they suggest; says how many would do.
-            OptionError: no rule can choose, or nothing is as cheap as the budget.
+            OptionError: no rule can choose, nothing is as cheap as the budget, or nothing keeps a
+                limit the reference itself may break.
             SourceError: a loss is not finite.
         """
         self._try_all()
+        if self.risk is not None and not self.risk.compares:
+            self._try([REFERENCE])
         found = None if self.risk is None else self._test(self.risk)
         settings, rows = self._rows(found)
         if found is not None:
-            chosen = settings.index(found.cheapest)
-            sure = found.cheapest is not None
+            cheapest = None if found.cheapest == self._whole_at else found.cheapest
+            chosen = settings.index(cheapest)
+            sure = cheapest is not None
             notes = () if sure else (f"{_UNCERTIFIED} {self.whole_name}",)
             return Found(rows=rows, chosen=chosen, notes=notes)
         budget = self.settings.budget
@@ -144,7 +157,7 @@ class Search:
             for setting in settings:
                 measured = [(part, self._measurer.measure(setting, part.blocks)) for part in parts]
                 computes.append(float(np.mean([one.compute for _, one in measured])))
-                rows.append(np.concatenate([self._unit_rises(p, one) for p, one in measured]))
+                rows.append(np.concatenate([self._losses.rises(p, one) for p, one in measured]))
         return np.array(computes), np.array(rows), [s.name for s in [REFERENCE, *settings]]
 
     # -- what is tried
@@ -178,7 +191,7 @@ class Search:
         if isinstance(grid, Grid) and 0 < len(ffn) < len(self._specs):
             families += [ffn_alone(grid, rule, ffn) for rule in rules]
         if self.settings.per_layer:
-            cost = {path: _whole_flops(spec) for path, spec in self._specs.items()}
+            cost = {path: whole_flops(spec) for path, spec in self._specs.items()}
             curves = self._curves(grid, rules[0])
             families.append(self._of_routed(per_layer(grid, rules[0], curves, cost)))
         return families
@@ -209,13 +222,13 @@ class Search:
     def _curves(self, grid: Grid | NullGrid, rule: str) -> dict[str, list[tuple[float, float]]]:
         """Return how the loss rises as each site alone runs fewer experts."""
         blocks = self.data.ordering.blocks[:_SENSITIVITY_BLOCKS]
-        weights = self._weights(blocks)
+        weights = self._losses.weights(blocks)
 
         def increase(shares: Mapping[str, float]) -> float:
             setting = grid.per_site(rule, shares, name=f"{rule}, one layer")
             # a count that rounds to all of them changes nothing
             own = REFERENCE if setting is None else self._own(setting)
-            rise = self._measurer.measure(own, blocks).loss - self._reference(blocks)
+            rise = self._measurer.measure(own, blocks).loss - self._losses.reference(blocks)
             return float(np.average(rise, weights=weights))
 
         levels = None
@@ -244,7 +257,7 @@ class Search:
                 self._ordering.append(self._measurer.measure(setting, self.data.ordering.blocks))
                 self.tried.append(setting)
 
-    # -- losses of blocks and units
+    # -- losses
 
     def _phase(self, name: str, settings: Sequence[object], *parts: Part) -> Bar:
         return self._shown(len(settings) * sum(len(part.blocks) for part in parts), name)
@@ -254,55 +267,55 @@ class Search:
         self._measurer.shown = shown
         return shown
 
-    def _reference(self, blocks: Integers) -> Floats:
-        return self._measurer.reference(blocks).loss
+    @property
+    def _losses(self) -> UnitLosses:
+        return UnitLosses(measurer=self._measurer, risk=self.risk)
 
-    def _weights(self, blocks: Integers) -> Floats:
-        return self._measurer.predicted[blocks].astype(np.float64)
-
-    def _unit_means(self, part: Part, values: Floats) -> Floats:
-        return part.means(values, self._weights(part.blocks))
-
-    def _unit_rises(self, part: Part, measured: Measured) -> Floats:
-        """Return the rise in loss of each unit, not clipped."""
-        return self._unit_means(part, measured.loss - self._reference(part.blocks))
-
-    def _unit_risks(self, part: Part, measured: Measured) -> Floats:
-        """Return the clipped loss of each unit that the promise is about."""
-        if self.risk is None:
-            return self._unit_rises(part, measured)
-        if self.risk.kind == "disagreement":
-            return self._unit_means(part, measured.changed)
-        rises = measured.loss - self._reference(part.blocks)
-        return self._unit_means(part, self.risk.clip(rises))
+    @property
+    def _whole_at(self) -> int | None:
+        """Return the position of the reference among what was tried, None where it was not."""
+        return next((at for at, s in enumerate(self.tried) if s.select == ALL), None)
 
     def _computes(self) -> list[float]:
-        return [measured.compute for measured in self._ordering]
+        found = [measured.compute for measured in self._ordering]
+        if self._whole_at is not None:
+            found[self._whole_at] = self.whole
+        return found
 
     def _ordering_risks(self) -> list[float]:
-        return [float(self._unit_risks(self.data.ordering, m).mean()) for m in self._ordering]
+        return [float(self._losses.risks(self.data.ordering, m).mean()) for m in self._ordering]
 
     # -- testing
 
     def _test(self, risk: Risk) -> Certified:
-        """Return what the testing split certifies, of the settings cheaper than the reference."""
+        """Return what the testing split certifies, of the settings cheaper than the reference and
+        of the reference itself where that can break the limit.
+
+        Raises:
+            DataError: more data would certify something.
+            OptionError: nothing can be certified, the reference included.
+        """
         cheaper = self._cheaper()
-        ordering = [self._unit_risks(self.data.ordering, self._ordering[at]) for at in cheaper]
+        ordering = [self._losses.risks(self.data.ordering, self._ordering[at]) for at in cheaper]
         part = self.data.testing
 
         def losses(candidate: int) -> Floats:
             measured = self._measurer.measure(self.tried[cheaper[candidate]], part.blocks)
-            return self._unit_risks(part, measured)
+            return self._losses.risks(part, measured)
 
         with self._phase("testing", cheaper, part):
             found = certify([self._computes()[at] for at in cheaper], ordering, losses, risk)
         if not found.passed:
             self._refuse_if_too_small(risk, ordering)
+            if not risk.compares:
+                best = min(float(one.mean()) for one in ordering)
+                raise out_of_reach(risk, self.settings.promise, best, self._reference_name)
         return found.renamed(cheaper)
 
     def _cheaper(self) -> list[int]:
-        """Return the settings that were tried and cost less than the reference."""
-        return [at for at, cost in enumerate(self._computes()) if cost < self.whole]
+        """Return what was tried and costs less than the reference, and that if it was tried."""
+        whole, computes = self._whole_at, self._computes()
+        return [at for at, cost in enumerate(computes) if cost < self.whole or at == whole]
 
     def _refuse_if_too_small(self, risk: Risk, ordering: Sequence[Floats]) -> None:
         """Return only when more data would not certify anything cheaper than the reference either.
@@ -328,68 +341,47 @@ class Search:
         computes, risks = self._computes(), self._ordering_risks()
         best = frontier([computes[at] for at in cheaper], [risks[at] for at in cheaper])
         kept = sorted({cheaper[at] for at in best} | set(found.passed if found else ()))
+        kept = [at for at in kept if at != self._whole_at]
         part = self.data.evaluation
-        base = self._unit_means(part, self._reference(part.blocks))
-        rows: list[tuple[int | None, Row]] = [(None, self._reference_row(float(base.mean())))]
+        base = self._losses.means(part, self._losses.reference(part.blocks))
+        rows: list[tuple[int | None, Row]] = [(None, self._reference_row(base, found))]
         with self._phase("evaluation", kept, part):
             rows += [(at, self._row(at, base, found)) for at in kept]
         rows.sort(key=lambda row: (row[1].compute, row[1].loss))
         return [at for at, _ in rows], tuple(row for _, row in rows)
 
-    def _reference_row(self, loss: float) -> Row:
+    def _reference_row(self, base: Floats, found: Certified | None) -> Row:
+        whole, measured = self._whole_at, self._measurer.reference(self.data.evaluation.blocks)
+        # it is what most promises compare with; of the others it is tested too
+        kept = self.risk is not None and self.risk.compares
         return Row(
-            name=_NO_NULLS if self._nulled else REFERENCE.name,
+            name=self._reference_name,
             select=REFERENCE.select,
             compute=self.whole,
-            loss=loss,
+            loss=float(base.mean()),
             loss_increase=0.0,
             changed=0.0,
-            # it is what the promise compares with
-            guaranteed=self.risk is not None,
+            guaranteed=kept or (found is not None and whole in found.passed),
+            p_value=None if found is None or whole is None else found.p_values.get(whole),
+            label_error=self._losses.label_error(self.data.evaluation, measured),
         )
 
     def _row(self, at: int, base: Floats, found: Certified | None) -> Row:
         part = self.data.evaluation
         measured = self._measurer.measure(self.tried[at], part.blocks)
-        loss = self._unit_means(part, measured.loss)
-        rises = measured.loss - self._reference(part.blocks)
-        clipped = None
-        if self.risk is not None and self.risk.kind == "loss-increase":
-            clipped = float(np.mean((rises < self.risk.low) | (rises > self.risk.high)))
+        loss = self._losses.means(part, measured.loss)
         return Row(
             name=self.tried[at].name,
             select=self.tried[at].select,
             compute=measured.compute,
             loss=float(loss.mean()),
             loss_increase=float((loss - base).mean()),
-            changed=float(self._unit_means(part, measured.changed).mean()),
-            clipped=clipped,
+            changed=float(self._losses.means(part, measured.changed).mean()),
+            clipped=self._losses.clipped(part, measured),
             guaranteed=found is not None and at in found.passed,
             p_value=None if found is None else found.p_values.get(at),
+            label_error=self._losses.label_error(part, measured),
         )
-
-
-def _chooses(spec: Mapping[str, Any]) -> bool:
-    """Return whether there is something to choose at a site."""
-    kind = spec["router"]["kind"]
-    return kind == "mixture" or (int(spec["experts"]["count"]) > 1 and kind != "none")
-
-
-def _whole_flops(spec: Mapping[str, Any]) -> float:
-    """Return the FLOPs for one token of a share of 1 at a site."""
-    mixture = spec.get("mixture")
-    width = int(spec["experts"]["width"])
-    neurons = int(spec["intermediate"]) if mixture is None else int(mixture["top_k"]) * width
-    return float(neuron_flops(spec)) * neurons
-
-
-def whole_compute(adaptive: Mapping[str, Any]) -> float:
-    """Return the FLOPs of running every expert of a model as a fraction of the reference's."""
-    reference = adaptive["reference"]
-    networks = [spec for spec in routed_specs(adaptive).values() if "output" in spec]
-    found = sum(int(spec["intermediate"]) * neuron_flops(spec) for spec in networks)
-    grown = found - int(reference.get("linear_flops_per_token", 0))
-    return float(1 + grown / reference["flops_per_token"])
 
 
 _UNCERTIFIED: Final = "no setting below full compute could be certified: the default runs"

@@ -5,16 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
+from adaconvert.data.labels import LABEL_FIELD
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.calibration_data import Reading
 from adaconvert.evaluate.options import EvaluateOptions
-from adaconvert.evaluate.risk import Risk, disagreement_risk, loss_increase_risk
+from adaconvert.evaluate.risk import (
+    Risk,
+    disagreement_risk,
+    label_error_increase_risk,
+    label_error_risk,
+    loss_increase_risk,
+)
 from adaconvert.evaluate.sweep import KNOB, given
 from adaconvert.evaluate.testing_sequence import SHARES, SHARES_WITHOUT_TEST, UNITS
 from adaconvert.io.names import escape
 from adaconvert.modeling.adaptive_exit_schema import MEASURES
+
+#: limits that can be promised, by the names of their options.
+_PROMISES: Final = (
+    "max_loss_increase",
+    "max_disagreement",
+    "max_label_error",
+    "max_label_error_increase",
+)
+#: those that compare with labels.
+_OF_LABELS: Final = ("max_label_error", "max_label_error_increase")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +44,8 @@ class CalibrationSettings:
         max_loss_increase: nats per token the loss may rise by; the cheapest setting for which that
             is certified is chosen.
         max_disagreement: the same for the share of top predictions that change.
+        max_label_error: the same for the share of wrong labels, of a classifier.
+        max_label_error_increase: the same for how much that share rises.
         confidence: of the promise, over the draw of the data.
         clip: rises are clipped to this, None for the default of `loss_increase_risk`.
         rules: selection rules to sweep, none for those that suit the routers.
@@ -43,6 +62,8 @@ class CalibrationSettings:
     budget: float | None = None
     max_loss_increase: float | None = None
     max_disagreement: float | None = None
+    max_label_error: float | None = None
+    max_label_error_increase: float | None = None
     confidence: float = 0.95
     clip: float | None = None
     rules: tuple[str, ...] = ()
@@ -63,11 +84,10 @@ class CalibrationSettings:
         """
         own = {field.name for field in fields(Reading)} - {"data", "progress"}
         rest = {name: value for name, value in options.items() if name not in own}
-        reading = Reading(
-            data=tuple(data),
-            progress=bool(options.get("progress", False)),
-            **{name: value for name, value in options.items() if name in own},
-        )
+        given = {name: value for name, value in options.items() if name in own}
+        if any(options.get(name) is not None for name in _OF_LABELS):
+            given["label_field"] = given.get("label_field") or LABEL_FIELD
+        reading = Reading(data=tuple(data), progress=bool(options.get("progress", False)), **given)
         return CalibrationSettings(reading=reading, **rest)
 
     def chosen_device(self) -> str:
@@ -84,15 +104,15 @@ class CalibrationSettings:
         Raises:
             OptionError: they do not.
         """
-        asked = [self.budget, self.max_loss_increase, self.max_disagreement]
-        if sum(value is not None for value in asked) > 1:
+        names = ("budget", *_PROMISES)
+        if sum(getattr(self, name) is not None for name in names) > 1:
+            *flags, last = map(_flag, names)
             raise OptionError(
-                "only one of --budget, --max-loss-increase and --max-disagreement can be chosen by",
-                where="calibrate",
+                f"only one of {', '.join(flags)} and {last} can be chosen by", where="calibrate"
             )
-        _check_range("--budget", self.budget, 0, 1)
-        _check_range("--max-loss-increase", self.max_loss_increase, 0, math.inf)
-        _check_range("--max-disagreement", self.max_disagreement, 0, 1)
+        for name in names:
+            most = math.inf if name == "max_loss_increase" else 1
+            _check_range(_flag(name), getattr(self, name), 0, most)
         _check_range("--confidence", self.confidence, 0, 1)
         _check_range("--clip", self.clip, self.max_loss_increase or 0, math.inf)
         if self.reading.unit not in UNITS:
@@ -126,7 +146,15 @@ class CalibrationSettings:
     @property
     def promise(self) -> str:
         """Return the option that asks for a promise."""
-        return "--max-disagreement" if self.max_loss_increase is None else "--max-loss-increase"
+        asked = (name for name in _PROMISES if getattr(self, name) is not None)
+        return _flag(next(asked, "max_disagreement"))
+
+    @property
+    def of_labels(self) -> str | None:
+        """Return the option that reads labels, None when none does."""
+        asked = (name for name in _OF_LABELS if getattr(self, name) is not None)
+        found = next(asked, None if self.reading.label_field is None else "label_field")
+        return None if found is None else _flag(found)
 
     def risk(self, *, single: bool = False) -> Risk | None:
         """Return what is to be promised, None for nothing.
@@ -138,7 +166,15 @@ class CalibrationSettings:
             return loss_increase_risk(self.max_loss_increase, self.confidence, self.clip)
         if self.max_disagreement is not None:
             return disagreement_risk(self.max_disagreement, self.confidence, single=single)
+        if self.max_label_error is not None:
+            return label_error_risk(self.max_label_error, self.confidence)
+        if self.max_label_error_increase is not None:
+            return label_error_increase_risk(self.max_label_error_increase, self.confidence)
         return None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_range(where: str, value: float | None, low: float, high: float) -> None:

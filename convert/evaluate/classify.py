@@ -83,20 +83,24 @@ class Labelled:
 
     def inputs(self, model: Any, rows: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """Yield the arguments of the calls that run `model` on some of the texts."""
-        import torch
-
         groups = [list(rows)]
         if getattr(model.config.get_text_config(), "pad_token_id", None) is None:
             # without a padding id a decoder takes the last position for the last token
             groups = [[row] for row in rows]
         for group in groups:
-            longest = max(len(self.ids[row]) for row in group)
-            ids = torch.full((len(group), longest), self.padding, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for place, row in enumerate(group):
-                ids[place, : len(self.ids[row])] = torch.tensor(self.ids[row])
-                mask[place, : len(self.ids[row])] = 1
-            yield {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            yield {name: value.to(model.device) for name, value in self.padded(group).items()}
+
+    def padded(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return ids and mask of some of the texts, [B, S], padded at the end to the longest."""
+        import torch
+
+        longest = max(len(self.ids[row]) for row in rows)
+        ids = torch.full((len(rows), longest), self.padding, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, : len(self.ids[row])] = torch.tensor(self.ids[row])
+            mask[place, : len(self.ids[row])] = 1
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 @dataclass(slots=True, kw_only=True)

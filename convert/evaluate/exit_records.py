@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -117,6 +116,7 @@ class ExitMeasurer(Measurer):
         if self.frozen or rule is None:
             return super().measure(setting, chosen)
         loss, changed = np.empty(len(chosen)), np.empty(len(chosen))
+        tops = np.empty((len(chosen), 1), dtype=np.int64)
         taken = []
         for at, (block, record) in enumerate(zip(chosen, self.records(chosen), strict=True)):
             column = exits_taken(rule, self.orders, record)
@@ -124,9 +124,11 @@ class ExitMeasurer(Measurer):
             rows = np.flatnonzero(real)
             loss[at] = record.losses[rows, column[rows]].astype(np.float64).mean()
             changed[at] = (record.tops[rows, column[rows]] != record.tops[rows, -1]).mean()
+            tops[at] = record.tops[0, column[0]]
             taken.append(column)
         self.shown.update(len(chosen))
-        return Measured(loss=loss, changed=changed, compute=self._compute(rule, chosen, taken))
+        compute, wrong = self._compute(rule, chosen, taken), self._wrong(chosen, tops)
+        return Measured(loss=loss, changed=changed, compute=compute, wrong=wrong)
 
     def _compute(
         self, rule: Mapping[str, Any], chosen: Integers, taken: Sequence[Integers]
@@ -134,6 +136,7 @@ class ExitMeasurer(Measurer):
         """Return the account's fraction of the reference's FLOPs."""
         import torch
 
+        from adaconvert.modeling.adaptive_context import Account
         from adaconvert.modeling.adaptive_exit_costs import count_left
 
         ends = np.array([*self.places, self.count])
@@ -145,7 +148,8 @@ class ExitMeasurer(Measurer):
             depth = [
                 np.full(length, column[0]) for length, column in zip(lengths, depth, strict=True)
             ]
-        found: Any = SimpleNamespace(skipped_flops=0, skipped_bytes=0, exit_flops=0, exit_bytes=0)
+        reference = self.model.config.adaptive["reference"]
+        found = Account(static_flops=0, static_bytes=0, reference=reference)
         count_left(
             self.model,
             found,
@@ -154,8 +158,8 @@ class ExitMeasurer(Measurer):
             self._looked(rule),
             inside=self.model._own_modules(),
         )
-        whole = self.model.config.adaptive["reference"]["flops_per_token"]
-        change = (found.exit_flops - found.skipped_flops) / int(lengths.sum())
+        whole = reference["flops_per_token"]
+        change = (found.exit_flops - found.skipped_reference) / int(lengths.sum())
         return float((whole + change) / whole)
 
     def _looked(self, rule: Mapping[str, Any]) -> list[int]:
@@ -180,7 +184,11 @@ class ExitMeasurer(Measurer):
             given = {"pixel_values": self.blocks.pixels(part).to(device)}
         with torch.inference_mode():
             states = self.model.exit_states(self.places, **given)
-            found = self._texts(states, given) if self._classifies else self._tokens(states, ids)
+            if self._classifies:
+                labels = None if self._labels is None else torch.from_numpy(self._labels[part])
+                found = self._texts(states, given, labels)
+            else:
+                found = self._tokens(states, ids)
         sure, tops, losses = (one.cpu().numpy() for one in found)
         for row, block in enumerate(part):
             length = 1 if self._classifies else int(weights[row].sum())
@@ -211,13 +219,15 @@ class ExitMeasurer(Measurer):
     def _judged(
         self, states: Mapping[int, Tensor], after: Tensor | None, **given: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same of some positions; of a classifier, of the class the model chooses."""
+        """Return the same of some positions; losses are of `after`, [B, S], of a classifier [B, 1],
+        or None for the class the model chooses."""
         import torch
 
         logits = {at: self.model.exit_logits(at, state, **given) for at, state in states.items()}
-        if after is None:
+        if self._classifies:
             logits = {at: scores[:, None] for at, scores in logits.items()}
             states = {at: state[:, :1] for at, state in states.items()}
+        if after is None:
             after = logits[self.count].argmax(-1)
         every = [logits[at] for at in (*self.places, self.count)]
         tops = torch.stack([scores.argmax(-1) for scores in every], -1)
@@ -226,9 +236,10 @@ class ExitMeasurer(Measurer):
         return torch.stack(sure, -1), tops, torch.stack(losses, -1)
 
     def _texts(
-        self, states: Mapping[int, Tensor], given: Mapping[str, Any]
+        self, states: Mapping[int, Tensor], given: Mapping[str, Any], labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._judged(states, None, **{k: v for k, v in given.items() if k != "input_ids"})
+        after = None if labels is None else labels.to(states[self.count].device)[:, None]
+        return self._judged(states, after, **{k: v for k, v in given.items() if k != "input_ids"})
 
     def _sure(
         self, column: int, logits: Mapping[int, Tensor], states: Mapping[int, Tensor]

@@ -13,7 +13,6 @@ import numpy as np
 
 from adaconvert.errors import OptionError
 from adaconvert.evaluate.calibration_data import CalibrationData
-from adaconvert.evaluate.calibration_result import Row
 from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
 from adaconvert.evaluate.exit_records import ExitMeasurer, Record, pooled
@@ -58,18 +57,11 @@ class ExitSearch(Search):
         super().__init__(model, data, settings, risk)
         self._exits: Mapping[str, Any] = model.adaptive_runtime.exits
         self._measure = settings.measure or str(self._exits["decide"]["measure"])
-        self.whole_name = _WHOLE
+        self.whole_name = self._reference_name = _WHOLE
         blind = not all(head["confidence"] for head in self._exits["heads"])
         if self._measure == "classifier" and blind:
             raise OptionError("an exit has no classifier of confidence", where="--measure")
-        self._runs = ExitMeasurer(
-            model,
-            data.blocks,
-            measure=self._measure,
-            batch=settings.batch_size,
-            names=data.names,
-            hidden=data.hidden,
-        )
+        self._runs = ExitMeasurer(model, data.blocks, measure=self._measure, **self._given())
         self._measurer = self._runs
 
     def _try_all(self) -> None:
@@ -121,7 +113,7 @@ class ExitSearch(Search):
         """Return the risk of a setting for each FLOP it saves."""
         at = next(n for n, tried in enumerate(self.tried) if tried.select == setting.select)
         saved = self.whole - self._ordering[at].compute
-        risk = float(self._unit_risks(self.data.ordering, self._ordering[at]).mean())
+        risk = float(self._losses.risks(self.data.ordering, self._ordering[at]).mean())
         return risk / saved if saved > 0 else float("inf")
 
     def _level(self, ordered: Floats, stay: float) -> float | None:
@@ -157,14 +149,3 @@ class ExitSearch(Search):
             name = f"exits, {self._measure} above {said}"
         select: Select = {**ALL, EXITS: rule}
         return Setting(rule="exits", name=name, select=select)
-
-    def _reference_row(self, loss: float) -> Row:
-        return Row(
-            name=_WHOLE,
-            select=ALL,
-            compute=self.whole,
-            loss=loss,
-            loss_increase=0.0,
-            changed=0.0,
-            guaranteed=self.risk is not None,
-        )

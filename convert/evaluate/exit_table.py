@@ -13,6 +13,9 @@ from adaconvert.modeling.adaptive_knobs import has_exits
 if TYPE_CHECKING:
     from adaconvert.data.tokens import TokenBlocks
 
+#: drafts at a time that are looked at.
+_MOST = 8
+
 
 def exit_table(
     model: Any, blocks: TokenBlocks, batch: int | None = None
@@ -20,6 +23,9 @@ def exit_table(
     """Return a row for each exit of a language model, and for its end; none without exits.
 
     Where tokens leave, `share` says how many of all do there. Means are over predicted tokens.
+    `drafts_gain` says how many times as fast as plain decoding lossless drafts from the exit should
+    be at best, `drafts` how many at a time, if a draft is accepted as often as the exit agrees here
+    and reading weights is what takes the time, as with one sequence.
 
     Args:
         model: any; experts run as configured.
@@ -57,8 +63,21 @@ def exit_table(
             "measure": measure,
             "share": float(taken[column] / every) if taken.any() else None,
         }
+        if column < count:
+            row |= _drafting(model, at, float(sums[1, column] / max(tokens, 1)))
         rows.append(row)
     return tuple(rows)
+
+
+def _drafting(model: Any, at: int, agreement: float) -> dict[str, object]:
+    """Return what lossless drafts from an exit should gain."""
+    from adaconvert.modeling.adaptive_drafting import costs_of
+    from adaconvert.modeling.adaptive_speculate import Draft
+
+    tokens = getattr(model.adaptive_exits()[at], "draft_tokens", None)
+    costs = costs_of(model, Draft(at, _MOST, 0.0, tokens))
+    gain, drafts = costs.best(agreement, _MOST)
+    return {"drafts_gain": gain, "drafts": drafts}
 
 
 def _compares(rule: Mapping[str, Any] | None) -> bool:
@@ -68,20 +87,35 @@ def _compares(rule: Mapping[str, Any] | None) -> bool:
     return any(level is not None for level in rule["thresholds"])
 
 
+def _said_of_drafts(rows: tuple[Mapping[str, Any], ...]) -> str:
+    """Return whether lossless drafts should pay, and from where."""
+    best = max(rows[:-1], key=lambda row: float(row["drafts_gain"]))
+    if best["drafts_gain"] <= 1:
+        return "  lossless drafts: slower than plain decoding from every exit, by weights read"
+    return (
+        f"  lossless drafts: from exit {best['blocks']}, {best['drafts']} at a time, "
+        f"x {best['drafts_gain']:.2f} of plain decoding by weights read"
+    )
+
+
 def exit_lines(rows: tuple[Mapping[str, Any], ...]) -> list[str]:
     """Return the table as text."""
     if not rows:
         return []
     shares = [row["share"] for row in rows]
     lines = [f"exits, by the blocks before them; confidence: {rows[0]['measure']}"]
-    lines.append(f"  {'blocks':>6} {'loss':>8} {'agreement':>9} {'confidence':>10} {'tokens':>8}")
+    heads = f"  {'blocks':>6} {'loss':>8} {'agreement':>9} {'confidence':>10} "
+    lines.append(heads + f"{'drafts':>7} {'tokens':>8}")
     for row in rows:
         sure = "" if row["confidence"] is None else f"{row['confidence']:.4f}"
         share = "" if row["share"] is None else f"{row['share']:.2%}"
+        gain = f"x {row['drafts_gain']:.2f}" if "drafts_gain" in row else ""
         line = (
-            f"  {row['blocks']:6} {row['loss']:8.4f} {row['agreement']:9.2%} {sure:>10} {share:>8}"
+            f"  {row['blocks']:6} {row['loss']:8.4f} {row['agreement']:9.2%} {sure:>10} {gain:>7} "
+            f"{share:>8}"
         )
         lines.append(line.rstrip())
+    lines.append(_said_of_drafts(rows))
     if shares[0] is not None:
         mean = sum(row["share"] * row["blocks"] for row in rows)
         lines.append(f"  tokens run {mean:.2f} blocks on average, as configured")

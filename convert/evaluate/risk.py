@@ -142,7 +142,8 @@ class Risk:
     """What is promised: the mean of a loss in [low, high] is at most `limit`.
 
     Attributes:
-        kind: what the loss is, "loss-increase" or "disagreement".
+        kind: what the loss is, "loss-increase", "disagreement", "label-error" or
+            "label-error-increase".
         limit: the mean that is allowed.
         confidence: probability, over the draw of the calibration data, that the promise holds.
         low, high: losses are clipped to this range.
@@ -155,6 +156,11 @@ class Risk:
     low: float
     high: float
     bound: Bound = "betting"
+
+    @property
+    def compares(self) -> bool:
+        """Return whether the loss is that of a change from the reference, whose own is then 0."""
+        return self.kind != "label-error"
 
     @property
     def level(self) -> float:
@@ -280,3 +286,28 @@ def disagreement_risk(limit: float, confidence: float = 0.95, *, single: bool = 
     return Risk(
         kind="disagreement", limit=limit, confidence=confidence, low=0.0, high=1.0, bound=bound
     )
+
+
+def label_error_risk(limit: float, confidence: float = 0.95) -> Risk:
+    """Return the promise "the chosen class is not the label for at most this share".
+
+    Each unit is one prediction, right or wrong. The reference has such errors of its own, so it
+    keeps the promise only where it was tested like any other setting.
+    """
+    return Risk(
+        kind="label-error",
+        limit=limit,
+        confidence=confidence,
+        low=0.0,
+        high=1.0,
+        bound="hoeffding-bentkus",
+    )
+
+
+def label_error_increase_risk(limit: float, confidence: float = 0.95) -> Risk:
+    """Return the promise "the share of wrong labels rises by at most `limit`".
+
+    Of each unit it is 1 where the setting alone is wrong, -1 where the reference alone is, else 0;
+    nothing has to be clipped.
+    """
+    return Risk(kind="label-error-increase", limit=limit, confidence=confidence, low=-1.0, high=1.0)

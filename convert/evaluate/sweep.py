@@ -70,19 +70,21 @@ class Measured:
         loss: [n] mean loss of each block, nats per prediction.
         changed: [n] share of each block's predictions that differ from the reference's.
         compute: routed FLOPs per token as a fraction of the reference's.
+        wrong: [n] 1 where the class is not the label, else 0; None where labels are not known.
     """
 
     loss: Floats
     changed: Floats
     compute: float
+    wrong: Floats | None = None
 
 
 class Measurer:
     """Runs a model on blocks; what the reference did is remembered.
 
     A causal language model predicts each next token, a masked one those that are hidden. A
-    classifier makes one prediction of a text or an image; there are no labels, so its loss is that
-    of the class the reference chooses.
+    classifier makes one prediction of a text or an image; its loss is that of the label, or without
+    labels of the class the reference chooses.
 
     Args:
         model: an adaptive model of one of these kinds, in evaluation mode.
@@ -90,6 +92,7 @@ class Measurer:
         batch: blocks at a time, None for as many as 512 MiB of logits allow.
         names: where each document comes from, for errors.
         hidden: what is hidden from a masked language model, None for any other.
+        labels: [documents] the class of each, None where they are not known.
 
     Attributes:
         predicted: [N] predictions about each block.
@@ -104,12 +107,15 @@ class Measurer:
         batch: int | None = None,
         names: Sequence[str] = (),
         hidden: Hidden | None = None,
+        labels: Integers | None = None,
     ) -> None:
         self.model = model
         self.blocks = blocks
         self._names = names
         self.shown: Bar = Silent()
         self._hidden = hidden
+        #: [N] the class of each block
+        self._labels = None if labels is None else labels[blocks.document]
         self._classifies = is_classifier(type(model).__name__)
         config = model.config.get_text_config()
         room = _LOGITS // (int(getattr(config, "vocab_size", 1) or 1) * blocks.length)
@@ -137,8 +143,8 @@ class Measurer:
                 self._check(REFERENCE, part, losses)
                 self._reference_loss[part] = losses
                 self._reference_top[part, : tops.shape[1]] = tops
-        loss = self._reference_loss[chosen]
-        return Measured(loss=loss, changed=np.zeros(len(chosen)), compute=1.0)
+        loss, wrong = self._reference_loss[chosen], self._wrong(chosen, self._reference_top[chosen])
+        return Measured(loss=loss, changed=np.zeros(len(chosen)), compute=1.0, wrong=wrong)
 
     def measure(self, setting: Setting, chosen: Integers) -> Measured:
         """Return what a setting does on the blocks `chosen`.
@@ -150,6 +156,7 @@ class Measurer:
         if setting.select == ALL:
             return self.reference(chosen)
         loss, changed = np.empty(len(chosen)), np.empty(len(chosen))
+        wrong = None if self._labels is None else np.empty(len(chosen))
         done = 0
         with applied(self.model, setting.select), self.model.account() as account:
             for part, losses, tops in self._run(chosen):
@@ -159,9 +166,12 @@ class Measurer:
                 differs = (tops != self._reference_top[part, :width]) & self._real[part, :width]
                 loss[here] = losses
                 changed[here] = differs.sum(axis=1) / self.predicted[part]
+                if wrong is not None:
+                    wrong[here] = self._wrong(part, tops)
                 done += len(part)
                 self.shown.update(len(part))
-        return Measured(loss=loss, changed=changed, compute=float(account.compute()))
+        compute = float(account.compute())
+        return Measured(loss=loss, changed=changed, compute=compute, wrong=wrong)
 
     def scores(self, chosen: Integers, *, seed: int = 0, select: Select = ALL) -> dict[str, Floats]:
         """Return a sample of the router's scores at each site, [T', E], on some of the blocks, as
@@ -214,11 +224,19 @@ class Measurer:
             yield part, np.array([loss for loss, _ in pairs]), tops
 
     def _class(self, logits: Tensor, block: int) -> tuple[float, Tensor]:
-        """Return the loss of the class the reference chose, and the class chosen now, [1]."""
+        """Return the loss of the label, or of the class the reference chose, and the class chosen
+        now, [1]."""
         scores = logits.double().log_softmax(dim=-1)
         top = scores.argmax(dim=-1, keepdim=True).int()
-        known = int(self._reference_top[block, 0])
+        labels = self._reference_top[:, 0] if self._labels is None else self._labels
+        known = int(labels[block])
         return -float(scores[known if known >= 0 else int(top)]), top
+
+    def _wrong(self, chosen: Integers, tops: Any) -> Floats | None:
+        """Return 1 where a classifier does not choose the label, else 0, [n]."""
+        if self._labels is None:
+            return None
+        return np.asarray(tops[:, 0] != self._labels[chosen], dtype=np.float64)
 
     def _check(self, setting: Setting, part: Integers, losses: Floats) -> None:
         bad = np.flatnonzero(~np.isfinite(losses))

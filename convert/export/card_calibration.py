@@ -31,6 +31,7 @@ class Row:
         increase: loss minus the reference's.
         changed: share of top predictions that differ from the reference's.
         guaranteed: it passed the test.
+        label_error: share of wrong labels, None where labels are not known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     increase: float
     changed: float
     guaranteed: bool
+    label_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,11 @@ class Calibration:
     length: int | None
     notes: tuple[str, ...]
     whole: str = "runs every expert"
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether every row says how many labels were wrong."""
+        return all(row.label_error is not None for row in self.rows)
 
 
 def calibration_of(
@@ -94,6 +101,7 @@ def _parsed(
             increase=_finite(row["loss_increase"]),
             changed=_finite(row["changed"]),
             guaranteed=row.get("guaranteed") is True,
+            label_error=None if row.get("label_error") is None else _finite(row["label_error"]),
         )
         for row in found["rows"]
     )
@@ -154,7 +162,9 @@ def section(found: Calibration) -> Iterator[str]:
         f"not above x, `model.set_compute(1.0)` {found.whole}."
     )
     yield ""
-    columns = ("compute", "loss", "rise in loss", "predictions changed", "setting", "guaranteed")
+    wrong = ("labels wrong",) if found.labelled else ()
+    changes = ("compute", "loss", "rise in loss", "predictions changed")
+    columns = (*changes, *wrong, "setting", "guaranteed")
     yield from table(columns, [_cells(found, at) for at in range(len(found.rows))])
     yield ""
     for note in found.notes:
@@ -174,6 +184,7 @@ def _cells(found: Calibration, at: int) -> tuple[str, ...]:
         f"{row.loss:.4f}",
         f"{row.increase:+.4f}",
         percent(row.changed),
+        *((percent(row.label_error or 0.0),) if found.labelled else ()),
         f"**{name}** (default)" if at == found.chosen else name,
         "yes" if row.guaranteed else "no",
     )

@@ -16,6 +16,7 @@ _REAL: Final = "real experts run, share of those without null experts"
 #: what is logged -> what a reader calls it; anything else goes by its own name.
 _NAMES: Final = {
     "loss": "all losses, weighted",
+    "end": "cross-entropy of the whole model, nats per example",
     "lm": "language-model loss, nats per token",
     "distill": "divergence from the teacher, nats per token",
     "distill_hidden": "distance from the teacher's hidden states",
@@ -111,13 +112,42 @@ def _held_out(entries: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     if not entries:
         return
     first, last = entries[0], entries[-1]
-    yield ["held-out loss, nats per token", _shown(first.get("loss")), _shown(last.get("loss"))]
+    if is_number(last.get("accuracy")):
+        yield from _classified(first, last)
+    else:
+        ends = (_shown(first.get("loss")), _shown(last.get("loss")))
+        yield ["held-out loss, nats per token", *ends]
     if is_number(last.get("share")):
         yield [f"on held-out text: {_REAL}", _shown(first.get("share")), _shown(last["share"])]
     names = _list(last.get("names"))
     pairs = zip(names, _list(first.get("losses")), _list(last.get("losses")), strict=False)
     for name, start, end in pairs if len(names) > 1 else ():
         yield [f"held-out loss on {code(name)}", _shown(start), _shown(end)]
+
+
+def _classified(first: Mapping[str, Any], last: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield what exits of a classifier do with held-out examples, and what the whole model does."""
+    for name, found in (("accuracy", "accuracy"), ("loss, nats per example", "loss")):
+        yield [
+            f"held-out {name} of the whole model",
+            _shown(first.get(found)),
+            _shown(last.get(found)),
+        ]
+    for name in ("accuracy", "agreement with the whole model"):
+        key = name.split()[0]
+        for at, after in _exits(last).items():
+            before = _exits(first).get(at, {})
+            yield [
+                f"held-out {name} of the exit after {plain(at)} blocks",
+                _shown(before.get(key)),
+                _shown(after.get(key)),
+            ]
+
+
+def _exits(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = entry.get("exits")
+    given = found if isinstance(found, dict) else {}
+    return {str(at): each for at, each in given.items() if isinstance(each, dict)}
 
 
 def _validation(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -97,6 +97,8 @@ class Account:
         reference: `config.adaptive.reference`.
         exit_flops, exit_bytes: of the tails of exits tokens were looked at.
         skipped_flops, skipped_bytes: of the above but sites, what tokens that left did not run.
+        skipped_reference: these FLOPs with attention at the reference's length, which is what a
+            fraction of the reference counts with.
     """
 
     static_flops: int
@@ -108,6 +110,7 @@ class Account:
     exit_bytes: int = 0
     skipped_flops: int = 0
     skipped_bytes: int = 0
+    skipped_reference: float = 0.0
     sites: dict[str, SiteAccount] = field(default_factory=dict)
 
     def flops_per_token(self) -> dict[str, float]:
@@ -146,7 +149,7 @@ class Account:
         converted = self.reference["ffn_flops_per_token"]
         converted += self.reference.get("linear_flops_per_token", 0)
         routed = flops["ffn"] + flops["linear"] + flops["adapters"] + flops["router"]
-        routed += (self.exit_flops - self.skipped_flops) / max(self.tokens, 1)
+        routed += (self.exit_flops - self.skipped_reference) / max(self.tokens, 1)
         return float((whole - converted + routed) / whole)
 
 

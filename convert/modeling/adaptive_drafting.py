@@ -17,7 +17,8 @@ from torch import Tensor
 _MEMORY = 0.9
 #: rounds without drafts before one is tried again.
 _PATIENCE = 8
-#: share of a pass that each further position adds to it.
+#: share of a pass that each further position adds to it: 0.05 was measured on a CPU in bfloat16,
+#: where drafts should rather be too few than too many.
 _PER_POSITION = 0.1
 
 
@@ -146,6 +147,21 @@ class Costs:
         deep = self.deep * (1 + _PER_POSITION * (width - 1))
         return width * self.shallow + (width - 1) * self.head + deep
 
+    def gain(self, chance: float, width: int) -> float:
+        """Return the tokens per cost of rounds of W positions, plain decoding being 1.
+
+        Args:
+            chance: of each draft of being accepted, below 1.
+            width: W.
+        """
+        return (1 - chance**width) / (1 - chance) / self.of(width)
+
+    def best(self, chance: float, most: int) -> tuple[float, int]:
+        """Return the greatest gain, and the drafts per round that give it, 1 to `most`."""
+        few = {drafts: self.gain(min(chance, 0.999), drafts + 1) for drafts in range(1, most + 1)}
+        drafts = max(few, key=lambda number: few[number])
+        return few[drafts], drafts
+
 
 def costs_of(model: Any, draft: Any) -> Costs:
     """Return the costs of drafting at an exit."""
@@ -191,7 +207,7 @@ class DraftLength:
         if not self._adaptive:
             return self._most + 1
         chance = min(self._right / self._tried, 0.999)
-        found = max(range(1, self._most + 2), key=lambda width: self._gain(chance, width))
+        found = max(range(1, self._most + 2), key=lambda width: self._costs.gain(chance, width))
         if found > 1:
             return found
         self._idle += 1
@@ -199,9 +215,6 @@ class DraftLength:
             return 1
         self._idle = 0
         return 2
-
-    def _gain(self, chance: float, width: int) -> float:
-        return (1 - chance**width) / (1 - chance) / self._costs.of(width)
 
     def saw(self, accepted: list[int], offered: int) -> None:
         """Take note of a round.

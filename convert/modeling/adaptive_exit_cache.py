@@ -47,15 +47,8 @@ class Places:
 
 
 class KeysKept(Exception):  # noqa: N818 (no error: it ends a block whose output nobody wants)
-    """Raised from inside a block as soon as its keys and values are kept.
-
-    Attributes:
-        layer: of the block.
-    """
-
-    def __init__(self, layer: int) -> None:
-        super().__init__(layer)
-        self.layer = layer
+    """Raised from inside a block as soon as its keys and values are kept; the block, see
+    `adaptive_stages`, then hands on what it was given."""
 
 
 class ExitCache(Cache):  # type: ignore[misc]
@@ -97,7 +90,7 @@ class ExitCache(Cache):  # type: ignore[misc]
 
     @contextmanager
     def keys_only(self) -> Iterator[None]:
-        """Let blocks end, with `KeysKept`, as soon as their keys and values are kept."""
+        """Let blocks end as soon as their keys and values are kept; each hands on its input."""
         self._keys_only = True
         try:
             yield
@@ -123,7 +116,7 @@ class ExitCache(Cache):  # type: ignore[misc]
             _put(self._values, layer_idx, value_states, places),
         )
         if self._keys_only:
-            raise KeysKept(layer_idx)
+            raise KeysKept
         if places.rows is None:
             return pair[0][:, :, : places.extent], pair[1][:, :, : places.extent]
         rows = places.rows.to(key_states.device)

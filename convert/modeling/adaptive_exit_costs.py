@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .adaptive_context import Account, current, entered
-from .adaptive_costs import matrix_size
+from .adaptive_costs import is_causal, matrix_size
 from .adaptive_stages import Stage
 
 
@@ -55,7 +55,9 @@ def count_left(
         if not number:
             continue
         flops, size = _matrices(block, inside)
+        usual = _mean_attention(model.config, index, int(account.reference["length"]))
         account.skipped_flops += number * flops + _attention(model.config, index, seen[gone])
+        account.skipped_reference += number * (flops + usual)
         account.skipped_bytes += number * size
     if exits["kind"] == "classifier":
         # heads run once a text, and are counted nowhere
@@ -63,6 +65,7 @@ def count_left(
     own = _tail(model, None, inside)
     left = int((depth < len(blocks)).sum())
     account.skipped_flops += left * own[0]
+    account.skipped_reference += left * own[0]
     account.skipped_bytes += left * own[1]
     for at in looked:
         here = int((depth >= at).sum())
@@ -119,6 +122,12 @@ def _tail(model: Any, at: int | None, inside: set[int]) -> tuple[int, int]:
             more = _matrices(model.get_submodule(path), inside)
             flops, size = flops + more[0], size + more[1]
     return flops, size
+
+
+def _mean_attention(config: Any, index: int, length: int) -> float:
+    """Return the FLOPs per token of one block's attention in a text of the reference's length."""
+    seen = torch.arange(1, length + 1) if is_causal(config) else torch.full((length,), length)
+    return _attention(config, index, seen) / length
 
 
 def _attention(config: Any, index: int, seen: Tensor) -> int:

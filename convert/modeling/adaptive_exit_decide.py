@@ -63,7 +63,6 @@ class Decision:
     def exits(model: Any, rule: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the exits a step has to look at."""
         places = [head["at"] for head in model.adaptive_runtime.exits["heads"]]
-        count = len(model.get_submodule(model.adaptive_runtime.exits["blocks"]))
         if rule["measure"] == "patience":
             wanted = places
         else:
@@ -71,7 +70,7 @@ class Decision:
             wanted = [places[i] for i in taken]
             if rule["measure"] in _COMPARING:
                 wanted = places[: max(taken) + 1]
-        return tuple(at for at in wanted if at < count)
+        return tuple(wanted)
 
     def leave(self, at: int, rows: list[int], logits: Tensor, state: Tensor) -> list[bool]:
         """Return which rows leave.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .adaptive_exit_cache import ExitCache, KeysKept
+from .adaptive_exit_cache import ExitCache
 from .adaptive_exit_decide import Decision
 from .adaptive_exit_passes import Passes, StandIn
 from .adaptive_stages import Stage
@@ -132,13 +132,9 @@ class Leaver:
         """Give the blocks from `at` on keys and values of the states that wait there."""
         cache = self.cache
         places = cache.places([cache.lengths[row] for row in rows], 1, rows)
-        states, block = cache.held[at][rows, :1], at
-        while block < self.passes.count:
-            try:
-                with cache.keys_only():
-                    self.passes.fill(Stage(block, self.passes.count, entering=states), places)
-            except KeysKept as kept:
-                block = kept.layer + 1
+        states = cache.held[at][rows, :1]
+        with cache.keys_only():
+            self.passes.fill(Stage(at, self.passes.count, entering=states), places)
         for row in rows:
             cache.waiting[at][row] = 0
 

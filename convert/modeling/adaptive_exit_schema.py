@@ -12,7 +12,8 @@
         draft:   None | {at, tokens, threshold, vocab},
     }
 
-An exit lies after block `at` - 1: `at` blocks have run. `own` names the parts of the tail it has
+An exit lies after block `at` - 1: `at` blocks have run, 1 to L - 1; after the last of the L blocks
+lies the model's own end. `own` names the parts of the tail it has
 itself. `map` is an affine map in front of them (tuned lens), `network` a branch of the host block's
 feed-forward network (EE-Tuning's MLP head), `block` a block of its own (EE-Tuning's Layer head),
 `confidence` a trained classifier that says whether the exit can be trusted (CALM).

@@ -24,7 +24,7 @@ from .adaptive_context import current, entered
 from .adaptive_exit_schema import KV, check_decide, check_trust
 from .adaptive_knobs import EXITS, Setting
 from .adaptive_linear import outside_of_blocks
-from .adaptive_stages import Stage, stage_blocks
+from .adaptive_stages import Stage, stage_blocks, stage_tail
 
 #: child of the model that holds what exits have of their own: "exits.<at>.<part>...".
 NAME = "exits"
@@ -99,9 +99,11 @@ def fill_exits(model: Any, exits: Mapping[str, Any]) -> None:
     made: dict[int, ExitHead] = {}
     for order, spec in enumerate(exits["heads"]):
         place = int(spec["at"])
-        if not 0 < place <= len(blocks):
+        if not 0 < place < len(blocks):
+            # after the last block lies the model's own end
             raise AdaptiveConfigError(
-                f"an exit is at {place}, this model has {len(blocks)} blocks: 1 to {len(blocks)}"
+                f"an exit is at {place}, this model has {len(blocks)} blocks: "
+                f"1 to {len(blocks) - 1}"
             )
         parts = {role: copy.deepcopy(tail[role]) for role in spec["own"]}
         host: Any = getattr(blocks[place - 1], exits["network"] or "", None)
@@ -223,6 +225,39 @@ class ExitsMixin:
         runtime.leave = None
         return Setting(runtime, before)
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the model's output matrix; exits go on using it, or their own, as before."""
+        stock: Any = super()
+        stock.set_output_embeddings(new_embeddings)
+        runtime = getattr(self, "adaptive_runtime", None)
+        exits = None if runtime is None else runtime.exits
+        if exits is not None and exits["kind"] == "causal":
+            stage_tail("head", new_embeddings, self.adaptive_exits())
+
+    def _resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Let the output matrices of exits follow the model's, as stock code makes that follow."""
+        own: Any = self
+        stock: Any = super()
+        made: Any = stock._resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        exits = own.adaptive_runtime.exits
+        if exits is None or exits["kind"] != "causal":
+            return made  # type: ignore[no-any-return]
+        size = made.weight.shape[0]
+        for head in own.adaptive_exits().values():
+            old = head.part("head")
+            if old is not None and old.weight.shape[0] != size:
+                head.head = own._get_resized_lm_head(old, size, mean_resizing=mean_resizing)
+                head.head.requires_grad_(old.weight.requires_grad)
+        _keep_drafted(own, size)
+        return made  # type: ignore[no-any-return]
+
     def exit_states(self, exits: Sequence[int] | None = None, **inputs: Any) -> dict[int, Tensor]:
         """Return what the tail of each exit reads, [B, S, d], and under L what the last block gave.
 
@@ -263,6 +298,23 @@ class ExitsMixin:
         with _calling(own, {}):
             logits: Tensor = run_stage(own, stage, **inputs).logits
         return logits
+
+
+def _keep_drafted(model: Any, size: int) -> None:
+    """Let drafts choose among the tokens they chose among, of those there are; of all if none is.
+
+    Args:
+        model: adaptive, with exits.
+        size: V, once the embeddings were resized.
+    """
+    for head in model.adaptive_exits().values():
+        few = head._buffers.get("draft_tokens")
+        if few is None or bool((few < size).all()):
+            continue
+        head.draft_tokens = few[few < size] if bool((few < size).any()) else None
+        count = None if head.draft_tokens is None else len(head.draft_tokens)
+        for exits in (model.adaptive_runtime.exits, model.config.adaptive["model"]["exits"]):
+            exits["draft"]["vocab"] = count
 
 
 def rule_of(

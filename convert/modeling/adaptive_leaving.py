@@ -98,8 +98,8 @@ class Judge:
         self._logits: Tensor | None = None
         self._agreed = torch.zeros_like(positions)
 
-    def exits(self, count: int) -> tuple[int, ...]:
-        """Return the exits that have to be looked at, of L = `count` blocks."""
+    def exits(self) -> tuple[int, ...]:
+        """Return the exits that have to be looked at."""
         rule, places = self._rule, self._places
         if rule["measure"] == "patience":
             wanted = places
@@ -108,7 +108,7 @@ class Judge:
             # one that compares needs the exit before
             compares = rule["measure"] == "state"
             wanted = places[: max(taken) + 1] if compares else [places[i] for i in taken]
-        return tuple(at for at in wanted if at < count)
+        return tuple(wanted)
 
     def leave(self, at: int, logits: Tensor, state: Tensor, going: Tensor) -> Tensor:
         """Return which tokens leave, bool [n].
@@ -169,7 +169,7 @@ def _tokens(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], count: 
     given = next(inputs[n] for n in ("input_ids", "inputs_embeds") if inputs.get(n) is not None)
     positions = _positions(inputs, given).reshape(-1)
     judge = Judge(model, rule, positions)
-    places = judge.exits(count)
+    places = judge.exits()
     depth = torch.full(given.shape[:2], count, device=given.device)
     frozen = rule["kv"] == "propagate" and not _with_block(model)
     if frozen:
@@ -204,6 +204,10 @@ def _tokens(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], count: 
         loss = model.loss_function(
             logits=logits, labels=labels, vocab_size=model.config.vocab_size, **extra
         )
+        balance = getattr(out, "aux_loss", None)
+        if balance is not None:
+            # of mixtures asked for their router logits, as in the stock forward
+            loss = loss + model.router_aux_loss_coef * balance.to(loss.device)
         out = _with_loss(out, loss)
     _account(model, depth, positions.view_as(depth) + 1, places)
     mask = current().token_mask
@@ -305,7 +309,7 @@ def _classified(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], cou
     depth = torch.full((size,), count, device=given.device)
     logits: Tensor | None = None
     hidden, start = None, 0
-    for at in (*judge.exits(count), count):
+    for at in (*judge.exits(), count):
         own = at if at in model.adaptive_exits() else None
         stage = Stage(start, at, exit=own if at < count else None, entering=hidden)
         mask = current().token_mask
@@ -329,7 +333,7 @@ def _classified(model: Any, rule: Mapping[str, Any], inputs: dict[str, Any], cou
     if labels is not None:
         out = _with_loss(out, ForSequenceClassificationLoss(labels, logits, model.config))
     out.exit_layers = depth
-    _account_texts(model, depth, inputs, judge.exits(count))
+    _account_texts(model, depth, inputs, judge.exits())
     return out
 
 

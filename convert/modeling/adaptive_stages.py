@@ -11,7 +11,7 @@ Shapes: B sequences, S positions of a pass, d hidden size, L blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive_context import current, entered
+from .adaptive_exit_cache import KeysKept
 from .adaptive_mixed import mixed_class
 
 
@@ -119,7 +120,8 @@ class StagedLayer(nn.Module):
             hidden_states = stage.entering
         if stage.start <= index < stage.stop:
             before = hidden_states
-            with _among(stage.going(index)):
+            # a block whose cache wants keys and values alone ends there: what comes in goes on
+            with _among(stage.going(index)), suppress(KeysKept):
                 hidden_states = super().forward(hidden_states, *args, **kwargs)
             if stage.kept is not None:
                 hidden_states = torch.where(stage.kept[..., None], before, hidden_states)
@@ -182,6 +184,18 @@ def stage_blocks(
         block.__dict__["adaptive_place"] = (index, len(blocks))
         block.__dict__["adaptive_exits"] = exits
     for role, module in tail.items():
+        stage_tail(role, module, exits)
+
+
+def stage_tail(role: str, module: nn.Module, exits: Mapping[int, Any]) -> None:
+    """Let one module that follows the blocks obey stages.
+
+    Args:
+        role: which part of the tail it is.
+        module: of a stock class, or one that does already.
+        exits: exit -> module with its own parts.
+    """
+    if not isinstance(module, StagedTail):
         module.__class__ = mixed_class(StagedTail, type(module))
-        module.__dict__["adaptive_role"] = role
-        module.__dict__["adaptive_exits"] = exits
+    module.__dict__["adaptive_role"] = role
+    module.__dict__["adaptive_exits"] = exits

@@ -90,7 +90,7 @@ def options_of(
         if item.name in without:
             continue
         if is_dataclass(hint):
-            found |= _nested(hint)  # type: ignore[arg-type]
+            found |= _nested(hint, roles or {})  # type: ignore[arg-type]
             continue
         role = (roles or {}).get(item.name, VALUE)
         found[item.name] = Option(kind=_kind(hint, item.name in counts, role), role=role)
@@ -109,10 +109,17 @@ def _kind(hint: Any, is_count: bool, role: str) -> Kind:
     return found if found.scalars else OPTIONAL_TEXT
 
 
-def _nested(config: type[Any]) -> dict[str, Option]:
-    """Return the options of a config class that another one holds, under their own names."""
-    inner = options_of(config)
-    return {name: inner[field] for name, field in names_of(config).items()}
+def _nested(config: type[Any], roles: Mapping[str, str]) -> dict[str, Option]:
+    """Return the options of a config class that another one holds, under their own names.
+
+    Args:
+        config: the class.
+        roles: of options.
+    """
+    names = names_of(config)
+    own = {field: roles[name] for name, field in names.items() if name in roles}
+    inner = options_of(config, roles=own)
+    return {name: inner[field] for name, field in names.items()}
 
 
 def names_of(config: type[Any]) -> dict[str, str]:

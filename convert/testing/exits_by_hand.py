@@ -152,6 +152,8 @@ def _copied(source: Any, exits: Mapping[str, Any], head: Any, tensors: dict[str,
     for name, origin in origins.items():
         for key, value in origin.state_dict().items():
             tensors[f"exits.{head.at}.{name}.{key}"] = value.clone()
+    if "draft_tokens" in head._buffers:
+        tensors[f"exits.{head.at}.draft_tokens"] = torch.arange(len(head.draft_tokens))
     if "map" in head._modules:
         size = head.map.in_features
         tensors[f"exits.{head.at}.map.weight"] = torch.eye(size, dtype=dtype)

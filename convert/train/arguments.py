@@ -83,7 +83,7 @@ def explained(config: FinetuneConfig, hint: Callable[[], str]) -> Iterator[None]
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise ResourceError(
                 "out of memory while training", hint=f"{_lower(config)} {hint()}"
             ) from error
@@ -98,7 +98,8 @@ def explained(config: FinetuneConfig, hint: Callable[[], str]) -> Iterator[None]
         raise
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, whoever says it."""
     named = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
     return named or isinstance(error, MemoryError)
 

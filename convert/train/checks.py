@@ -13,6 +13,11 @@ from adaconvert.methods.sources import Described
 from adaconvert.train import adapter_folder
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.exit_checks import check_exits
+from adaconvert.train.exit_classifier_checks import (
+    check_classifier,
+    check_language_model,
+    is_exit_classifier,
+)
 from adaconvert.train.goals import goals_of
 from adaconvert.train.routing_config import RAMP
 
@@ -80,16 +85,20 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     """Return only when a checkpoint can be fine-tuned in this way.
 
     Raises:
-        SourceError: it is no causal language model.
+        SourceError: it is neither a causal language model nor a classifier with exits.
         OptionError: an option does not fit it.
     """
+    if is_exit_classifier(item):
+        check_classifier(item, config)
+        return
     where = f"{item.source.label}/config.json"
     endings = ("ForCausalLM", "LMHeadModel")
     if item.spec.kind != "decoder" or not item.spec.architecture.endswith(endings):
         raise SourceError(
             f"a {item.spec.architecture} is no causal language model",
             where=where,
-            hint="Fine-tune other models with transformers directly.",
+            hint="Classifiers can be trained here once `adaconvert early-exit` has given them "
+            "exits; fine-tune other models with transformers directly.",
         )
     if item.spec.num_experts and config.sparsity.watches:
         raise OptionError(
@@ -100,6 +109,7 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     if item.spec.adaptive is None and (config.select is not None or config.compute is not None):
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
+    check_language_model(config)
     adapter_folder.check_options(item, config)
     check_exits(item, config)
     goals_of(item.spec.adaptive, config)

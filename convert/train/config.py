@@ -155,6 +155,7 @@ class FinetuneConfig:
         data: where the text comes from.
         tokens, steps: budget; exactly one is given.
         text_field: field of a row that holds the text.
+        label_field: of a classifier, that which holds the class; None for "label".
         reading: see `Reading`.
         validation: see `Validation`.
         seq_len: tokens of a sequence.
@@ -200,6 +201,7 @@ class FinetuneConfig:
     tokens: int | None = None
     steps: int | None = None
     text_field: str = "text"
+    label_field: str | None = None
     reading: Reading = field(default_factory=Reading)
     validation: Validation = field(default_factory=Validation)
     seq_len: int = 512

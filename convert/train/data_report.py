@@ -11,6 +11,8 @@ from adaconvert.train.data_lanes import Tally
 #: repeating text this often is nearly as good as new text, repeating it more soon is worth nothing
 #: (Muennighoff et al. 2023, 2305.16264, figure 1).
 MANY_PASSES: Final = 4.0
+#: format of a source -> what its documents are called.
+_CALLED: Final = {"text": "documents", "images": "images"}
 
 
 def data_summary(
@@ -56,7 +58,7 @@ def data_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _source_line(tally: Mapping[str, Any]) -> str:
-    what = "documents" if tally["format"] == "text" else "conversations"
+    what = _CALLED.get(tally["format"], "conversations")
     passes = "" if tally["passes"] is None else f", {tally['passes']:.2f} passes"
     learned = tally["learned"]
     of = "" if learned == tally["tokens"] else f", {learned} of them learned"
@@ -79,8 +81,24 @@ def _validation_lines(summary: Mapping[str, Any]) -> list[str]:
                 last["names"], first["losses"], last["losses"], strict=True
             )
         ]
+    if "accuracy" in last:
+        rows += _accuracy_lines(first, last)
     if "share" in last:
         rows.append(
             f"            share {first['share']:.3f} at first, {last['share']:.3f} at the end"
         )
     return rows
+
+
+def _accuracy_lines(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+    """Return how many labels each exit of a classifier gets right, the whole model's last."""
+    ends = [(f"exit {at}", first["exits"][at], found) for at, found in last["exits"].items()]
+    return [
+        f"            {name}: {before['accuracy']:.1%} right at first, {after['accuracy']:.1%} at "
+        f"the end{_agreeing(after)}"
+        for name, before, after in [*ends, ("whole model", first, last)]
+    ]
+
+
+def _agreeing(entry: Mapping[str, Any]) -> str:
+    return f", {entry['agreement']:.1%} as the whole model" if "agreement" in entry else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 from adaconvert.errors import OptionError
 from adaconvert.io.names import escape
-from adaconvert.train.bounds import among, number, whole
+from adaconvert.train.bounds import among, flag, number, whole
 
 EXIT_LOSSES: Final = ("ce", "kd", "both")
 WEIGHTS: Final = ("uniform", "linear")
@@ -23,7 +24,14 @@ EXIT_OPTIONS: Final = {
     "early_exit_loss": "scale",
     "layer_dropout": "dropout",
     "exit_curriculum": "curriculum",
+    "exit_objective": "objective",
+    "objective_factor": "factor",
+    "halting_prior": "prior",
+    "halting_cost": "cost",
 }
+#: those of classifiers, all others being of language models.
+OF_CLASSIFIERS: Final = ("objective", "factor", "prior", "cost")
+OBJECTIVES: Final = ("weighted", "geometric", "ponder")
 #: of a trained trunk: a quarter of the blocks weighs 0.1 and half of them 0.2 in EE-LLM's script
 #: for 7B (2312.04916).
 TRUNK_WEIGHT: Final = 0.4
@@ -51,6 +59,8 @@ class Exiting:
             probability p_max (2^(l / (L - 1)) - 1).
         curriculum: which blocks' exits count at a step: "none", all; "rotational:R", every R-th,
             shifted by one each step; "gradual", from the last down, all from half the steps on.
+        objective, factor, prior, cost: of classifiers, see `exit_classifiers.Objective`, whose
+            `kind` the first is; None for what that has.
     """
 
     loss: str = "ce"
@@ -60,6 +70,10 @@ class Exiting:
     scale: float = 0.0
     dropout: float = 0.0
     curriculum: str = NONE
+    objective: str | None = None
+    factor: float | None = None
+    prior: float | None = None
+    cost: float | None = None
 
     def __post_init__(self) -> None:
         among("--exit-loss", self.loss, EXIT_LOSSES)
@@ -75,6 +89,7 @@ class Exiting:
                 expected="none, gradual or rotational:R",
                 found=escape(str(self.curriculum)),
             )
+        self._check_objective()
         for layer in self.layers or ():
             whole("exit_layers", layer, 1)
         if self.layers is not None and (
@@ -86,6 +101,22 @@ class Exiting:
                 found=", ".join(map(str, self.layers)) or "none",
             )
         self._check_together()
+
+    def _check_objective(self) -> None:
+        """Each number means something to the objectives that use it only."""
+        if self.objective is not None:
+            among("--exit-objective", self.objective, OBJECTIVES)
+        uses = {"factor": ("geometric", "ponder"), "prior": ("ponder",), "cost": ("geometric",)}
+        for name, kinds in uses.items():
+            value, where = getattr(self, name), flag_of(name)
+            if value is None:
+                continue
+            number(
+                where, value, 0.0, 1.0 if name == "prior" else math.inf, open_low=name == "prior"
+            )
+            if self.objective not in kinds:
+                wanted = " or ".join(f"--exit-objective {kind}" for kind in kinds)
+                raise OptionError(f"does nothing without {wanted}", where=where)
 
     def _check_together(self) -> None:
         if self.curriculum != NONE and not self.scale:
@@ -134,9 +165,10 @@ class Exiting:
     def asked(self) -> list[str]:
         """Return the flags of what differs from the defaults, `chunk` left out."""
         usual = {item.name: item.default for item in fields(self)}
-        flags = {field: f"--{name.replace('_', '-')}" for name, field in EXIT_OPTIONS.items()}
         return [
-            flags[name] for name in usual if name != "chunk" and getattr(self, name) != usual[name]
+            flag_of(name)
+            for name in usual
+            if name != "chunk" and getattr(self, name) != usual[name]
         ]
 
     def listed(self) -> tuple[float, ...]:
@@ -196,6 +228,11 @@ class Exiting:
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         del found["chunk"]
         return found | {"layers": None if self.layers is None else list(self.layers)}
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a field of `Exiting`."""
+    return next(flag(name) for name, own in EXIT_OPTIONS.items() if own == field)
 
 
 def _layers(given: Any) -> tuple[int, ...]:

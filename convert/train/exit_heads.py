@@ -65,7 +65,7 @@ class OwnHeads:
         if any(head["block"] for head in exits["heads"]):
             # blocks of exits run in its place; they recompute themselves, once
             blocks[-1].gradient_checkpointing = False
-        self.places = tuple(at for at in model.adaptive_exits() if at < self.layers)
+        self.places = tuple(model.adaptive_exits())
 
     def states(self, fed: Mapping[str, Any], places: Sequence[int]) -> dict[int, Tensor]:
         """See `Heads.states`."""
@@ -111,7 +111,7 @@ class SharedHeads:
         modules: Any = model.get_submodule(blocks)
         self._tail = {role: model.get_submodule(path) for role, path in tail.items()}
         self.layers = len(modules)
-        self.places = tuple(at for at in places if at < self.layers)
+        self.places = tuple(places)
         stage_blocks(modules, self._tail, {})
 
     def states(self, fed: Mapping[str, Any], places: Sequence[int]) -> dict[int, Tensor]:

@@ -237,7 +237,7 @@ def _skipping(
         )
     taps = LayerTaps(modules, settings.dropout, config.seed)
     usual = range(1, count) if exits is None else [head["at"] for head in exits["heads"]]
-    places = _chosen(config, [at for at in usual if at < count])
+    places = _chosen(config, list(usual))
     heads: Heads = (
         SharedHeads(model, blocks, tail, taps, places) if exits is None else OwnHeads(model, taps)
     )

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adaconvert.arch.exits import CAUSAL
 from adaconvert.layerwise.names import block_of
 from adaconvert.train.adapt import without_stacked
 from adaconvert.train.adapt_quantised import packed_bytes
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.exit_heads import OwnHeads
 from adaconvert.train.goals import goals_of
 from adaconvert.train.memory_outline import kept_by_block
 from adaconvert.train.parts import Chosen, part_of, plain_name, sites_of
@@ -110,12 +112,14 @@ def need_of(model: Any, config: FinetuneConfig, *, teacher: int = 0) -> Need:
     prepared = prepare(model, config)
     packed = {name: matrices[name] for name in prepared.packed}
     need = _static(model, config, packed, prepared.chosen)
+    # before the model is run in another dtype
+    logits = _logits(model, config)
     kept = _kept(model, config, packed)
     return replace(
         need,
         teacher=teacher,
         copies=_copies(model, config),
-        activations=kept + _logits(model, config),
+        activations=kept + logits,
     )
 
 
@@ -178,7 +182,32 @@ def _itemsize(config: FinetuneConfig) -> int:
 def _logits(model: Any, config: FinetuneConfig) -> int:
     tokens = config.batch_size * config.seq_len
     copies = _LOGIT_COPIES * (2 if config.distill else 1)
-    return tokens * int(model.config.vocab_size) * max(_itemsize(config), 4) * copies
+    rest = 0
+    if _learns_exits(model, config):
+        # the end and every exit, one after the other, a chunk of positions at a time; what exits
+        # learn from stays beside them, and so do sums of the gradients of heads
+        tokens = min(tokens, config.exits.chunk)
+        copies += config.exits.loss != "ce"
+        rest = _tails(model) * (2 if config.accumulate > 1 else 1)
+    return tokens * int(model.config.vocab_size) * max(_itemsize(config), 4) * copies + rest
+
+
+def _learns_exits(model: Any, config: FinetuneConfig) -> bool:
+    """Return whether losses are those of exits of a language model, see `exit_losses`."""
+    if config.exits.skips:
+        return True
+    exits = getattr(getattr(model, "adaptive_runtime", None), "exits", None)
+    return exits is not None and exits["kind"] == CAUSAL and not config.exits.is_off
+
+
+def _tails(model: Any) -> int:
+    """Return the bytes of what lies between states and logits and is trained."""
+    if getattr(getattr(model, "adaptive_runtime", None), "exits", None) is not None:
+        tail = OwnHeads(model).tail()
+    else:
+        head = model.get_output_embeddings()
+        tail = [] if head is None else [p for p in head.parameters() if p.requires_grad]
+    return sum(parameter.numel() * parameter.element_size() for parameter in tail)
 
 
 def _kept(model: Any, config: FinetuneConfig, packed: Mapping[str, int]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from adaconvert.arch.exits import exits_of, is_taken
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.data_lanes import Tally
 from adaconvert.train.data_report import data_lines, data_notes, data_summary
 from adaconvert.train.data_stream import Data
 from adaconvert.train.log_lines import EXIT_PART
@@ -18,7 +19,17 @@ from adaconvert.train.parts import Chosen
 Curve = tuple[Mapping[str, Any], ...]
 #: what of a log entry is the same whenever a run is repeated.
 _REPEATABLE = (
-    *("loss", "lm", "distill", "distill_hidden", "hoyer", "l1", "sparsity", "sparsity_by_layer"),
+    *(
+        "loss",
+        "end",
+        "lm",
+        "distill",
+        "distill_hidden",
+        "hoyer",
+        "l1",
+        "sparsity",
+        "sparsity_by_layer",
+    ),
     *("projection_sparsity", "balance", "z", "regression", "router_entropy", "load"),
     *("dead_experts", "share", "share_by_layer", "idle"),
 )
@@ -76,10 +87,10 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
         f"trained     {summary['trained']} of {summary['trained'] + summary['frozen']} parameters "
         f"({', '.join(f'{part} {count}' for part, count in summary['by_part'].items())})",
         f"steps       {summary['steps']} of {options['batch_size']} x {options['accumulate']} "
-        f"sequences of {options['seq_len']} tokens{many}, {summary['tokens']} tokens",
+        f"{_batch_of(summary)}{many}, {summary['tokens']} tokens",
     ]
     rows += data_lines(summary)
-    losses = ("lm", "distill", "distill_hidden", "balance", "z", "regression", "hoyer", "l1")
+    losses = ("end", "lm", "distill", "distill_hidden", "balance", "z", "regression", "hoyer", "l1")
     exits = [name for name in first if EXIT_PART.fullmatch(name)]
     for name in (*losses, *exits):
         if name in first and name in last:
@@ -100,6 +111,13 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
     if changed != "keep":
         rows.append(f"activation  replaced by {changed}")
     return rows
+
+
+def _batch_of(summary: Mapping[str, Any]) -> str:
+    """Return what batches are of."""
+    if "examples" in summary:
+        return f"{summary['examples']['unit']}, {summary['examples']['seen']} in all"
+    return f"sequences of {summary['options']['seq_len']} tokens"
 
 
 def _share_line(summary: Mapping[str, Any]) -> str:
@@ -152,26 +170,71 @@ def summary_of(
     there is held-out text, and of each block in "routing", "budgets".
     """
     sources = data.sources
-    exits = [name for name in curve[0] if EXIT_PART.fullmatch(name)]
-    ends = [{k: e[k] for k in (*_REPEATABLE, *exits) if k in e} for e in (curve[0], curve[-1])]
     return {
         "options": config.to_json(),
         "steps": config.total_steps,
         "tokens": config.total_steps * config.step_tokens,
         "passes": [tally.passes for tally in sources],
         **data_summary(sources, validation),
+        **_trained(chosen, curve),
+        "notes": notes,
+    }
+
+
+def tuned_summary(
+    config: FinetuneConfig,
+    *,
+    steps: int,
+    tallies: Sequence[Tally],
+    examples: Mapping[str, object],
+    chosen: Chosen,
+    curve: Curve,
+    validation: Sequence[Mapping[str, Any]],
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return what is recorded of a run on labelled examples, as `summary_of` does.
+
+    Args:
+        config: the fine-tune.
+        steps: optimiser steps.
+        tallies: what each source gave; tokens are counted without padding.
+        examples: {"unit", "read", "seen"}: what they are called, and how many there are and were
+            given out.
+        chosen, curve, validation, notes: as for `summary_of`.
+    """
+    return {
+        "options": config.to_json(),
+        "steps": steps,
+        "tokens": sum(tally.tokens for tally in tallies),
+        "examples": dict(examples),
+        "passes": [tally.passes for tally in tallies],
+        **data_summary(tallies, validation),
+        **_trained(chosen, curve),
+        "notes": notes,
+    }
+
+
+def _trained(chosen: Chosen, curve: Curve) -> dict[str, Any]:
+    """Return what was trained, and the first and last log entries."""
+    exits = [name for name in curve[0] if EXIT_PART.fullmatch(name)]
+    ends = [{k: e[k] for k in (*_REPEATABLE, *exits) if k in e} for e in (curve[0], curve[-1])]
+    return {
         "trained": chosen.trained,
         "frozen": chosen.frozen,
         "by_part": dict(chosen.by_part),
         "first": ends[0],
         "last": ends[1],
-        "notes": notes,
     }
 
 
 def notes_of(item: Described, config: FinetuneConfig, data: Data) -> list[str]:
     """Return what the user should know of a run."""
-    notes = data_notes(data.sources)
+    return [*data_notes(data.sources), *exit_notes(item)]
+
+
+def exit_notes(item: Described) -> list[str]:
+    """Return what becomes of the calibration and the thresholds of a checkpoint."""
+    notes = []
     adaptive = item.spec.adaptive
     if adaptive is not None and adaptive.get("calibration") is not None:
         notes.append("the calibration table was dropped: it belongs to the weights before")

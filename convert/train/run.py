@@ -35,6 +35,7 @@ from adaconvert.train import adapter_folder, checks, export
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_stream import Data, data_of
 from adaconvert.train.dry_run import FinetunePlan, plan_of
+from adaconvert.train.exit_classifier_checks import is_exit_classifier
 from adaconvert.train.goals import goals_of
 from adaconvert.train.ranks import Group, joined
 from adaconvert.train.result import FinetuneResult, notes_of, speed_of, summary_of
@@ -95,6 +96,10 @@ def finetune(
             settings = replace(settings, report=lambda line: None, progress=False)
         item = group.together(lambda: _checked(where, config, settings, held))
         config = checks.settled(config, item)
+        if is_exit_classifier(item):
+            from adaconvert.train.exit_classifier_run import finetune_classifier
+
+            return finetune_classifier(item, config, settings, group)
         budget = group.on_main(lambda: _budget(item, config, settings, group))
         if settings.dry_run:
             return plan_of(config, settings.destination, budget)
@@ -143,7 +148,7 @@ def _finetuned(
             hold_out(config, item.source.root),
         )
     )
-    facts = _facts(item, config, data)
+    facts = facts_of(item, config, data.digest)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     first = group.on_main(lambda: digest)
     group.together(lambda: _check_same_facts(digest, first))
@@ -151,7 +156,7 @@ def _finetuned(
         found = group.on_main(lambda: _earlier(item, settings, digest))
         if found is not None:
             return found
-    with _opened(item, settings, group, facts, digest) as (staging, work):
+    with opened(item, settings, group, facts, digest) as (staging, work):
         validator = Validator(config, held, settings.report)
         result = _trained(item, config, settings, data, validator, work, group)
         return group.on_main(
@@ -174,7 +179,7 @@ def _earlier(item: Described, settings: RunSettings, digest: str) -> FinetuneRes
 
 
 @contextmanager
-def _opened(
+def opened(
     item: Described,
     settings: RunSettings,
     group: Group,
@@ -222,7 +227,7 @@ def _written(
     """Return the result after it was written, checked and given its name."""
     if staging is not None:
         if item.view is None:
-            _write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
+            write(item, config, settings, Source.open(work.path / TRAINED), staging, result)
             _check_loads(staging.path, data)
         else:
             trained = work.path / TRAINED / ADAPTER_WEIGHTS
@@ -232,16 +237,16 @@ def _written(
             staging.records()
             with viewed(staging.path, base=str(item.view.base.source.root)) as written:
                 _check_loads(written.root, data)
-        _seal(item, staging, result, digest)
+        seal(item, staging, result, digest)
     return result
 
 
-def _facts(item: Described, config: FinetuneConfig, data: Data) -> dict[str, Any]:
-    """Return what decides the result."""
+def facts_of(item: Described, config: FinetuneConfig, data: str) -> dict[str, Any]:
+    """Return what decides the result; `data` is a digest of it."""
     return {
         "options": config.to_json(),
         "source": [item.source.label, item.source.fingerprint],
-        "data": data.digest,
+        "data": data,
         "adaconvert": __version__,
     }
 
@@ -334,7 +339,7 @@ def _changed(item: Described, config: FinetuneConfig) -> dict[str, Any]:
     return with_activation(item.source.config, item.spec, config.sparsity.activation)
 
 
-def _write(
+def write(
     item: Described,
     config: FinetuneConfig,
     settings: RunSettings,
@@ -367,7 +372,7 @@ def _check_loads(folder: Path, data: Data) -> None:
         raise VerificationError("the logits of the trained model are not all finite")
 
 
-def _seal(item: Described, staging: Staging, result: FinetuneResult, digest: str) -> None:
+def seal(item: Described, staging: Staging, result: FinetuneResult, digest: str) -> None:
     """Write card and manifest and give the result its name."""
     adapter_folder.assert_unchanged(item)
     records = staging.records()

@@ -53,7 +53,7 @@ def test_tensors_are_those_of_the_modules(family: str, kind: str, tmp_path: Path
 
     kind = "layer" if (family, kind) == ("bert", "full") else kind
     named = {"architecture": ARCHITECTURES[family]} if family in ARCHITECTURES else {}
-    folder = make(family, tmp_path / "dense", **named)  # type: ignore[arg-type]
+    folder = make(family, tmp_path / "dense", layers=3, **named)  # type: ignore[arg-type]
     spec = open_source(str(folder)).spec
     content = exits_of(family, [1, 2], kind)
     found = {made.tensor.name: made.tensor.shape for made in exits.exit_tensors(spec, content)}
@@ -71,6 +71,22 @@ def test_tensors_are_those_of_the_modules(family: str, kind: str, tmp_path: Path
             {n: s for n, s in x.items() if ".block." not in n} for x in (found, shapes)
         )
     assert found == shapes
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_no_exit_lies_behind_the_last_block(at: int, tmp_path: Path) -> None:
+    import transformers
+
+    from adaconvert.modeling.adaptive_checks import AdaptiveConfigError
+    from adaconvert.modeling.adaptive_exits import fill_exits
+
+    content = exits_of("llama", [1, at])
+    with pytest.raises(SourceError, match=f"has an exit after {at} blocks.*expected 1 to 1"):
+        list(exits.exit_tensors(spec_of("llama"), content))
+    folder = make("llama", tmp_path / "dense")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with pytest.raises(AdaptiveConfigError, match=f"an exit is at {at}, .* 2 blocks: 1 to 1"):
+        fill_exits(transformers.LlamaForCausalLM(config), content)
 
 
 def test_a_tied_head_begins_as_the_embedding() -> None:
@@ -113,7 +129,7 @@ def test_whether_an_exit_is_taken(more: dict[str, Any], is_taken: bool) -> None:
 def test_checks_are_the_matrices_of_exits_that_may_be_taken() -> None:
     content = exits_of("llama", [1, 2], "mlp", tie=True)
     content["decide"]["thresholds"] = [0.5, None]
-    spec = spec_of("llama")
+    spec = spec_of("llama", num_hidden_layers=3)
     own = [made.tensor for made in exits.exit_tensors(spec, content)]
     made = replace(spec, tensors=(*spec.tensors, *own), adaptive={"model": {"exits": content}})
     names = [tensor.name for tensor in exits.checked(made)]
@@ -139,7 +155,7 @@ def test_what_cannot_be_read_is_refused(broken: dict[str, Any]) -> None:
 
 
 def test_exits_outside_the_model_are_refused() -> None:
-    with pytest.raises(SourceError, match="after 3 blocks; expected 1 to 2"):
+    with pytest.raises(SourceError, match="after 3 blocks; expected 1 to 1"):
         list(exits.exit_tensors(spec_of("llama"), exits_of("llama", [3])))
 
 

@@ -124,7 +124,8 @@ def test_digest_depends_on_texts_their_order_and_their_borders() -> None:
             "a.jsonl",
             b'{"text": "a"}\n{"body": 1, "source": "x"}',
             r"a\.jsonl line 2: there is no field 'text'; found fields 'body', 'source'\. "
-            r"Name the field that holds the text \(--field or --data-field\)\.",
+            r"Name the field that holds the text \(--field or --data-field\) or the label "
+            r"\(--label-field\)\.",
         ),
         ("a.jsonl", b"{}", r"line 1: there is no field 'text'; found none"),
         ("a.json", b'{"body": "x"}', r"a\.json item 1: there is no field 'text'; found .* 'body'"),

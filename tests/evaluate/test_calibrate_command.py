@@ -43,6 +43,7 @@ def test_every_option_arrives_under_its_name(
     code = run(
         [
             *("calibrate", "ckpt", "--data", "a.jsonl", "--data", "b", "--field", "body"),
+            *("--label-field", "class"),
             *("--split", "valid", "--max-documents", "9", "--max-tokens", "50", "--length", "16"),
             *("--seed", "3", "--max-loss-increase", "0.02", "--confidence", "0.9", "--clip", "1"),
             *("--unit", "block", "--rule", "dynamic-k", "--values", "1,0.1", "--per-layer"),
@@ -56,6 +57,7 @@ def test_every_option_arrives_under_its_name(
     assert args == ("ckpt", "a.jsonl", "b")
     assert kwargs == {
         "field": "body",
+        "label_field": "class",
         "split": "valid",
         "max_documents": 9,
         "max_tokens": 50,
@@ -64,6 +66,8 @@ def test_every_option_arrives_under_its_name(
         "budget": None,
         "max_loss_increase": 0.02,
         "max_disagreement": None,
+        "max_label_error": None,
+        "max_label_error_increase": None,
         "confidence": 0.9,
         "clip": 1.0,
         "unit": "block",
@@ -78,6 +82,18 @@ def test_every_option_arrives_under_its_name(
         "overwrite": True,
         "progress": False,
     }
+
+
+@pytest.mark.parametrize("name", ["max_label_error", "max_label_error_increase"])
+def test_limits_on_labels_arrive(calls: list[Any], name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert run(["calibrate", "ckpt", "--data", "a", flag, "0.1", "-q"]) == 0
+    given = calls[0][1]
+    assert (given[name], given["label_field"]) == (0.1, None)
+    own = {key: value for key, value in given.items() if key not in {"destination", "overwrite"}}
+    settings = CalibrationSettings.of(["a"], own)
+    assert settings.of_labels == flag
+    assert settings.reading.label_field == "label"
 
 
 def test_json(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,7 @@ def test_a_classifier_is_held_to_its_own_choices(family: str, text: Path, tmp_pa
     dense = tiny_models.make(family, tmp_path / "dense", architecture=name)
     source = make_adaptive(dense, tmp_path / "adaptive", router="gate", experts=8)
     options = {**OPTIONS, "rules": ("top-k",), "values": (7, 6), "destination": tmp_path / "out"}
-    with pytest.raises(OptionError, match="--max-loss-increase: needs labels"):
+    with pytest.raises(OptionError, match="--max-loss-increase: is for language models"):
         api.calibrate(source, text, max_loss_increase=0.1, **options)
     report = api.calibrate(source, text, max_disagreement=0.5, **options)
     assert report.risk is not None

@@ -125,6 +125,11 @@ def test_evaluate_tells_how_good_each_exit_is(left: Path, text: Path) -> None:
     said = api.evaluate(left, data=text, length=32, max_documents=5, speed=False)
     assert [row["blocks"] for row in said.exits] == [1, 2, 3]
     assert said.exits[-1]["agreement"] == 1.0
+    # a round of n drafts gives 1 + a + ... + a^n tokens
+    first = said.exits[0]
+    chance, drafts = first["agreement"], first["drafts"]
+    assert first["drafts_gain"] < sum(chance**power for power in range(drafts + 1))
+    assert "drafts_gain" not in said.exits[-1]
     loss = said.results[0].loss
     assert loss is not None
     assert said.exits[-1]["loss"] == pytest.approx(loss.value, rel=1e-4)

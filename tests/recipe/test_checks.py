@@ -10,6 +10,7 @@ import pytest
 from adaconvert.cli.main import run
 from adaconvert.errors import OptionError
 from adaconvert.recipe.load import load
+from adaconvert.recipe.options import TEXT_SOURCES
 
 HEAD = """\
 schema: 1
@@ -134,3 +135,11 @@ def test_j2_a_token_in_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert "--set: holds an access token" in captured.err
     assert CANARY not in captured.out + captured.err
+
+
+def test_held_out_data_is_named_like_any_other(tmp_path: Path) -> None:
+    tuned = TUNED.replace("steps: 1", "steps: 1, valid: $text")
+    (stage,) = load(written(tmp_path, HEAD + tuned)).stages
+    assert stage.does.table()["valid"].role == TEXT_SOURCES
+    with pytest.raises(OptionError, match="valid: unknown text in data 'other'"):
+        load(written(tmp_path, HEAD + tuned.replace("valid: $text", "valid: $other")))

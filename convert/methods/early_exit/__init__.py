@@ -193,7 +193,7 @@ def _content(
         ],
         "decide": options.decide(len(at)),
         "kv": options.kv,
-        "draft": options.draft(at, item.spec.layers) if options.drafts else None,
+        "draft": options.draft(at) if options.drafts else None,
     }
 
 
@@ -237,7 +237,7 @@ def _generation_config(options: EarlyExitOptions, item: Described) -> bytes:
 
 
 def _stock_draft(options: EarlyExitOptions, item: Described) -> dict[str, object]:
-    return options.draft(options.places(item.spec.layers), item.spec.layers)
+    return options.draft(options.places(item.spec.layers))
 
 
 def _stock_verdicts(options: EarlyExitOptions, item: Described) -> tuple[RuntimeVerdict, ...]:

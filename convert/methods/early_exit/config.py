@@ -37,7 +37,7 @@ class EarlyExitOptions:
     """What `early-exit` does.
 
     Attributes:
-        exits: where: how many blocks have run, such as "8,16"; 1 to L.
+        exits: where: how many blocks have run, such as "8,16"; 1 to L - 1.
         every: instead, "L/8" for exits after every eighth of the blocks, or "4" for every four;
             none after the last block.
         head: what each exit has of its own. "shared": nothing, it leaves through the model's own
@@ -136,22 +136,22 @@ class EarlyExitOptions:
         assert self.exits is not None
         found = [int(part) for part in self.exits.split(",")]
         for place in found:
-            if not 1 <= place <= blocks:
+            if not 1 <= place < blocks:
                 raise OptionError(
-                    f"the model has {blocks} blocks, and an exit lies behind one of them",
+                    f"the model has {blocks} blocks, and an exit lies between two of them",
                     where="--exits",
-                    expected=f"1 to {blocks}",
+                    expected=f"1 to {blocks - 1}" if blocks > 1 else "a model of several blocks",
                     found=place,
                 )
             if found.count(place) > 1:
                 raise OptionError("names an exit twice", where="--exits", found=place)
         return tuple(sorted(found))
 
-    def draft(self, places: Sequence[int], blocks: int) -> dict[str, object]:
+    def draft(self, places: Sequence[int]) -> dict[str, object]:
         """Return how to draft, as configurations hold it.
 
         Raises:
-            OptionError: what drafts is no exit, or the whole model.
+            OptionError: what drafts is no exit.
         """
         at = self.draft_exit or places[0]
         if at not in places:
@@ -160,10 +160,6 @@ class EarlyExitOptions:
                 where="--draft-exit",
                 expected=" or ".join(map(str, nearest(places, at))),
                 found=at,
-            )
-        if at == blocks:
-            raise OptionError(
-                "a draft of the whole model saves nothing", where="--draft-exit", found=at
             )
         tokens, threshold = self.draft_tokens, self.draft_threshold
         return {

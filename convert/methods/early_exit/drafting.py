@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch.projections import stock_spec
 from adaconvert.data.text import Documents
+from adaconvert.methods.early_exit.config import SHARED
 from adaconvert.methods.sources import Described
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
 _STEPS = 60
+#: roles of a feed-forward network's matrices.
+_NETWORK = ("gate", "up", "down", "gate_up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +30,9 @@ class Drafting:
     """What a round of a draft reads, in passes of the whole model.
 
     Attributes:
-        token: for one drafted token: k blocks and an output matrix.
-        check: to verify all of them at once.
+        token: for one drafted token: k blocks, what the exit has of its own and an output matrix.
+        check: to verify all of them at once: the blocks below the exit once more, for the last
+            drafted token, and the rest of the model.
         tokens: n.
     """
 
@@ -57,7 +61,9 @@ class Drafting:
         return high
 
 
-def drafting_of(item: Described, at: int, tokens: int, vocab: int | None, shares: bool) -> Drafting:
+def drafting_of(
+    item: Described, at: int, tokens: int, vocab: int | None, head: str = SHARED
+) -> Drafting:
     """Return what drafting costs where reading weights takes the time, as at batch 1.
 
     Args:
@@ -65,34 +71,36 @@ def drafting_of(item: Described, at: int, tokens: int, vocab: int | None, shares
         at: k.
         tokens: n.
         vocab: tokens the draft chooses among, None for all.
-        shares: verification goes on from what the draft computed; stock transformers computes the
-            first blocks again.
+        head: kind of the exit.
     """
     spec, stored = stock_spec(item.spec), item.source.tensors
-    blocks = [0] * spec.layers
+    blocks, networks = [0] * spec.layers, [0] * spec.layers
     for tensor in spec.tensors:
         if tensor.layer is not None and tensor.name in stored:
             blocks[tensor.layer] += stored[tensor.name].nbytes
-    heads = [t.name for t in spec.tensors if t.role in ("embed", "head") and t.name in stored]
-    head = stored[heads[-1]].nbytes
-    whole, first = sum(blocks) + head, sum(blocks[:at])
-    own = head if vocab is None else head * vocab / max(spec.vocab, 1)
-    return Drafting(
-        token=(first + own) / whole,
-        check=(whole - first if shares else whole) / whole,
-        tokens=tokens,
-    )
+            if tensor.role in _NETWORK:
+                networks[tensor.layer] += stored[tensor.name].nbytes
+    ends = [t.name for t in spec.tensors if t.role in ("embed", "head") and t.name in stored]
+    end = stored[ends[-1]].nbytes
+    whole = sum(blocks) + end
+    own = end if vocab is None else end * vocab / max(spec.vocab, 1)
+    own += networks[at - 1] if head in ("mlp", "full") else 0
+    own += blocks[-1] if head in ("layer", "full") else 0
+    own += end * spec.hidden / max(spec.vocab, 1) if head == "affine" else 0
+    return Drafting(token=(sum(blocks[:at]) + own) / whole, check=1.0, tokens=tokens)
 
 
 def words(found: Drafting, at: int) -> str:
     """Return in a sentence what drafting must reach."""
     share = f"a token drafted at exit {at} reads {found.token:.0%} of the weights a token reads"
-    least = found.break_even()
-    if least is None:
-        return f"{share}, so drafting {found.tokens} at a time cannot be faster than plain decoding"
+    least, single = found.break_even(), replace(found, tokens=1).break_even()
+    if single is None:
+        return f"{share}, so drafting cannot be faster than plain decoding"
+    several = "" if least is None or found.tokens == 1 else f" ({least:.0%} for {found.tokens})"
     return (
-        f"{share}: drafting {found.tokens} at a time is faster than plain decoding only where each "
-        f"is accepted with a chance above {least:.0%}, if reading weights is what takes the time"
+        f"{share}: drafting one at a time is faster than plain decoding only where it is accepted "
+        f"with a chance above {single:.0%}{several}, if reading weights is what takes the time; "
+        f"`adaconvert evaluate` measures how often an exit agrees"
     )
 
 

@@ -21,13 +21,13 @@ _TRAIN = {
 
 def of_stock(options: EarlyExitOptions, item: Described, places: Sequence[int]) -> tuple[str, ...]:
     """Return the notes on a stock checkpoint."""
-    draft = options.draft(places, item.spec.layers)
+    draft = options.draft(places)
     at, tokens = int(str(draft["at"])), int(str(draft["tokens"]))
     return (
         f"a stock checkpoint: `model.generate(**inputs, assistant_early_exit={at})` drafts from "
         f"exit {at} and gives the text it would give without, for one sequence at a time",
         _TRAIN["shared"],
-        words(drafting_of(item, at, tokens, None, shares=False), at),
+        words(drafting_of(item, at, tokens, None), at),
     )
 
 
@@ -60,7 +60,7 @@ def _notes(options: EarlyExitOptions, item: Described, content: Mapping[str, Any
         )
     draft = content["draft"]
     if draft is not None:
-        found = drafting_of(item, draft["at"], draft["tokens"], draft["vocab"], shares=True)
+        found = drafting_of(item, draft["at"], draft["tokens"], draft["vocab"], options.head)
         yield words(found, draft["at"])
         if draft["vocab"] is not None and options.draft_data is None:
             yield (

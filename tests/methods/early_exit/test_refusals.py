@@ -55,11 +55,11 @@ def test_options_that_mean_nothing(given: dict[str, Any], said: str) -> None:
     ("given", "said"),
     [
         ({"exits": "3"}, "--exits: the model has 2 blocks"),
+        ({"exits": "2"}, "--exits: the model has 2 blocks, and an exit lies between two of them"),
         ({"exits": "0"}, "--exits: the model has 2 blocks"),
         ({"exits": "1,1"}, "--exits: names an exit twice"),
         ({"every": "2"}, "--every: leaves no exit in a model of 2 blocks"),
         ({"exits": "1", "draft_exit": 2}, "--draft-exit: is no exit; expected 1"),
-        ({"exits": "2", "draft_exit": 2}, "--draft-exit: a draft of the whole model"),
         ({"exits": "1", "draft_vocab": 400}, "--draft-vocab: is more tokens than the model has"),
         ({"exits": "1", "measure": "patience", "patience": 2}, "--patience: more exits must"),
     ],
@@ -72,11 +72,20 @@ def test_options_that_do_not_fit_the_model(
     assert error.describe().startswith(said)
 
 
+def test_a_plan_refuses_what_a_run_refuses(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "dense")
+    with pytest.raises(OptionError, match="an exit lies between two of them"):
+        api.plan(source, method="early-exit", exits="1,2")
+    single = make("llama", tmp_path / "single", layers=1)
+    with pytest.raises(OptionError, match="a model of several blocks"):
+        api.plan(single, method="early-exit", exits="1")
+
+
 def test_places_of_every_kind() -> None:
     def at(blocks: int, **given: str) -> tuple[int, ...]:
         return EarlyExitOptions(**given).places(blocks)  # type: ignore[arg-type]
 
-    assert at(30, exits="8,4,30") == (4, 8, 30)
+    assert at(30, exits="8,4,29") == (4, 8, 29)
     assert at(32, every="L/8") == (4, 8, 12, 16, 20, 24, 28)
     assert at(30, every="L/4") == (8, 15, 22)
     assert at(30, every="10") == (10, 20)

@@ -96,15 +96,20 @@ def test_a_draft_pays_where_enough_is_accepted() -> None:
 
 def test_what_a_draft_reads(tmp_path: Path) -> None:
     item = open_source(str(make("llama", tmp_path / "dense", layers=4)))
-    whole = drafting_of(item, 2, 4, None, shares=False)
-    small = drafting_of(item, 2, 4, 32, shares=True)
-    assert whole.check == 1.0
-    assert small.check < 1.0
+    whole, small = drafting_of(item, 2, 4, None), drafting_of(item, 2, 4, 32)
+    assert whole.check == small.check == 1.0
     # a tenth of the rows of the head, and as many blocks
     saved = item.source.tensors["lm_head.weight"].nbytes * 0.9
     blocks = sum(ref.nbytes for name, ref in item.source.tensors.items() if ".layers." in name)
     total = blocks + item.source.tensors["lm_head.weight"].nbytes
     assert abs((whole.token - small.token) - saved / total) < 1e-9
+    # three matrices of 32 x 64 beside it, or a whole block
+    tensors = item.source.tensors
+    branch = sum(ref.nbytes for name, ref in tensors.items() if ".layers.1.mlp" in name)
+    block = sum(ref.nbytes for name, ref in tensors.items() if ".layers.3." in name)
+    for head, more in (("mlp", branch), ("layer", block), ("full", branch + block)):
+        found = drafting_of(item, 2, 4, 32, head)
+        assert abs((found.token - small.token) - more / total) < 1e-9
 
 
 def test_a_family_stock_drafting_fails_with_is_named_in_the_plan(tmp_path: Path) -> None:
