@@ -11,10 +11,7 @@ from pathlib import Path
 
 from adaconvert import __version__
 from adaconvert.arch.null_experts import holds_nulls
-from adaconvert.errors import (
-    OptionError,
-    SourceError,
-)
+from adaconvert.errors import OptionError, SourceError
 from adaconvert.export.adaptive import code_files
 from adaconvert.export.card import write_card
 from adaconvert.export.card_facts import facts_of
@@ -24,6 +21,7 @@ from adaconvert.io.commit import Staging, already_committed
 from adaconvert.io.fs import FileSystem
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, index_json, layout_shards, parse_size
+from adaconvert.methods.deciding import decided
 from adaconvert.methods.molora.taken import Taken, standing_sources
 from adaconvert.methods.planned import PlainPlan, Planned, Prepared
 from adaconvert.methods.registry import Method, make_config, method_of, prepare
@@ -172,7 +170,7 @@ def _run(taken: Taken, method: str, settings: RunSettings) -> ConversionResult:
     prepared = prepare_run(
         taken.sources,
         method,
-        taken.options,
+        decided(taken, method, settings),
         taken.revision,
         settings.keep_config,
         settings.ignore_unindexed,

@@ -52,8 +52,9 @@ def convert(
         progress: show progress bars on a terminal.
         options: the method's own options: fields of `methods.upcycle.config.UpcycleConfig`,
             `methods.moefy.config.MoefyConfig`, `methods.adamoe.config.AdamoeConfig`,
-            `methods.molora.config.MoloraOptions` or
-            `methods.early_exit.config.EarlyExitOptions`.
+            `methods.molora.config.MoloraOptions`,
+            `methods.early_exit.config.EarlyExitOptions` or
+            `methods.depth.config.DepthOptions`.
 
     Raises:
         OptionError: an option is wrong or the method does not support the source (exit code 2).

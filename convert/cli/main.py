@@ -57,6 +57,11 @@ VERBS = {
         attribute="early_exit",
         summary="Give a model exits after some of its blocks, to leave there or to draft with.",
     ),
+    "depth": Verb(
+        module="adaconvert.cli.depth",
+        attribute="depth",
+        summary="Remove whole transformer blocks from a model.",
+    ),
     "unmoefy": Verb(
         module="adaconvert.cli.unmoefy",
         attribute="unmoefy",

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from adaconvert.cli import adapting, exiting, nulling, options, output, splitting, versions
+from adaconvert.cli import (
+    adapting,
+    deepening,
+    exiting,
+    nulling,
+    options,
+    output,
+    splitting,
+    versions,
+)
 from adaconvert.cli.framework import Argument, Command, LazyGroup, Verb
 from adaconvert.cli.settings import begin, verbosity_options
 
@@ -41,6 +50,11 @@ METHODS = {
         module="adaconvert.cli.plan",
         attribute="plan_early_exit",
         summary="Plan exits after some of a model's blocks.",
+    ),
+    "depth": Verb(
+        module="adaconvert.cli.plan",
+        attribute="plan_depth",
+        summary="Plan removing whole transformer blocks.",
     ),
 }
 _RUN_ONLY = ("overwrite", "resume", "verify", "memory", "probe", "allow_nonfinite")
@@ -176,6 +190,34 @@ def plan_early_exit(source: str, destination: str | None, as_json: bool, **setti
     from adaconvert import api
 
     output.show(api.plan(source, method="early-exit", **settings), as_json=as_json)
+
+
+@click.command("depth", cls=Command)
+@options.source_argument()
+@click.argument(
+    "destination",
+    cls=Argument,
+    metavar="[DST]",
+    required=False,
+    describe="Accepted, so that the arguments of `depth` can stand; it is not looked at.",
+)
+@deepening.depth_options()
+@options.run_options(hidden=True)
+@options.json_option()
+@verbosity_options
+def plan_depth(source: str, destination: str | None, as_json: bool, **settings: Any) -> None:
+    """Plan `adaconvert depth`, with the same arguments.
+
+    Says which blocks go and what each token costs then; nothing is searched, and evenly spaced
+    blocks stand for those a search would find. Options that only matter to the run itself are
+    accepted too and do not change the plan.
+    """
+    for name in _RUN_ONLY:
+        settings.pop(name)
+    begin(versions.READING)
+    from adaconvert import api
+
+    output.show(api.plan(source, method="depth", **settings), as_json=as_json)
 
 
 def _without_destination(sources: tuple[str, ...]) -> tuple[str, ...]:

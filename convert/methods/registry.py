@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adaconvert.errors import OptionError
-from adaconvert.methods import adamoe, d2dmoe, early_exit, moefy, molora, upcycle
+from adaconvert.methods import adamoe, d2dmoe, depth, early_exit, moefy, molora, upcycle
 from adaconvert.methods.adamoe.config import AdamoeConfig
 from adaconvert.methods.d2dmoe.config import D2dmoeConfig
+from adaconvert.methods.depth.config import DepthOptions
+from adaconvert.methods.depth.search import decide
 from adaconvert.methods.early_exit.config import EarlyExitOptions
 from adaconvert.methods.moefy.config import MoefyConfig, UnmoefyConfig
 from adaconvert.methods.molora.config import MoloraOptions
@@ -33,6 +35,9 @@ class Method:
         exits: it also takes checkpoints with early exits, and keeps these.
         several: it can mix several sources.
         refusal: what is said of any other checkpoint.
+        decide: finds options that need the weights before a run can be planned, where those given
+            say `searches`; None where there are none. Gets the options, the source and whether to
+            show progress.
     """
 
     config: type[Any]
@@ -43,6 +48,7 @@ class Method:
     exits: bool = False
     several: bool = False
     refusal: str = ""
+    decide: Callable[[Any, Described, bool], Mapping[str, object]] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -93,6 +99,15 @@ METHODS: dict[str, Method] = {
         mixtures=True,
         exits=True,
         refusal="early-exit needs a checkpoint.",
+    ),
+    "depth": Method(
+        config=DepthOptions,
+        prepare=depth.prepare,
+        replan=depth.replan,
+        accepts="any",
+        mixtures=True,
+        refusal="depth needs a stock checkpoint.",
+        decide=decide,
     ),
     "unmoefy": Method(
         config=UnmoefyConfig,

@@ -1,0 +1,109 @@
+"""The options of `depth`, so that `plan depth` and `depth` cannot drift apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from adaconvert.cli.options import Decorator, apply, option, storage_but_dtype
+
+
+def depth_options() -> Decorator[Any]:
+    """Return what decides the result of `depth`: which blocks go, and how they are found."""
+    return apply(*_BLOCKS, *_SEARCH, *_TEXT, *storage_but_dtype())
+
+
+_BLOCKS = (
+    option(
+        "blocks",
+        "--kind",
+        type=click.Choice(["layer-drop"]),
+        default="layer-drop",
+        help="'layer-drop': whole blocks go, and DST is a stock checkpoint.",
+    ),
+    option(
+        "blocks", "--drop", metavar="LIST", help="The blocks, numbered from 0, such as 3,11,17."
+    ),
+    option("blocks", "--keep", type=int, metavar="K", help="Instead: how many blocks stay."),
+    option(
+        "blocks",
+        "--compute",
+        type=float,
+        metavar="X",
+        help="Instead: FLOPs per token as a share of SRC's, such as 0.75; the nearest number of "
+        "blocks stays.",
+    ),
+)
+_SEARCH = (
+    option(
+        "search",
+        "--search",
+        type=click.Choice(["even", "greedy", "evolve"]),
+        default="even",
+        help="Which blocks go where their number alone is said, never the first or the last. "
+        "'even': evenly spaced ones; 'greedy': one after the other, each the one that changes the "
+        "model least on --data; 'evolve': evolution at that number (EvoPress).",
+    ),
+    option(
+        "search",
+        "--fitness",
+        type=click.Choice(["kl", "loss"]),
+        default="kl",
+        help="What a search makes small: the divergence from SRC's next-token distributions, or "
+        "the loss.",
+    ),
+    option(
+        "search",
+        "--generations",
+        type=int,
+        default=40,
+        metavar="N",
+        help="For --search evolve: how many.",
+    ),
+    option(
+        "search",
+        "--offspring",
+        type=int,
+        default=16,
+        metavar="N",
+        help="For --search evolve: of each generation.",
+    ),
+    option("search", "--seed", type=int, default=0, metavar="N", help="Of everything random."),
+    option(
+        "search",
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="Where the model runs. 'auto': the accelerator if there is one.",
+    ),
+)
+_TEXT = (
+    option(
+        "text",
+        "--data",
+        metavar="FILE|ID",
+        help="Text for a search: a .txt, .jsonl, .json or .parquet file, a folder of them, or a "
+        "hub data set.",
+    ),
+    option(
+        "text", "--data-field", default="text", metavar="NAME", help="Field that holds the text."
+    ),
+    option("text", "--data-split", metavar="NAME", help="Split of the data to read."),
+    option(
+        "text",
+        "--data-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="Tokens of it to search on.",
+    ),
+    option(
+        "text",
+        "--data-length",
+        type=int,
+        default=512,
+        metavar="L",
+        help="Tokens of a sequence.",
+    ),
+)
