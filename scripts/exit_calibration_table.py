@@ -23,6 +23,7 @@ from typing import Any
 import click
 import numpy as np
 from bench.results import append, commit, machine
+from tqdm import tqdm
 
 from adaconvert.errors import DataError
 from adaconvert.evaluate.calibration_data import CalibrationData, Part, Reading, read_data
@@ -164,7 +165,7 @@ def resampled(
     """Return what calibration chooses on many divisions of all blocks."""
     found: list[Sequence[float]] = []
     blocks = everything.ordering.blocks
-    for seed in range(resamples):
+    for seed in tqdm(range(resamples), desc="resamples"):
         parts = split(len(blocks), seed=seed, shares=settings.shares)
         data = replace(
             everything,

@@ -16,7 +16,7 @@ import numpy as np
 
 from adaconvert.data.images import ImageBlocks
 from adaconvert.evaluate.risk import Floats
-from adaconvert.evaluate.sweep import Measured, Measurer, Setting
+from adaconvert.evaluate.sweep import REFERENCE, Measured, Measurer, Setting
 from adaconvert.modeling.adaptive_knobs import EXITS
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 #: positions whose logits are held at once.
 _AT_ONCE: Final = 256
 _NEVER: Final = -2.0
+#: splits whose records are kept joined.
+_SPLITS: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +48,43 @@ class Record:
     losses: Any
 
 
-def exits_taken(rule: Mapping[str, Any], orders: Sequence[int], record: Record) -> Integers:
-    """Return which exit each token of a block takes, [S]: a column of the record, E for none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """The records of some blocks, one after another: T tokens of n blocks.
+
+    Attributes:
+        record: its S is T.
+        places: int64 [T], position of each token in its block.
+        real: int64 [P], the tokens that predict something.
+        starts: int64 [n], where in `real` each block starts.
+        lengths: int64 [n], tokens of each block that the model reads.
+    """
+
+    record: Record
+    places: Any
+    real: Any
+    starts: Any
+    lengths: Any
+
+    def means(self, values: Floats) -> Floats:
+        """Return the mean over each block's predicting tokens, [n], of values [P]."""
+        counts = np.diff([*self.starts, len(self.real)])
+        return np.asarray(np.add.reduceat(values.astype(np.float64), self.starts) / counts)
+
+
+def exits_taken(
+    rule: Mapping[str, Any],
+    orders: Sequence[int],
+    record: Record,
+    places: Integers | None = None,
+) -> Integers:
+    """Return which exit each token takes, [S]: a column of the record, E for none.
 
     Args:
         rule: {"measure", "thresholds", "decay", "patience"}.
         orders: [E] which exit of the configuration each column is.
-        record: of the block.
+        record: of a block, or of several.
+        places: [S] positions of the tokens in their blocks; 0 to S - 1 if not given.
     """
     length, count = record.sure.shape
     taken = np.full(length, count, dtype=np.int64)
@@ -67,7 +99,8 @@ def exits_taken(rule: Mapping[str, Any], orders: Sequence[int], record: Record) 
         return taken
     fall: Any = 1.0
     if rule["decay"] is not None:
-        place = np.arange(length) / int(rule["decay"]["length"])
+        found = np.arange(length) if places is None else places
+        place = found / int(rule["decay"]["length"])
         fall = 0.9 + 0.1 * np.exp(-float(rule["decay"]["rate"]) * place)
     for column in reversed(range(count)):
         level = rule["thresholds"][orders[column]]
@@ -95,6 +128,8 @@ class ExitMeasurer(Measurer):
         self.places = [places[order] for order in self.orders]
         self._rule = measure
         self._records: dict[int, Record] = {}
+        self._joins: dict[bytes, Joined] = {}
+        self._costs: dict[int, tuple[float, float]] = {}
         #: with frozen states every rule needs a pass of its own
         self.frozen = exits["kv"] == "propagate" and exits["kind"] == "causal"
 
@@ -109,58 +144,112 @@ class ExitMeasurer(Measurer):
     def forget(self) -> None:
         """Drop what was recorded."""
         self._records.clear()
+        self._joins.clear()
+
+    def reference(self, chosen: Integers) -> Measured:
+        """Return what the whole model does on the blocks `chosen`.
+
+        Raises:
+            SourceError: its loss is not finite.
+        """
+        if self.frozen:
+            return super().reference(chosen)
+        joined = self._joined(chosen)
+        tops, losses = joined.record.tops[:, -1:], joined.record.losses[joined.real, -1]
+        loss = joined.means(losses)
+        self._check(REFERENCE, chosen, loss)
+        return Measured(
+            loss=loss,
+            changed=np.zeros(len(chosen)),
+            compute=1.0,
+            wrong=self._wrong(chosen, tops) if self._classifies else None,
+        )
 
     def measure(self, setting: Setting, chosen: Integers) -> Measured:
         """Return what a setting does on the blocks `chosen`."""
         rule = setting.select.get(EXITS)
-        if self.frozen or rule is None:
+        if self.frozen:
             return super().measure(setting, chosen)
-        loss, changed = np.empty(len(chosen)), np.empty(len(chosen))
-        tops = np.empty((len(chosen), 1), dtype=np.int64)
-        taken = []
-        for at, (block, record) in enumerate(zip(chosen, self.records(chosen), strict=True)):
-            column = exits_taken(rule, self.orders, record)
-            real = self._real[block, : len(column)]
-            rows = np.flatnonzero(real)
-            loss[at] = record.losses[rows, column[rows]].astype(np.float64).mean()
-            changed[at] = (record.tops[rows, column[rows]] != record.tops[rows, -1]).mean()
-            tops[at] = record.tops[0, column[0]]
-            taken.append(column)
+        if rule is None:
+            return self.reference(chosen)
+        joined = self._joined(chosen)
+        record = joined.record
+        column = exits_taken(rule, self.orders, record, joined.places)
+        rows, taken = joined.real, column[joined.real]
         self.shown.update(len(chosen))
-        compute, wrong = self._compute(rule, chosen, taken), self._wrong(chosen, tops)
-        return Measured(loss=loss, changed=changed, compute=compute, wrong=wrong)
+        # all tokens of a text that is classified leave together
+        weights = joined.lengths if self._classifies else None
+        counts = np.bincount(column, weights=weights, minlength=len(self.places) + 1)
+        chosen_now = record.tops[np.arange(len(column)), column][:, None]
+        return Measured(
+            loss=joined.means(record.losses[rows, taken]),
+            changed=joined.means(record.tops[rows, taken] != record.tops[rows, -1]),
+            compute=self._compute(rule, counts),
+            wrong=self._wrong(chosen, chosen_now) if self._classifies else None,
+        )
 
-    def _compute(
-        self, rule: Mapping[str, Any], chosen: Integers, taken: Sequence[Integers]
-    ) -> float:
-        """Return the account's fraction of the reference's FLOPs."""
+    def _joined(self, chosen: Integers) -> Joined:
+        """Return the records of blocks in one; those asked for last are kept."""
+        key = chosen.tobytes()
+        if key not in self._joins:
+            records = self.records(chosen)
+            sizes = [len(record.tops) for record in records]
+            real = [
+                np.append(self._real[block, :size], [False] * size)[:size]
+                for block, size in zip(chosen, sizes, strict=True)
+            ]
+            counts = np.array([one.sum() for one in real])
+            while len(self._joins) >= _SPLITS:
+                self._joins.pop(next(iter(self._joins)))
+            self._joins[key] = Joined(
+                record=Record(
+                    sure=np.concatenate([record.sure for record in records]),
+                    tops=np.concatenate([record.tops for record in records]),
+                    losses=np.concatenate([record.losses for record in records]),
+                ),
+                places=np.concatenate([np.arange(size) for size in sizes]),
+                real=np.flatnonzero(np.concatenate(real)),
+                starts=np.cumsum(counts) - counts,
+                lengths=self.blocks.weights[chosen].sum(axis=1),
+            )
+        return self._joins[key]
+
+    def _compute(self, rule: Mapping[str, Any], counts: Floats) -> float:
+        """Return the account's fraction of the reference's FLOPs.
+
+        Args:
+            rule: of leaving.
+            counts: [E + 1] tokens that take each exit.
+        """
+        ends = [*self.places, self.count]
+        whole = self.model.config.adaptive["reference"]["flops_per_token"]
+        change = -sum(
+            float(number) * self._flops(end)[0]
+            for number, end in zip(counts, ends, strict=True)
+            if number
+        )
+        for at in self._looked(rule):
+            here = sum(number for number, end in zip(counts, ends, strict=True) if end >= at)
+            change += float(here) * self._flops(at)[1]
+        return float((whole + change / counts.sum()) / whole)
+
+    def _flops(self, at: int) -> tuple[float, float]:
+        """Return the reference's FLOPs that a token saves which leaves at an exit, and what looking
+        at the exit costs it."""
         import torch
 
         from adaconvert.modeling.adaptive_context import Account
         from adaconvert.modeling.adaptive_exit_costs import count_left
 
-        ends = np.array([*self.places, self.count])
-        lengths = self.blocks.weights[chosen].sum(axis=1)
-        seen = [np.arange(1, length + 1) for length in lengths]
-        depth = [ends[column] for column in taken]
-        if self._classifies:
-            seen = [np.full(length, length) for length in lengths]
-            depth = [
-                np.full(length, column[0]) for length, column in zip(lengths, depth, strict=True)
-            ]
-        reference = self.model.config.adaptive["reference"]
-        found = Account(static_flops=0, static_bytes=0, reference=reference)
-        count_left(
-            self.model,
-            found,
-            torch.from_numpy(np.concatenate(depth)),
-            torch.from_numpy(np.concatenate(seen)),
-            self._looked(rule),
-            inside=self.model._own_modules(),
-        )
-        whole = reference["flops_per_token"]
-        change = (found.exit_flops - found.skipped_reference) / int(lengths.sum())
-        return float((whole + change) / whole)
+        if at not in self._costs:
+            reference = self.model.config.adaptive["reference"]
+            found = Account(static_flops=0, static_bytes=0, reference=reference)
+            looked = [at] if at < self.count else []
+            one = torch.ones(1, dtype=torch.int64)
+            inside = self.model._own_modules()
+            count_left(self.model, found, at * one, one, looked, inside=inside)
+            self._costs[at] = float(found.skipped_reference), float(found.exit_flops)
+        return self._costs[at]
 
     def _looked(self, rule: Mapping[str, Any]) -> list[int]:
         """Return the exits the runtime looks at under a rule."""
