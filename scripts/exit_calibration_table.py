@@ -57,7 +57,7 @@ class Again(ExitSearch):
         """Return what a rule costs and risks on a split."""
         setting = Setting(rule="exits", name="exits", select=dict(select))
         found = self._runs.measure(setting, part.blocks)
-        return found.compute, float(self._unit_risks(part, found).mean())
+        return found.compute, float(self._losses.risks(part, found).mean())
 
     def oracle(self) -> float:
         """Return the smallest compute within the limit, of the rules tried on the ordering split.
@@ -86,7 +86,16 @@ class Draws:
 @click.option("--max-tokens", type=int)
 @click.option("--batch", type=int, help="blocks run together")
 @click.option("--measure", help="of confidence  [default: as configured]")
-@click.option("--limit", default=0.05, show_default=True, help="share of tokens that may differ")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    type=float,
+    default=(0.05,),
+    show_default=True,
+    help="share of tokens that may differ; a row for each",
+)
+@click.option("--per-layer", is_flag=True, help="also try a threshold of its own for each exit")
 @click.option("--confidence", default=0.95, show_default=True)
 @click.option("--resamples", default=1000, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -99,7 +108,8 @@ def main(
     max_tokens: int | None,
     batch: int | None,
     measure: str | None,
-    limit: float,
+    limits: tuple[float, ...],
+    per_layer: bool,
     confidence: float,
     resamples: int,
     device: str,
@@ -110,8 +120,9 @@ def main(
     reading = Reading(data=data, length=length, max_tokens=max_tokens, unit="block")
     settings = CalibrationSettings(
         reading=reading,
-        max_disagreement=limit,
+        max_disagreement=limits[0],
         confidence=confidence,
+        per_layer=per_layer,
         measure=measure,
         batch_size=batch,
     )
@@ -124,12 +135,9 @@ def main(
     if runs.frozen:
         raise click.UsageError("with --kv propagate every rule needs a pass of its own")
     runs.records(used)
-    risk = disagreement_risk(limit, confidence)
     everything = replace(read, ordering=part_of(used))
-    best = Again(runs, everything, settings, risk).oracle()
-    drawn = resampled(runs, everything, settings, risk, resamples)
     facts = machine()
-    row = {
+    known = {
         "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(RESULTS.parents[2]),
         "versions": f"torch {version('torch')}, transformers {version('transformers')}",
@@ -139,11 +147,20 @@ def main(
         "measure": measure,
         "blocks": len(used),
         "tokens": int(read.blocks.weights[used].sum()),
-        **judged(drawn, risk, best),
     }
-    append(csv, row, FIELDS)
+    for limit in limits:
+        risk = disagreement_risk(limit, confidence)
+        best = Again(runs, everything, settings, risk).oracle()
+        drawn = resampled(runs, everything, settings, risk, resamples)
+        row = {**known, **judged(drawn, risk, best)}
+        append(csv, row, FIELDS)
+        tell(row)
+
+
+def tell(row: Mapping[str, object]) -> None:
+    """Say what a row holds."""
     click.echo(
-        f"above the limit in {row['violations']} of the draws on blocks held out, in "
+        f"limit {row['limit']}: above it in {row['violations']} of draws on blocks held out, in "
         f"{row['violations_all']} on all (allowed {row['allowed']}); compute "
         f"{row['mean_compute']}, oracle {row['oracle_compute']}, gap {row['mean_gap']}; "
         f"no exit chosen in {row['dense']}"

@@ -24,6 +24,7 @@ from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
 from adaconvert.evaluate.calibration_result import CalibrationResult
 from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.depth_search import DepthSearch, check_depth_settings
 from adaconvert.evaluate.exit_search import ExitSearch, check_exit_settings
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.masking import is_masked
@@ -33,6 +34,7 @@ from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.configs import load_config
 from adaconvert.modeling.adaptive_knobs import has_exits
+from adaconvert.modeling.adaptive_schema import routed_layers
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
 _LABEL_LOSS: Final = "loss is that of the label"
@@ -52,7 +54,9 @@ def calibrate(
     checkpoint = open_checkpoint(folder)
     calibration_output.check_destination(checkpoint, destination, overwrite=overwrite)
     calibration_output.check_whole(checkpoint)
-    if has_exits(checkpoint.adaptive):
+    if routed_layers(checkpoint.adaptive):
+        check_depth_settings(checkpoint.adaptive, settings)
+    elif has_exits(checkpoint.adaptive):
         check_exit_settings(checkpoint.adaptive, settings)
     single, masked = _kind(checkpoint, settings)
     config = load_config(Source.open(checkpoint.folder)) if single else None
@@ -68,8 +72,7 @@ def calibrate(
     risk = settings.risk(single=single)
     if risk is not None:
         check_enough(data, risk, settings.shares, settings.promise)
-    search = ExitSearch if has_exits(checkpoint.adaptive) else Search
-    found = search(_loaded(checkpoint, settings), data, settings, risk).run()
+    found = _search(checkpoint)(_loaded(checkpoint, settings), data, settings, risk).run()
     result = CalibrationResult(
         checkpoint=checkpoint.name,
         rows=found.rows,
@@ -95,6 +98,13 @@ def calibrate(
     result = replace(result, digests={**result.digests, "config": config_digest(config)})
     calibration_output.write(checkpoint, result, destination, overwrite=overwrite, fs=fs)
     return result if destination is None else replace(result, checkpoint=Path(destination).name)
+
+
+def _search(checkpoint: Checkpoint) -> type[Search]:
+    """Return what tries the settings of a model."""
+    if routed_layers(checkpoint.adaptive):
+        return DepthSearch
+    return ExitSearch if has_exits(checkpoint.adaptive) else Search
 
 
 def measure_matrix(

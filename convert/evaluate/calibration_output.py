@@ -32,8 +32,8 @@ from adaconvert.io.rewrite import check_updatable
 from adaconvert.io.source import Source
 from adaconvert.io.source_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adaconvert.io.strict_json import load_object
-from adaconvert.modeling.adaptive_knobs import EXITS, has_exits
-from adaconvert.modeling.adaptive_schema import routed_specs
+from adaconvert.modeling.adaptive_knobs import DEPTH, EXITS, has_exits
+from adaconvert.modeling.adaptive_schema import routed_layers, routed_specs
 
 _RESET: Final = "no setting was asked for: the default is the conversion's again"
 _RESET_TO_ALL: Final = (
@@ -177,6 +177,8 @@ def calibrated_config(config: Mapping[str, Any], result: CalibrationResult) -> d
     select = configured(config["adaptive"]) if chosen is None else chosen
     if has_exits(adaptive):
         _set_exits(adaptive["model"]["exits"], select.get(EXITS) or {})
+    for path, spec in routed_layers(adaptive).items():
+        spec["select"] = _of_block(select.get(DEPTH) or {"rule": "all"}, path, spec["select"])
     for path, spec in routed_specs(adaptive).items():
         spec["select"] = _fitting(select.get(path) or select["*"], spec["experts"]["count"])
     return new
@@ -190,6 +192,16 @@ def _set_exits(exits: dict[str, Any], rule: Mapping[str, Any]) -> None:
     found = {**never, **rule}
     exits["kv"] = found.pop("kv", exits["kv"])
     exits["decide"] = found
+
+
+def _of_block(rule: Mapping[str, Any], path: str, configured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rule of skipping as a block stores it; as it was where the rule does not name it."""
+    for name in ("threshold", "capacity"):
+        value = rule.get(name)
+        if isinstance(value, Mapping):
+            found = value.get(path)
+            return dict(configured) if found is None else {"rule": rule["rule"], name: found}
+    return dict(rule)
 
 
 def _fitting(select: Mapping[str, Any], experts: int) -> dict[str, Any]:
@@ -206,12 +218,22 @@ def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if has_exits(adaptive):
         exits = adaptive["model"]["exits"]
         sites[EXITS] = {**exits["decide"], "kv": exits["kv"]}
+    layers = routed_layers(adaptive)
+    if layers:
+        sites[DEPTH] = _of_blocks(layers)
     table = adaptive.get("calibration") or {}
     if table.get("chosen") is None:
         return {path: dict(select) for path, select in sites.items()}
     kept = table.get("configured") or {}
     unknown = {path: {} if path == EXITS else {"rule": "all"} for path in sites}
     return {path: dict(kept.get(path) or unknown[path]) for path in sites}
+
+
+def _of_blocks(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the rule that gives every block whose tokens choose the threshold it has."""
+    chosen = {p: spec["select"] for p, spec in layers.items()}
+    levels = {p: own["threshold"] for p, own in chosen.items() if own["rule"] == "threshold"}
+    return {"rule": "threshold", "threshold": levels}
 
 
 def reset_notes(adaptive: Mapping[str, Any], chosen: int | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaconvert.evaluate.sweep import Select
-from adaconvert.modeling.adaptive_knobs import EXITS
+from adaconvert.modeling.adaptive_knobs import DEPTH, EXITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,10 @@ class Row:
             "changed": self.changed,
             "guaranteed": self.guaranteed,
             "name": self.name,
-            "select": {path: own for path, own in self.select.items() if path != EXITS},
+            "select": {p: own for p, own in self.select.items() if p not in (EXITS, DEPTH)},
         }
+        if DEPTH in self.select:
+            row["depth"] = self.select[DEPTH]
         if EXITS in self.select:
             row["exits"] = self.select[EXITS]
         if self.p_value is not None:

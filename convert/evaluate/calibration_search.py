@@ -39,7 +39,7 @@ from adaconvert.modeling.adaptive_schema import routed_specs
 from adaconvert.progress import Bar, bar
 
 #: blocks a site's sensitivity is measured on.
-_SENSITIVITY_BLOCKS: Final = 8
+SENSITIVITY_BLOCKS: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +221,7 @@ class Search:
 
     def _curves(self, grid: Grid | NullGrid, rule: str) -> dict[str, list[tuple[float, float]]]:
         """Return how the loss rises as each site alone runs fewer experts."""
-        blocks = self.data.ordering.blocks[:_SENSITIVITY_BLOCKS]
+        blocks = self.data.ordering.blocks[:SENSITIVITY_BLOCKS]
         weights = self._losses.weights(blocks)
 
         def increase(shares: Mapping[str, float]) -> float:

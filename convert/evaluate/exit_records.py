@@ -179,12 +179,12 @@ class ExitMeasurer(Measurer):
         self.shown.update(len(chosen))
         # all tokens of a text that is classified leave together
         weights = joined.lengths if self._classifies else None
-        counts = np.bincount(column, weights=weights, minlength=len(self.places) + 1)
+        each = np.bincount(column, weights=weights, minlength=len(self.places) + 1)
         chosen_now = record.tops[np.arange(len(column)), column][:, None]
         return Measured(
             loss=joined.means(record.losses[rows, taken]),
             changed=joined.means(record.tops[rows, taken] != record.tops[rows, -1]),
-            compute=self._compute(rule, counts),
+            compute=self._compute(rule, each.astype(np.float64)),
             wrong=self._wrong(chosen, chosen_now) if self._classifies else None,
         )
 

@@ -139,7 +139,7 @@ class Measurer:
         """
         missing = chosen[np.isnan(self._reference_loss[chosen])]
         with applied(self.model, ALL):
-            for part, losses, tops in self._run(missing):
+            for part, losses, tops in self.passes(missing):
                 self._check(REFERENCE, part, losses)
                 self._reference_loss[part] = losses
                 self._reference_top[part, : tops.shape[1]] = tops
@@ -159,7 +159,7 @@ class Measurer:
         wrong = None if self._labels is None else np.empty(len(chosen))
         done = 0
         with applied(self.model, setting.select), self.model.account() as account:
-            for part, losses, tops in self._run(chosen):
+            for part, losses, tops in self.passes(chosen):
                 self._check(setting, part, losses)
                 here = slice(done, done + len(part))
                 width = tops.shape[1]
@@ -184,13 +184,13 @@ class Measurer:
         with applied(self.model, select), self.model.collect("router_scores") as got:
             # one block at a time: with single neurons as experts its scores are as large as its
             # hidden states in every layer together.
-            for _ in self._run(chosen, batch=1):
+            for _ in self.passes(chosen, batch=1):
                 for path, found in got.items():
                     kept.setdefault(path, []).append(_sample(found, total, rng))
                     found.clear()
         return {path: np.concatenate(parts) for path, parts in kept.items()}
 
-    def _run(
+    def passes(
         self, chosen: Integers, batch: int | None = None
     ) -> Iterator[tuple[Integers, Floats, Any]]:
         """Yield blocks, their mean losses [n] and top predictions [n, S - 1, S or 1], by batch."""

@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .adaptive_context import Call, current, entered
 from .adaptive_costs import attention_flops, is_causal, patches
-from .adaptive_knobs import EXITS, Knobs
+from .adaptive_knobs import DEPTH, EXITS, Knobs
 from .adaptive_leaving import leaving_forward
 from .adaptive_linear import outside_of_blocks
 from .adaptive_masks import seen_lengths, token_mask_of
@@ -44,6 +45,8 @@ class Runtime:
         exits: the checked `config.adaptive.model.exits`, None for none.
         leave: rule of leaving at them that overrides the configuration's; {} for never, None for
             what is configured.
+        routed: paths of the blocks that tokens may skip.
+        depth: rule of skipping that overrides the configuration's, None for none.
     """
 
     def __init__(self) -> None:
@@ -53,14 +56,16 @@ class Runtime:
         self.adapters: Mapping[str, Any] | None = None
         self.exits: Mapping[str, Any] | None = None
         self.leave: Mapping[str, Any] | None = None
+        self.routed: tuple[str, ...] = ()
+        self.depth: Mapping[str, Any] | None = None
 
     def kept(self) -> tuple[Any, ...]:
         """Return what is set, for `restore`."""
-        return self.knobs, self.adapters, self.leave
+        return self.knobs, self.adapters, self.leave, self.depth
 
     def restore(self, kept: tuple[Any, ...]) -> None:
         """Set what was set when `kept` was asked for."""
-        self.knobs, self.adapters, self.leave = kept
+        self.knobs, self.adapters, self.leave, self.depth = kept
 
     def leaving(self) -> Mapping[str, Any] | None:
         """Return the rule by which tokens leave at exits, None when none ever does."""
@@ -110,17 +115,19 @@ class Runtime:
         watch = (_WATCH.get() or {}).get(id(self), {})
         phase = "decode" if positions == 1 and cached else "prefill"
         real = token_mask_of(mask, positions, cached=cached, batch=batch) if positions else None
+        knobs = override[1] if override and override[0] == id(self) else self.knobs
         call = Call(
             owner=self,
             token_mask=real,
             phase="train" if training else phase,
-            knobs=override[1] if override and override[0] == id(self) else self.knobs,
+            knobs=knobs,
             account=watch.get("account"),
             collected=watch.get("collected", {}),
             adapters=self.adapters,
+            depth=knobs.get(DEPTH, self.depth),
         )
         if call.account is not None and isinstance(given, Tensor):
-            _count_tokens(call, config, given, mask, cached)
+            call = replace(call, seen=_count_tokens(call, config, given, mask, cached))
         return call
 
 
@@ -129,7 +136,8 @@ def _cached(cache: Any) -> int:
     return int(length()) if length is not None else 0
 
 
-def _count_tokens(call: Call, config: Any, given: Tensor, mask: Any, cached: int) -> None:
+def _count_tokens(call: Call, config: Any, given: Tensor, mask: Any, cached: int) -> Tensor:
+    """Count the tokens of a pass; return how many positions each sees, int64 [B, S]."""
     assert call.account is not None
     positions = given.shape[1] if given.dim() < 4 else patches(config, given)
     real = torch.ones(given.shape[0], positions, dtype=torch.bool)
@@ -138,6 +146,7 @@ def _count_tokens(call: Call, config: Any, given: Tensor, mask: Any, cached: int
     lengths = seen_lengths(real, mask, cached, causal=is_causal(config))
     call.account.tokens += int(real.sum())
     call.account.attention_flops += attention_flops(config, lengths[real])
+    return lengths
 
 
 def forward_of(stock: Any) -> Any:
@@ -147,7 +156,7 @@ def forward_of(stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runtime: Runtime = self.adaptive_runtime
-        busy = runtime.sites or runtime.adapted or runtime.exits
+        busy = runtime.sites or runtime.adapted or runtime.exits or runtime.routed
         if not busy or current().owner is runtime:
             return stock(self, *args, **kwargs)
         inputs = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs

@@ -85,6 +85,19 @@ class SiteAccount:
 
 
 @dataclass
+class LayerAccount:
+    """What one block that tokens may skip did.
+
+    Attributes:
+        tokens: that reached it, padding not counted.
+        run: those of them that ran it.
+    """
+
+    tokens: int = 0
+    run: int = 0
+
+
+@dataclass
 class Account:
     """What a model did, summed over the passes counted (1 MAC = 2 FLOPs).
 
@@ -96,7 +109,10 @@ class Account:
             projections, norms left out, head included, embedding look-up not.
         reference: `config.adaptive.reference`.
         exit_flops, exit_bytes: of the tails of exits tokens were looked at.
-        skipped_flops, skipped_bytes: of the above but sites, what tokens that left did not run.
+        depth_flops, depth_bytes: of what decides which tokens skip a block, and of what these run
+            instead.
+        skipped_flops, skipped_bytes: of the above but sites, what tokens that left or skipped did
+            not run.
         skipped_reference: these FLOPs with attention at the reference's length, which is what a
             fraction of the reference counts with.
     """
@@ -111,27 +127,34 @@ class Account:
     skipped_flops: int = 0
     skipped_bytes: int = 0
     skipped_reference: float = 0.0
+    depth_flops: int = 0
+    depth_bytes: int = 0
     sites: dict[str, SiteAccount] = field(default_factory=dict)
+    layers: dict[str, LayerAccount] = field(default_factory=dict)
+    block_costs: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def flops_per_token(self) -> dict[str, float]:
         """Return routed FLOPs per token: "ffn" (selected neurons of feed-forward networks),
         "linear" (those of networks in place of projections), "adapters" (selected ones), "router"
-        (routers and full gates), "exits" (their tails) and "total" (these, the other projections,
-        attention and head, less what tokens that left early did not run)."""
+        (routers and full gates), "exits" (their tails), "depth" (what decides who skips a block,
+        and what these run instead) and "total" (these, the other projections, attention and head,
+        less what tokens that left early or skipped did not run)."""
         tokens = max(self.tokens, 1)
         ideal = self._by_slot("ideal_flops")
         routed = sum(site.routed_flops for site in self.sites.values()) / tokens
-        left = (self.exit_flops - self.skipped_flops) / tokens
+        left = (self.exit_flops + self.depth_flops - self.skipped_flops) / tokens
         total = routed + self.static_flops + self.attention_flops / tokens + left
         router = routed - sum(ideal.values())
-        return {**ideal, "router": router, "exits": self.exit_flops / tokens, "total": total}
+        added = {"exits": self.exit_flops / tokens, "depth": self.depth_flops / tokens}
+        return {**ideal, "router": router, **added, "total": total}
 
     def weight_bytes_per_token(self) -> dict[str, float]:
         """Return the weight bytes a token reads when it runs alone, as batch-1 decoding does."""
         fixed = sum(self._by_slot("fixed_bytes").values())
         whole = self._by_slot("weight_bytes")
         chosen = {k: v - self._by_slot("fixed_bytes")[k] for k, v in whole.items()}
-        left = (self.exit_bytes - self.skipped_bytes) / max(self.tokens, 1)
+        added = self.exit_bytes + self.depth_bytes
+        left = (added - self.skipped_bytes) / max(self.tokens, 1)
         total = sum(whole.values()) + self.static_bytes + left
         return {**chosen, "router": fixed, "total": total}
 
@@ -149,7 +172,8 @@ class Account:
         converted = self.reference["ffn_flops_per_token"]
         converted += self.reference.get("linear_flops_per_token", 0)
         routed = flops["ffn"] + flops["linear"] + flops["adapters"] + flops["router"]
-        routed += (self.exit_flops - self.skipped_reference) / max(self.tokens, 1)
+        added = self.exit_flops + self.depth_flops
+        routed += (added - self.skipped_reference) / max(self.tokens, 1)
         return float((whole - converted + routed) / whole)
 
 
@@ -167,6 +191,9 @@ class Call:
         recomputing: this is the second run of a checkpointed segment.
         adapters: selection that overrides the config's at every linear with routed adapters.
         stage: which blocks run, in a model with exits; None for all.
+        depth: rule by which tokens skip blocks that overrides the config's, None for none.
+        seen: int64 [B, S] positions each token attends to where nothing slides, on the CPU; where
+            somebody counts.
     """
 
     owner: object = None
@@ -178,6 +205,8 @@ class Call:
     recomputing: bool = False
     adapters: Mapping[str, Any] | None = None
     stage: Any = None
+    depth: Mapping[str, Any] | None = None
+    seen: Tensor | None = None
 
     def select(self, path: str) -> Mapping[str, Any] | None:
         """Return the selection that overrides the config's at a site, None for none."""

@@ -79,10 +79,14 @@ class Draws:
         self.probabilities = scores.float().softmax(-1) if sampling else scores[..., :0]
 
     def draft(self) -> tuple[Tensor, Tensor]:
-        """Return one choice and its probability for every row, [R, 1] each; W is 1."""
+        """Return one choice for every row, and how likely the likeliest token is, [R, 1] each.
+
+        W is 1. What was drawn has no part in the second: were a draft given up for being an
+        unlikely token, the likely ones would be drawn too often.
+        """
         if self._sampling:
-            token = torch.multinomial(self.probabilities[:, 0], 1)
-            return token, self.probabilities[:, 0].gather(1, token)
+            chances = self.probabilities[:, 0]
+            return torch.multinomial(chances, 1), chances.amax(-1, keepdim=True)
         scores = self.scores[:, 0].float()
         best, token = scores.max(-1, keepdim=True)
         return token, (best - scores.logsumexp(-1, keepdim=True)).exp()

@@ -58,6 +58,9 @@ class ExitCache(Cache):  # type: ignore[misc]
         lengths: slots in use, by sequence.
         visible: [B, P] False for padding in the prompt, None when there is none.
         offsets: by sequence, slot minus position of its tokens.
+        room: tokens a sequence gets behind its prompt at most, None for any number. What a pass
+            computes behind them is thrown away; it is given the last one's position, so that
+            models with a table of positions need none beyond it.
         held: first block of a segment -> [B, n, d] states that wait to enter it.
         waiting: first block of a segment -> how many of them each sequence has, the last slots.
         depths: blocks that the tokens of each decoding step ran, [B] each.
@@ -73,6 +76,8 @@ class ExitCache(Cache):  # type: ignore[misc]
         self.lengths: list[int] = []
         self.visible: Tensor | None = None
         self.offsets: list[int] = []
+        self.room: int | None = None
+        self._end: int | None = None
         self.held: dict[int, Tensor] = {}
         self.waiting: dict[int, list[int]] = {}
         self.depths: list[Tensor] = []
@@ -138,6 +143,7 @@ class ExitCache(Cache):  # type: ignore[misc]
         if positions is not None:
             last = [int(p) for p in positions[..., -1].reshape(-1).expand(batch).tolist()]
         self.offsets = [length - 1 - p for p in last]
+        self._end = None if self.room is None else length + self.room
         self.visible = None
         if mask is not None and not bool(mask.all()):
             self.visible = mask.to(torch.bool)
@@ -162,10 +168,11 @@ class ExitCache(Cache):  # type: ignore[misc]
         """Return the positions of a pass's tokens, [rows, S]."""
         device = self._keys[0].device
         rows = range(self.batch) if places.rows is None else places.rows.tolist()
-        first = [start - self.offsets[r] for start, r in zip(places.starts, rows, strict=True)]
-        return torch.tensor(first, device=device)[:, None] + torch.arange(
-            places.width, device=device
-        )
+        starts = torch.tensor(list(places.starts), device=device)[:, None]
+        slots = starts + torch.arange(places.width, device=device)
+        if self._end is not None:
+            slots = slots.clamp_max(self._end - 1)
+        return slots - torch.tensor([self.offsets[r] for r in rows], device=device)[:, None]
 
     def mask(self, places: Places, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """Return what the tokens of a pass see, [rows, 1, S, C], to be added to scores.

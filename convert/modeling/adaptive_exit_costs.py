@@ -54,9 +54,9 @@ def count_left(
         number = int(gone.sum())
         if not number:
             continue
-        flops, size = _matrices(block, inside)
-        usual = _mean_attention(model.config, index, int(account.reference["length"]))
-        account.skipped_flops += number * flops + _attention(model.config, index, seen[gone])
+        flops, size = matrices_of(block, inside)
+        usual = mean_attention(model.config, index, int(account.reference["length"]))
+        account.skipped_flops += number * flops + attention_of(model.config, index, seen[gone])
         account.skipped_reference += number * (flops + usual)
         account.skipped_bytes += number * size
     if exits["kind"] == "classifier":
@@ -80,7 +80,7 @@ def counts_sites(model: Any, inputs: Mapping[str, Any]) -> bool:
     Behind a cache it cannot be: what it added is in there, and every token counts everywhere.
     """
     runtime = model.adaptive_runtime
-    found = runtime.sites or runtime.adapted
+    found = runtime.sites or runtime.adapted or runtime.routed
     return bool(found) and inputs.get("past_key_values") is None
 
 
@@ -102,7 +102,7 @@ def count_sites(model: Any, trace: list[Tensor], depth: Tensor, inputs: Mapping[
         model.base_model(**given, use_cache=False)
 
 
-def _matrices(module: Any, inside: set[int]) -> tuple[int, int]:
+def matrices_of(module: Any, inside: set[int]) -> tuple[int, int]:
     """Return FLOPs and bytes per token of the matrices in a module that belong to no site."""
     flops = size = 0
     for part in module.modules():
@@ -116,22 +116,29 @@ def _matrices(module: Any, inside: set[int]) -> tuple[int, int]:
 def _tail(model: Any, at: int | None, inside: set[int]) -> tuple[int, int]:
     """Return FLOPs and bytes of what a token passes at an exit; None for the model's own end."""
     head = None if at is None else model.adaptive_exits()[at]
-    flops, size = (0, 0) if head is None else _matrices(head, set())
+    flops, size = (0, 0) if head is None else matrices_of(head, set())
     for role, path in model.adaptive_runtime.exits["tail"].items():
         if head is None or head.part(role) is None:
-            more = _matrices(model.get_submodule(path), inside)
+            more = matrices_of(model.get_submodule(path), inside)
             flops, size = flops + more[0], size + more[1]
     return flops, size
 
 
-def _mean_attention(config: Any, index: int, length: int) -> float:
+def mean_attention(config: Any, index: int, length: int) -> float:
     """Return the FLOPs per token of one block's attention in a text of the reference's length."""
     seen = torch.arange(1, length + 1) if is_causal(config) else torch.full((length,), length)
-    return _attention(config, index, seen) / length
+    return attention_of(config, index, seen) / length
 
 
-def _attention(config: Any, index: int, seen: Tensor) -> int:
-    """Return the FLOPs of one block's scores and weighted sums."""
+def attention_of(config: Any, index: int, seen: Tensor, *, near: bool = True) -> int:
+    """Return the FLOPs of one block's scores and weighted sums.
+
+    Args:
+        config: of the model.
+        index: of the block.
+        seen: positions that tokens attend to.
+        near: within the block's window, where it has one; else `seen` is what they do attend to.
+    """
     config = config.get_text_config()
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -139,5 +146,5 @@ def _attention(config: Any, index: int, seen: Tensor) -> int:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = "sliding" in kinds[index] if kinds else window is not None
-    near = seen.clamp_max(window) if slides and window else seen
-    return int(2 * heads * both * int(torch.sum(near)))
+    found = seen.clamp_max(window) if near and slides and window else seen
+    return int(2 * heads * both * int(torch.sum(found)))

@@ -27,8 +27,8 @@ one before: in their choice (PABEE), or, where a threshold is given, by a simila
 kv: what later tokens see of blocks a token skipped. "recompute": exact keys and values, computed
 later, for several tokens at once; "propagate": those of the state it left with (CALM).
 
-draft: speculative decoding: exit `at` drafts up to `tokens`, or until the probability of its choice
-falls to `threshold`; `vocab`, the number of tokens it chooses among, None for all.
+draft: speculative decoding: exit `at` drafts up to `tokens`, or until its likeliest token is no
+likelier than `threshold`; `vocab`, the number of tokens it chooses among, None for all.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def check_decide(where: str, decide: Any, count: int) -> None:
     """
     _complete(where, decide, _DECIDE)
     measure = decide["measure"]
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise AdaptiveConfigError(f"{where}.measure is {measure!r}, known: {', '.join(MEASURES)}")
     low, high = MEASURES[measure]
     found = decide["thresholds"]

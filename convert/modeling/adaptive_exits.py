@@ -195,7 +195,8 @@ class ExitsMixin:
                 no `patience`: no token ever leaves, and the model computes what it did without.
                 "config" goes back to what the configuration says.
             measure: how sure an exit is; as configured when not given. See `adaptive_exit_schema`.
-            patience: of measure "patience": exits in a row that must agree.
+            patience: of measure "patience": exits in a row that must agree; as configured when not
+                given.
             kv: "recompute" or "propagate"; as configured when not given.
             decay: {"rate", "length"}: thresholds fall with the position; None for not.
 
@@ -330,17 +331,25 @@ def rule_of(
     Raises:
         AdaptiveConfigError: a value is out of range.
     """
-    if thresholds is None and patience is None:
+    if kv not in (None, *KV):
+        raise AdaptiveConfigError(f"set_exits: kv is {kv!r}, known: {', '.join(KV)}")
+    off = thresholds is None and patience is None
+    if off and measure is None and decay is None:
         return {}
-    count = len(exits["heads"])
+    count, usual = len(exits["heads"]), exits["decide"]
     each = list(thresholds) if isinstance(thresholds, Sequence) else [thresholds] * count
-    chosen = measure or ("patience" if patience is not None else exits["decide"]["measure"])
+    chosen = measure or ("patience" if patience is not None else usual["measure"])
+    if chosen != "patience" and patience is not None:
+        raise AdaptiveConfigError(
+            f"set_exits: patience is {patience!r}, which only measure 'patience' knows, and "
+            f"measure is {chosen!r}: leave out one of them"
+        )
+    if chosen == "patience" and patience is None:
+        patience = usual["patience"]
     rule = {"measure": chosen, "thresholds": each, "decay": decay, "patience": patience}
     check_decide("set_exits", rule, count)
     check_trust("set_exits", rule, exits["heads"])
-    if kv not in (None, *KV):
-        raise AdaptiveConfigError(f"set_exits: kv is {kv!r}, known: {', '.join(KV)}")
-    return {**rule, "kv": kv or exits["kv"]}
+    return {} if off else {**rule, "kv": kv or exits["kv"]}
 
 
 @contextmanager

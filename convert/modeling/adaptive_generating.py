@@ -26,8 +26,10 @@ from .adaptive_knobs import EXITS, knobs_for
 from .adaptive_row_stops import RowStops
 from .adaptive_speculate import Draft, Speculation
 
-#: the draft of the generation that runs, by the id of its runtime.
-_DRAFT: ContextVar[tuple[int, Draft] | None] = ContextVar("adaptive_draft", default=None)
+#: of the generation that runs: the id of its runtime, how to draft, whether a cache was given.
+_ASKED: ContextVar[tuple[int, Draft | None, bool]] = ContextVar(
+    "adaptive_asked", default=(0, None, False)
+)
 #: logits processors that remember what they were asked before.
 _BOUND = (
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
@@ -63,7 +65,7 @@ class GeneratingMixin:
             compute: fraction of the reference's FLOPs to spend, see `set_compute`.
             draft_exit: exit that drafts, by the blocks before it; True for the configured one.
             draft_tokens: drafts per round at most; the configured number when not given.
-            draft_threshold: drafting ends where the choice's probability is no more; the configured
+            draft_threshold: drafting ends where the likeliest token is no likelier; the configured
                 one when not given.
             draft_schedule: "adaptive" for rounds as long as pays, "constant" for `draft_tokens`.
 
@@ -72,11 +74,12 @@ class GeneratingMixin:
         """
         stock: Any = super()
         draft = self._draft_of(draft_exit, draft_tokens, draft_threshold, draft_schedule)
-        token = _DRAFT.set(None if draft is None else (id(self.adaptive_runtime), draft))
+        runtime = self.adaptive_runtime
+        cached = kwargs.get("past_key_values") is not None
+        token = _ASKED.set((id(runtime), draft, cached))
         try:
-            runtime = self.adaptive_runtime
             knobs = None if compute is None else knobs_for(self.config.adaptive, compute)
-            if runtime.exits is not None and self._assisted(kwargs):
+            if runtime.exits is not None and self._assisted(args, kwargs):
                 if leaving_of(runtime) is not None:
                     warnings.warn("no token leaves early: stock code drafts", stacklevel=3)
                 # its checks of drafts are passes over several tokens, which would leave as well
@@ -86,12 +89,13 @@ class GeneratingMixin:
             with runtime.overridden(knobs):
                 return stock.generate(*args, **kwargs)
         finally:
-            _DRAFT.reset(token)
+            _ASKED.reset(token)
 
-    def _assisted(self, kwargs: Mapping[str, Any]) -> bool:
+    def _assisted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Return whether stock code drafts, by whatever means."""
         own: Any = self
-        config = kwargs.get("generation_config") or own.generation_config
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or own.generation_config
         names = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
         return any((kwargs.get(n) or getattr(config, n, None)) is not None for n in names)
 
@@ -148,12 +152,14 @@ class GeneratingMixin:
         inputs = given.pop("model_kwargs", {})
         if runtime.exits is None or given["generation_config"].is_assistant:
             return loop(ids, *args, **kwargs)
-        found = _DRAFT.get()
-        draft = found[1] if found is not None and found[0] == id(runtime) else None
+        owner, draft, cached = _ASKED.get()
+        if owner != id(runtime):
+            draft, cached = None, False
         rule = leaving_of(runtime)
         if draft is None and rule is None:
             return loop(ids, *args, **kwargs)
-        reason = why_not(self, inputs) or _too_much(self.config, given)
+        reason = "a cache was given" if cached else None
+        reason = reason or why_not(self, inputs) or _too_much(self.config, given)
         if draft is not None and reason is None:
             reason = _no_draft(given)
         if reason is not None:
@@ -238,6 +244,8 @@ def _left(
 ) -> Any:
     config, ids = given["generation_config"], given["input_ids"]
     leaver = Leaver(model, rule)
+    stops = RowStops(given["stopping_criteria"], int(config.max_length))
+    leaver.cache.room = stops.longest - ids.shape[1]
     inputs = {**inputs, "past_key_values": leaver.cache}
     output = loop.__func__(leaver.stand_in(), **given, **inputs)
     if not isinstance(output, GenerateDecoderOnlyOutput):
@@ -245,6 +253,5 @@ def _left(
             output.past_key_values = None
         return output
     output.past_key_values = leaver.cache.as_dynamic()
-    ends = RowStops(given["stopping_criteria"], int(config.max_length)).ends
-    output.exit_layers = leaver.exit_layers(output.sequences, ids.shape[1], ends)
+    output.exit_layers = leaver.exit_layers(output.sequences, ids.shape[1], stops.ends)
     return output

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from .adaptive_schema import routed_specs
+from .adaptive_schema import routed_layers, routed_specs
 
 Select = Mapping[str, Any]
 Knobs = dict[str, Select]
@@ -15,6 +15,8 @@ Knobs = dict[str, Select]
 SLACK = 1e-9
 #: where knobs say how tokens leave at exits; {} for never. No site has this path.
 EXITS = "*exits"
+#: where knobs say which tokens skip blocks. No site has this path.
+DEPTH = "*depth"
 
 
 def has_exits(adaptive: Mapping[str, Any]) -> bool:
@@ -58,7 +60,9 @@ def knobs_for(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     if not number or not 0 < compute <= most + SLACK:
         raise ValueError(f"compute is {compute!r}, expected a fraction above 0 and up to {most:g}")
     if compute >= 1:
-        return {"*": {"rule": "all"}, EXITS: {}} if has_exits(adaptive) else {"*": {"rule": "all"}}
+        whole: Knobs = {"*": {"rule": "all"}}
+        whole |= {EXITS: {}} if has_exits(adaptive) else {}
+        return whole | ({DEPTH: {"rule": "all"}} if routed_layers(adaptive) else {})
     return _uniform(adaptive, compute) if table is None else _row(table["rows"], compute)
 
 
@@ -75,11 +79,17 @@ def _row(rows: list[Mapping[str, Any]], compute: float) -> Knobs:
             f"compute {compute:g} is below what this model was calibrated for: {_up(low)} to 1"
         )
     best = max(fitting, key=lambda row: (row["compute"], -row.get("loss", 0.0)))
-    return {**best.get("select", {}), **({EXITS: best["exits"]} if "exits" in best else {})}
+    found = {**best.get("select", {}), **({EXITS: best["exits"]} if "exits" in best else {})}
+    return {**found, **({DEPTH: best["depth"]} if "depth" in best else {})}
 
 
 def _uniform(adaptive: Mapping[str, Any], compute: float) -> Knobs:
     sites = routed_specs(adaptive)
+    if not sites and routed_layers(adaptive):
+        raise ValueError(
+            f"compute {compute:g}: which tokens skip blocks for it only data can tell; run "
+            "`adaconvert calibrate`, or set a threshold by `set_depth`"
+        )
     if not sites and has_exits(adaptive):
         raise ValueError(
             f"compute {compute:g}: how early tokens may leave for it only data can tell; run "

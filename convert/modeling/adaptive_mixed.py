@@ -16,14 +16,16 @@ def mixed_class(slot: type[Any], stock: type[nn.Module]) -> type[nn.Module]:
         body = {
             "__module__": stock.__module__,
             "__reduce_ex__": _reduce,
-            "adaptive_parts": (slot, stock),
+            "adaptive_parts": (slot, *getattr(stock, "adaptive_parts", (stock,))),
         }
         known = _MIXED[slot, stock] = type(stock.__name__, (slot, stock), body)
     return known
 
 
-def _blank(slot: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
-    made = mixed_class(slot, stock)
+def _blank(*parts: type[nn.Module]) -> nn.Module:
+    made = parts[-1]
+    for slot in reversed(parts[:-1]):
+        made = mixed_class(slot, made)
     module: nn.Module = made.__new__(made)
     return module
 

@@ -42,7 +42,9 @@ from typing import Any
 
 from .adaptive_checks import AdaptiveConfigError as AdaptiveConfigError
 from .adaptive_checks import check_keys, check_whole, is_number
+from .adaptive_depth_schema import check_layer
 from .adaptive_exit_schema import check_exits
+from .adaptive_recursion_schema import check_recursion
 
 VERSION = 1
 #: built inside out.
@@ -104,6 +106,8 @@ def read(adaptive: Mapping[str, Any]) -> dict[str, Any]:
     check_composition(known)
     if (known.get("model") or {}).get("exits"):
         check_exits("config.adaptive.model.exits", known["model"]["exits"])
+    if (known.get("model") or {}).get("recursion"):
+        check_recursion("config.adaptive.model.recursion", known["model"]["recursion"])
     return known
 
 
@@ -116,6 +120,12 @@ def routed_specs(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if spec is not None:
             found[path] = spec
     return found
+
+
+def routed_layers(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return, by path, the description of every block that tokens may skip."""
+    sites = adaptive.get("sites", {})
+    return {path: slots["layer"] for path, slots in sites.items() if "layer" in slots}
 
 
 def parts(adaptive: Mapping[str, Any]) -> set[str]:
@@ -146,6 +156,8 @@ def _check_site(path: str, slots: Mapping[str, Any]) -> None:
         _check_experts(f"{where}.ffn", slots["ffn"])
         if "mixture" in slots["ffn"]:
             check_mixture(f"{where}.ffn", slots["ffn"])
+    if "layer" in slots:
+        check_layer(f"{where}.layer", slots["layer"])
     linear = slots.get("linear")
     if isinstance(linear, Mapping) and "mlp" in linear:
         check_keys(f"{where}.linear", linear, {"mlp"})

@@ -12,23 +12,29 @@ from typing import Any
 
 from torch import nn
 
+from .adaptive_depth import DepthLayer
 from .adaptive_ffn import AdaptiveFFN
 from .adaptive_linear import AdaptiveLinear
 from .adaptive_mixed import mixed_class
 from .adaptive_mixture import AdaptiveMixture
 from .adaptive_projection import AdaptiveProjection
 from .adaptive_schema import SLOT_ORDER, AdaptiveConfigError
+from .adaptive_stages import StagedLayer
 
 #: what chooses experts.
 SITES = (AdaptiveFFN, AdaptiveMixture)
 #: slot -> class, but for mixtures; it has `adaptive_init(path, spec)` and overrides `forward`. One
 #: with an `adaptive_stock` is mixed into that class instead of the module's own.
-SLOTS: dict[str, type[nn.Module]] = {"linear": AdaptiveProjection, "ffn": AdaptiveFFN}
+SLOTS: dict[str, type[nn.Module]] = {
+    "linear": AdaptiveProjection,
+    "ffn": AdaptiveFFN,
+    "layer": DepthLayer,
+}
 
 
 def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str, nn.Module]:
-    """Fill the sites of a stock model; return path -> module of those that choose experts or have
-    routed adapters.
+    """Fill the sites of a stock model; return path -> module of those that choose experts, have
+    routed adapters, or are blocks that tokens may skip.
 
     Args:
         model: the stock model.
@@ -52,9 +58,15 @@ def fill(model: nn.Module, adaptive: Mapping[str, Any], prefix: str) -> dict[str
                 raise AdaptiveConfigError(f"site {path!r}: this code cannot fill slot {slot!r}")
             chosen = _class_for(slot, slots[slot])
             stock = getattr(chosen, "adaptive_stock", type(module))
-            module.__class__ = mixed_class(chosen, stock)
+            if isinstance(module, StagedLayer):
+                # stages say which blocks run at all
+                parts: Any = stock
+                inner = mixed_class(chosen, parts.adaptive_parts[-1])
+                setattr(module, "__class__", mixed_class(StagedLayer, inner))  # noqa: B010
+            else:
+                module.__class__ = mixed_class(chosen, stock)
             module.adaptive_init(path, slots[slot])  # type: ignore[operator]
-            if isinstance(module, (*SITES, AdaptiveLinear)):
+            if isinstance(module, (*SITES, AdaptiveLinear, DepthLayer)):
                 found[path] = module
             if slot == "ffn":
                 _name_down(model, module, slots[slot].get("down_path"), inside if bare else "")

@@ -26,6 +26,9 @@ from .adaptive_exit_passes import Passes, reduced_head
 from .adaptive_row_stops import RowStops
 from .adaptive_stages import Stage
 
+#: logit of a token that drafts do not choose among.
+_NEVER = -1e30
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -34,7 +37,7 @@ class Draft:
     Attributes:
         at: exit, by the blocks before it.
         tokens: drafts per round at most.
-        threshold: drafting ends where the probability of every sequence's choice is no more.
+        threshold: drafting ends where every sequence's likeliest token is no likelier.
         vocab: int64, tokens to choose among, None for all.
         adaptive: rounds are as long as pays with the acceptance seen so far.
     """
@@ -106,6 +109,7 @@ class Speculation:
         self._ends = [prompt] * batch
         self._rows = list(range(batch))
         self._done: dict[int, Tensor] = {}
+        self.cache.room = self.stops.longest - prompt
 
     def run(self, kwargs: dict[str, Any]) -> Tensor:
         """Return the sequences, [B, longest].
@@ -190,7 +194,9 @@ class Speculation:
         vocab = self.draft.vocab
         assert vocab is not None
         size = self.model.config.get_text_config().vocab_size
-        whole = few.new_full((*few.shape[:-1], size), torch.finfo(few.dtype).min)
+        # finite when divided by a temperature too: a processor may forbid all tokens of the few
+        never = max(_NEVER, torch.finfo(few.dtype).min)
+        whole = few.new_full((*few.shape[:-1], size), never)
         whole[..., vocab] = few
         return whole
 
@@ -223,6 +229,7 @@ class Speculation:
             self._ids[row, end : end + len(tokens)] = added
             kept, ended = self.stops.cut(self._ids[row : row + 1], end, tokens)
             self._ends[row] = end + kept
+            self.cache.lengths[row] -= len(tokens) - kept
             if self.streamer is not None:
                 self.streamer.put(added[:kept].cpu())
             for found, kind in ((self.scores, scores), (self.raw, logits)):

@@ -17,31 +17,33 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin
-from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from .adaptive_adapted import AdaptedMixin, init_adapters
-from .adaptive_adapters import RoutedAdapters
+from .adaptive_adapted import AdaptedMixin
 from .adaptive_calls import AdaptiveBackbone, Runtime, forward_of
 from .adaptive_context import Account, checkpointed
 from .adaptive_costs import static_costs
+from .adaptive_depth import DepthLayer
+from .adaptive_depth_costs import block_costs
+from .adaptive_depth_model import DepthMixin
+from .adaptive_depth_parts import Depth, init_depth
 from .adaptive_execution import prepare
 from .adaptive_exit_costs import exit_modules
-from .adaptive_exits import ExitHead, ExitsMixin, fill_exits, init_exit
-from .adaptive_ffn import AdaptiveFFN
+from .adaptive_exits import ExitsMixin, fill_exits, init_exit
 from .adaptive_generating import GeneratingMixin
 from .adaptive_knobs import Knobs, Setting, knobs_for
 from .adaptive_linear import AdaptiveLinear
 from .adaptive_mixed import mixed_class
 from .adaptive_mixture import AdaptiveMixture
-from .adaptive_null import NullExperts
-from .adaptive_projection import drop_plans
+from .adaptive_projection import AdaptiveProjection, drop_plans
+from .adaptive_recursion import RecursionMixin, Residual
 from .adaptive_routers import Router
 from .adaptive_schema import RULES, AdaptiveConfigError, check_select, read
 from .adaptive_slots import SITES, fill
+from .adaptive_starts import init_part
 from .configuration_adaptive import made_config
 
 _MADE: dict[str, type] = {}
@@ -60,13 +62,13 @@ _AUTO = {
     "ForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "Model": "AutoModel",
 }
-_COLLECTED = {"router_scores", "experts_run", "decisions", "adapter_logits"}
+_COLLECTED = {"router_scores", "experts_run", "decisions", "adapter_logits", "depth"}
 _NO_EXPERTS = "this model has no experts to choose from; see `set_adapters` for routed adapters"
 #: an adaptive model is being built; models inside it are parts of it and fill no sites.
 _BUILDING: ContextVar[bool] = ContextVar("adaptive_building", default=False)
 
 
-class AdaptiveMixin(AdaptedMixin, ExitsMixin):
+class AdaptiveMixin(AdaptedMixin, ExitsMixin, DepthMixin, RecursionMixin):
     """What every adaptive model can do besides what its stock class can."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -82,13 +84,16 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
         adaptive = read(config.adaptive)
         own: Any = self
         self._fill_exits(adaptive)
+        self._fill_recursion(adaptive)
         filled = fill(own, adaptive, own.base_model_prefix)
         adapted = {p: site for p, site in filled.items() if isinstance(site, AdaptiveLinear)}
-        sites = {path: site for path, site in filled.items() if path not in adapted}
+        routed = {p: site for p, site in filled.items() if isinstance(site, DepthLayer)}
+        sites = {p: site for p, site in filled.items() if p not in {*adapted, *routed}}
         self.adaptive_runtime.sites = tuple(sites)
+        self.adaptive_runtime.routed = tuple(routed)
         self.adaptive_runtime.adapted = tuple(adapted)
         self._share_runtime()
-        drop_plans(own, [path for path, site in filled.items() if site.adaptive_slot == "linear"])
+        drop_plans(own, [p for p, site in filled.items() if isinstance(site, AdaptiveProjection)])
         self._fill_adapters(adapted)
         for module in sites.values():
             assert isinstance(module, SITES)
@@ -96,6 +101,10 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
             added: Any = module.null_experts if mixture else module.router
             if added is not None and not next(added.parameters()).is_meta:
                 self._init_weights(added)
+        for block in routed.values():
+            assert isinstance(block, DepthLayer)
+            if not block.depth.router.weight.is_meta:
+                init_depth(block.depth)
         if adapted or any(isinstance(module, AdaptiveMixture) for module in sites.values()):
             self._keep_stock_routers()
 
@@ -224,6 +233,7 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
         static_flops, static_bytes = static_costs(self, self._own_modules() | exit_modules(self))
         reference = self.config.adaptive["reference"]  # type: ignore[attr-defined]
         made = Account(static_flops=static_flops, static_bytes=static_bytes, reference=reference)
+        made.block_costs = block_costs(self, self._own_modules())
         with self.adaptive_runtime.watching(account=made):
             yield made
 
@@ -235,7 +245,8 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
         experts the margins, [T, J]. Of these alone "experts_run": [T] how many real experts the
         real tokens run, and "decisions": the `Decision` on all tokens, padding as well. Of linears
         with routed adapters "adapter_logits": [T, E] of the real tokens, by the site that holds the
-        router; a router for every block has one entry for each.
+        router; a router for every block has one entry for each. Of blocks that tokens may skip
+        "depth": `DepthSeen`.
 
         Yields:
             path -> list, one entry per pass; of several names, name -> path -> list.
@@ -272,24 +283,7 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
         return (model, info) if wanted else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Router):
-            for parameter in module.parameters():
-                init.normal_(parameter, mean=0.0, std=0.02)
-            for buffer in module.buffers():
-                init.zeros_(buffer)
-        elif isinstance(module, NullExperts):
-            init.normal_(module.weight, mean=0.0, std=0.02)
-            for added in (module.bias, module.scale, module.value):
-                if added is not None:
-                    init.zeros_(added)
-        elif isinstance(module, RoutedAdapters):
-            init_adapters(module)
-        elif isinstance(module, ExitHead):
-            init_exit(module)
-        elif isinstance(module, AdaptiveFFN) and hasattr(module, "neuron_order"):
-            order: Any = module.neuron_order
-            init.copy_(order, torch.arange(order.numel(), dtype=order.dtype))
-        else:
+        if not init_part(module):
             super()._init_weights(module)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(
@@ -328,7 +322,8 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin):
         new = [
             name
             for name, module in named
-            if isinstance(module, Router) or getattr(module, "adaptive_slot", None) == "linear"
+            if isinstance(module, Router | Depth | Residual)
+            or getattr(module, "adaptive_slot", None) == "linear"
         ]
         return any(key.startswith(f"{name}.") for name in new)
 

@@ -39,7 +39,7 @@ def edit(folder: Path, **changes: Any) -> None:
             "which AdaptiveLlamaForCausalLM does not have",
         ),
         ({"sites": {"model.layers.0.mlp": {"wings": {}}}}, "unknown keys wings"),
-        ({"sites": {"model.layers.0": {"layer": {"skip": {}}}}}, "cannot fill slot 'layer'"),
+        ({"sites": {"model.layers.0": {"layer": {"skip": {}}}}}, "layer has unknown keys skip"),
     ],
 )
 def test_config_that_cannot_be_run_is_refused(
