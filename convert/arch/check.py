@@ -13,6 +13,7 @@ from adaconvert.arch.adapters import ADAPTER_ROLES
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.exits import DRAFT_TOKENS
 from adaconvert.arch.family import Family, Template
+from adaconvert.arch.routed_layers import ROUTER as DEPTH_ROUTER
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, WEIGHT_DTYPES
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
@@ -23,6 +24,7 @@ _OWN_ROLES = frozenset(
         *("router", "neuron_order", "projection_router", "null_bias", "null_scale", "null_value"),
         *ADAPTER_ROLES,
         DRAFT_TOKENS,
+        DEPTH_ROUTER,
     }
 )
 #: role of whole numbers -> their dtype, and what they are.

@@ -15,6 +15,7 @@ from adaconvert.arch.projections import stock_spec
 from adaconvert.arch.values import WHERE
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
+from adaconvert.modeling.adaptive_depth_schema import KINDS
 
 ROUTER, ADAPTER = "depth_router", "depth_adapter"
 #: roles of the tensors routed blocks add.
@@ -71,10 +72,12 @@ def routed_of(adaptive: Mapping[str, object] | None) -> dict[str, dict[str, Any]
         try:
             widths = [part["width"] for part in (slot["predictor"], slot["adapter"]) if part]
             widths += [slot["router"]["width"]] if slot["router"]["width"] is not None else []
-            assert all(type(width) is int and 0 < width < 2**31 for width in widths)
-            assert type(slot["index"]) is int
-            assert isinstance(slot["select"]["rule"], str)
-        except (AssertionError, KeyError, TypeError):
+            sizes = [*widths, slot["hidden"], slot["index"] + 1]
+            if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+                raise ValueError(sizes)
+            if not isinstance(slot["select"]["rule"], str) or slot["kind"] not in KINDS:
+                raise ValueError(slot["select"])
+        except (KeyError, TypeError, ValueError):
             raise SourceError(
                 f"adaptive.sites[{escape(path, 80)}].layer is not usable",
                 where=WHERE,
@@ -142,6 +145,21 @@ def _tensors(stored: str, slot: Mapping[str, Any]) -> Iterator[TensorSpec]:
         yield TensorSpec(
             name=f"{stored}.depth.{name}", role=role_of(name), shape=shape, layer=slot["index"]
         )
+
+
+def words(adaptive: Mapping[str, object] | None, layers: int) -> str:
+    """Return which blocks of a model tokens may skip, and how; "" for none."""
+    slots = list(routed_of(adaptive).values())
+    if not slots:
+        return ""
+    ways = dict.fromkeys(
+        "mixture-of-depths"
+        if slot["kind"] == "mod"
+        else f"keys and values {'kept' if slot['kv'] == 'keep' else 'skipped'}"
+        for slot in slots
+    )
+    indices = sorted(slot["index"] for slot in slots)
+    return f"blocks {listed(indices)} of {layers} may be skipped by tokens, {' or '.join(ways)}"
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -10,17 +10,20 @@ from adaconvert.cli.options import Decorator, apply, option, storage_but_dtype
 
 
 def depth_options() -> Decorator[Any]:
-    """Return what decides the result of `depth`: which blocks go, and how they are found."""
-    return apply(*_BLOCKS, *_SEARCH, *_TEXT, *storage_but_dtype())
+    """Return what decides the result of `depth`: which blocks go, and how they are found, or which
+    blocks tokens may skip."""
+    return apply(*_BLOCKS, *_ROUTED, *_SEARCH, *_TEXT, *storage_but_dtype())
 
 
 _BLOCKS = (
     option(
         "blocks",
         "--kind",
-        type=click.Choice(["layer-drop"]),
+        type=click.Choice(["layer-drop", "skip", "mod"]),
         default="layer-drop",
-        help="'layer-drop': whole blocks go, and DST is a stock checkpoint.",
+        help="'layer-drop': whole blocks go, and DST is a stock checkpoint. 'skip': each token may "
+        "skip blocks, and everyone still attends to it. 'mod': mixture-of-depths, tokens that run "
+        "a block attend to one another alone.",
     ),
     option(
         "blocks", "--drop", metavar="LIST", help="The blocks, numbered from 0, such as 3,11,17."
@@ -33,6 +36,70 @@ _BLOCKS = (
         metavar="X",
         help="Instead: FLOPs per token as a share of SRC's, such as 0.75; the nearest number of "
         "blocks stays.",
+    ),
+)
+_ROUTED = (
+    option(
+        "routed blocks",
+        "--layers",
+        metavar="LIST",
+        help="Blocks that tokens may skip, such as 3,5,8-20. Default: all but the first two and "
+        "the last, of 'mod' every second of these.",
+    ),
+    option(
+        "routed blocks",
+        "--every",
+        type=int,
+        metavar="N",
+        help="Instead: every Nth of those blocks.",
+    ),
+    option(
+        "routed blocks",
+        "--capacity",
+        type=float,
+        default=0.125,
+        metavar="C",
+        help="Of 'mod': share of a text's tokens that run a block in training.",
+    ),
+    option(
+        "routed blocks",
+        "--predictor",
+        type=click.Choice(["mlp", "router"]),
+        default="mlp",
+        help="Of 'mod': what decides where later tokens are not known: a small network of its own, "
+        "or the router.",
+    ),
+    option(
+        "routed blocks",
+        "--gate",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="Of 'mod': a block's change counts up to S more or less, by the router's score; 0: "
+        "not.",
+    ),
+    option(
+        "routed blocks",
+        "--kv",
+        type=click.Choice(["keep", "skip"]),
+        default="keep",
+        help="Of 'skip': whether tokens that skip a block write its keys and values.",
+    ),
+    option(
+        "routed blocks",
+        "--adapter-width",
+        type=int,
+        default=64,
+        metavar="R",
+        help="Of 'skip': width of what tokens that skip run instead; 0: nothing.",
+    ),
+    option(
+        "routed blocks",
+        "--router-width",
+        type=int,
+        default=0,
+        metavar="W",
+        help="Of 'skip': width of the router's inner layer; 0: a linear router.",
     ),
 )
 _SEARCH = (

@@ -20,12 +20,15 @@ from adaconvert.cli.upcycle import refuse_conflicts
 @options.json_option()
 @verbosity_options
 def depth(source: str, destination: str, as_json: bool, **settings: Any) -> None:
-    """Remove whole transformer blocks from a model.
+    """Remove whole transformer blocks from a model, or let each token skip some.
 
-    DST is a stock checkpoint with fewer blocks: it computes what SRC computes with the others
-    skipped. Say which blocks go (--drop), or how many stay (--keep, --compute), evenly spaced or
-    found by a search on text. `finetune` then teaches the others to make up for them. DST appears
-    whole or not at all.
+    --kind layer-drop: DST is a stock checkpoint with fewer blocks: it computes what SRC computes
+    with the others skipped. Say which blocks go (--drop), or how many stay (--keep, --compute),
+    evenly spaced or found by a search on text. `finetune` then teaches the others to make up for
+    them.
+
+    --kind skip, mod: DST computes what SRC does, and has routers beside some blocks, by which each
+    token runs them or not. DST appears whole or not at all.
     """
     refuse_conflicts(settings)
     heard = begin(versions.COMPUTING)

@@ -18,6 +18,7 @@ from adaconvert.export import (
     card_adapters,
     card_calibration,
     card_classes,
+    card_depth,
     card_exits,
     card_proof,
     card_sections,
@@ -159,6 +160,7 @@ def _text(told: Told) -> str:
         *([] if told.calibration is None else card_calibration.section(told.calibration)),
         *(card_adapters.loading(told) if told.is_adapter else card_sections.loading(told)),
         *card_exits.section(told),
+        *card_depth.section(told),
         *card_sections.using(told),
         *card_sections.runtimes(told),
         *card_sections.limits(told),
@@ -215,7 +217,8 @@ def _tags(told: Told) -> list[str]:
     found = ["adaconvert", *tags(told.stages)]
     if told.is_mixture and (told.is_split or not told.is_adaptive):
         found.append("moe")
-    if told.is_split or card_exits.found_exits(told.config) is not None:
+    exits, depth = card_exits.found_exits(told.config), card_depth.found(told.config)
+    if told.is_split or exits is not None or depth:
         found.append("adaptive-compute")
     if told.config.get("auto_map"):
         found.append("custom_code")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from adaconvert.export import card_exits
+from adaconvert.export import card_depth, card_exits
 from adaconvert.export.card_text import code, is_hub_id, listed, plain
 from adaconvert.io import manifest
 
@@ -20,6 +20,7 @@ _TAGS: Final = {
     "adamoe": ("null-experts", "adamoe"),
     "molora": ("lora", "molora"),
     "early-exit": ("early-exit",),
+    "depth": ("depth",),
 }
 #: what makes a mixture of a dense model before it gets null experts -> its own tags.
 _VIA: Final = {"upcycle": "sparse-upcycling", "moefy": "moefication"}
@@ -148,6 +149,8 @@ def _became(stage: Stage) -> str:
         return _adapter_words(options)
     if stage.method == card_exits.METHOD:
         return card_exits.became(options)
+    if stage.method == card_depth.METHOD:
+        return card_depth.became(options)
     if _replaces(stage):
         return "with networks for projections"
     known = {"unmoefy": "dense again", "finetune": "fine-tuned", "d2dmoe": "with fitted routers"}
@@ -270,6 +273,8 @@ def _sentence(stage: Stage) -> str:
         return _adapter_sentence(stage)
     if stage.method == card_exits.METHOD:
         return card_exits.stage_sentence(stage)
+    if stage.method == card_depth.METHOD:
+        return card_depth.stage_sentence(stage)
     if stage.method == "d2dmoe" and _replaces(stage):
         return _replaced_sentence(stage)
     if stage.method in ("moefy", "d2dmoe"):

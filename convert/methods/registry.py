@@ -106,7 +106,8 @@ METHODS: dict[str, Method] = {
         replan=depth.replan,
         accepts="any",
         mixtures=True,
-        refusal="depth needs a stock checkpoint.",
+        exits=True,
+        refusal="depth needs a checkpoint of a model.",
         decide=decide,
     ),
     "unmoefy": Method(

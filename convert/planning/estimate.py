@@ -21,6 +21,8 @@ from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.exits import DRAFT_TOKENS, EXIT_ROLES, checked
 from adaconvert.arch.projections import active_shares, stock_spec
 from adaconvert.arch.registry import layer_mask
+from adaconvert.arch.routed_layers import ADAPTER as DEPTH_ADAPTER
+from adaconvert.arch.routed_layers import ROUTER as DEPTH_ROUTER
 from adaconvert.dtypes import nbytes_of
 from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Gather, Init, Plan
 
@@ -99,6 +101,8 @@ def _is_per_token(spec: ModelSpec, tensor: TensorSpec) -> bool:
     """Return whether a tensor is a matrix that every token passes through, or may."""
     if tensor.role == "classifier":
         return spec.architecture.endswith("ForTokenClassification") and len(tensor.shape) > 1
+    if tensor.role == DEPTH_ROUTER:
+        return len(tensor.shape) > 1
     return tensor.role in _PER_TOKEN or _is_ffn(tensor)
 
 
@@ -109,7 +113,8 @@ def _active_share(
     nulled: Mapping[int, float],
 ) -> float:
     """Return the share of a tensor's entries one token passes through."""
-    if tensor.role in _LOOKUPS or tensor.role in EXIT_ROLES:
+    # as a conversion leaves it, no token skips a block
+    if tensor.role in _LOOKUPS or tensor.role in EXIT_ROLES or tensor.role == DEPTH_ADAPTER:
         return 0.0
     if tensor.layer is not None and tensor.layer in split and tensor.role in _FFN_ROLES:
         share, whole_gate = split[tensor.layer]

@@ -1,7 +1,8 @@
-"""Less depth: whole transformer blocks go, and a stock checkpoint is left.
+"""Less depth: whole transformer blocks go, or each token skips some.
 
 Sources: EvoPress 2410.14649 (the search); ShortGPT 2403.03853 (many blocks of pretrained models add
-little).
+little); mixture-of-depths 2404.02258; FlexiDepth 2503.23798 and Router-Tuning 2410.13184 (skipping
+with keys and values kept).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adaconvert.arch import adaptive
 from adaconvert.arch.base import RuntimeVerdict
 from adaconvert.io.names import escape
 from adaconvert.methods.depth.choose import check_stock, dropped_of
-from adaconvert.methods.depth.config import DepthOptions
+from adaconvert.methods.depth.config import LAYER_DROP, DepthOptions
 from adaconvert.methods.depth.plan import drop_plan
+from adaconvert.methods.depth.routed import routed_plan
 from adaconvert.methods.planned import PlainPlan, Prepared
 from adaconvert.methods.sources import Described
 from adaconvert.planning.ops import Plan
@@ -38,6 +41,17 @@ def prepare(options: DepthOptions, described: Sequence[Described]) -> Prepared:
         OptionError: the options do not fit the model.
     """
     item = described[0]
+    if options.kind != LAYER_DROP:
+        plan = routed_plan(options, item)
+        return Prepared(
+            planned=PlainPlan(
+                plan=plan,
+                described=tuple(described),
+                target=str(plan.config["model_type"]),
+                runtimes=adaptive.verdicts(),
+                files={},
+            )
+        )
     planned = PlainPlan(
         plan=_plan(options, item),
         described=tuple(described),
@@ -58,7 +72,10 @@ def prepare(options: DepthOptions, described: Sequence[Described]) -> Prepared:
 def replan(options: Mapping[str, object], described: Sequence[Described]) -> Plan:
     """Return the plan of a finished run, from the options in its manifest."""
     given: dict[str, Any] = {name: options[name] for name in options if name != "blocks"}
-    return _plan(DepthOptions(**given), described[0])
+    made = DepthOptions(**given)
+    if made.kind != LAYER_DROP:
+        return routed_plan(made, described[0])
+    return _plan(made, described[0])
 
 
 def _plan(options: DepthOptions, item: Described) -> Plan:

@@ -12,12 +12,23 @@ from typing import Any
 from adaconvert.errors import OptionError
 from adaconvert.methods.options import check_choice, check_range, check_types, option
 
-KINDS = ("layer-drop",)
+LAYER_DROP, MOD, SKIP = "layer-drop", "mod", "skip"
+KINDS = (LAYER_DROP, SKIP, MOD)
+PREDICTORS = ("mlp", "router")
+KV = ("keep", "skip")
+#: options that only mean something for some kinds.
+_OF_KINDS = {
+    LAYER_DROP: ("drop", "keep", "compute", "search", "data"),
+    MOD: ("capacity", "every", "layers", "predictor", "gate"),
+    SKIP: ("every", "layers", "kv", "adapter_width", "router_width"),
+}
 SEARCHES = ("even", "greedy", "evolve")
 FITNESS = ("kl", "loss")
 #: options that only mean something where text is looked at.
 _OF_SEARCH = ("fitness", "data_field", "data_split", "data_tokens", "data_length", "seed", "device")
 _OF_EVOLUTION = ("generations", "offspring")
+#: blocks at the start that stay as they are unless they are named.
+_FIRST = 2
 _DEFAULTS: dict[str, Any] = {
     "fitness": "kl",
     "data_field": "text",
@@ -28,15 +39,27 @@ _DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "generations": 40,
     "offspring": 16,
+    "search": "even",
+    "capacity": 0.125,
+    "predictor": "mlp",
+    "gate": 0.2,
+    "kv": "keep",
+    "adapter_width": 64,
+    "router_width": 0,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthOptions:
-    """What `depth` does. One of `drop`, `keep` and `compute` says how many blocks go.
+    """What `depth` does.
+
+    Of kind "layer-drop" one of `drop`, `keep` and `compute` says how many blocks go; of the others
+    `layers` or `every` says which blocks are routed.
 
     Attributes:
-        kind: "layer-drop": whole blocks go, and a stock checkpoint is left.
+        kind: "layer-drop": whole blocks go, and a stock checkpoint is left; "skip": tokens may skip
+            blocks, and everyone goes on seeing their keys and values (2503.23798); "mod": those
+            that run a block see one another alone (mixture-of-depths, 2404.02258).
         drop: the blocks, numbered from 0, such as "3,11,17".
         keep: K instead.
         compute: instead, FLOPs per token as a share of the model's, head included; the number of
@@ -56,9 +79,20 @@ class DepthOptions:
         seed: of mutations, and of the order of texts.
         device: torch device of a search, or "auto" for the accelerator if there is one.
         found: blocks a search found, such as "3,11,17"; written by the search, not by hand.
+        layers: blocks that are routed, such as "3,5,8-20"; all but the first two and the last when
+            neither this nor `every` is given, of "mod" every second of these.
+        every: every so many of those blocks.
+        capacity: of "mod": share of a text's tokens that run a block in training.
+        predictor: of "mod": what decides where nothing later is known: "mlp", a small network
+            beside the router, or "router", the router itself.
+        gate: of "mod": what a block changes is weighted by up to so much more or less, by how the
+            router scores the token; 0 for not.
+        kv: of "skip": whether skipped tokens write keys and values.
+        adapter_width: of "skip": width of the network that skipped tokens run instead, 0 for none.
+        router_width: of "skip": width of the router's inner layer, 0 for a linear router.
     """
 
-    kind: str = "layer-drop"
+    kind: str = LAYER_DROP
     drop: str | None = None
     keep: int | None = None
     compute: float | None = None
@@ -74,9 +108,18 @@ class DepthOptions:
     seed: int = 0
     device: str = "auto"
     found: str | None = None
+    layers: str | None = None
+    every: int | None = None
+    capacity: float = 0.125
+    predictor: str = "mlp"
+    gate: float = 0.2
+    kv: str = "keep"
+    adapter_width: int = 64
+    router_width: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop", _text(self.drop))
+        object.__setattr__(self, "layers", _text(self.layers))
         check_types(self)
         check_choice(self, "kind", KINDS)
         check_choice(self, "search", SEARCHES)
@@ -89,10 +132,19 @@ class DepthOptions:
             ("generations", 1, 1 << 20),
             ("offspring", 1, 1 << 16),
             ("seed", 0, (1 << 63) - 1),
+            ("every", 1, 4096),
+            ("capacity", 0.0, 1.0),
+            ("gate", 0.0, 0.99),
+            ("adapter_width", 0, 1 << 20),
+            ("router_width", 0, 1 << 20),
         ):
             check_range(self, name, least, most)
-        self._check_count()
-        self._check_search()
+        check_choice(self, "predictor", PREDICTORS)
+        check_choice(self, "kv", KV)
+        self._check_kind()
+        if self.kind == LAYER_DROP:
+            self._check_count()
+            self._check_search()
 
     @property
     def searches(self) -> bool:
@@ -125,6 +177,58 @@ class DepthOptions:
                 "would leave no block", where="--drop", expected=f"at most {blocks - 1} of {blocks}"
             )
         return tuple(sorted(numbers))
+
+    def _check_kind(self) -> None:
+        """Refuse options of other kinds, and a capacity no token is within."""
+        for kind, names in _OF_KINDS.items():
+            others = [name for name in names if name not in _OF_KINDS[self.kind]]
+            if kind != self.kind:
+                self._refuse_idle(tuple(others), f"--kind {self.kind}")
+        if self.kind != LAYER_DROP:
+            # what is drawn has a seed too
+            idle = [name for name in (*_OF_SEARCH, *_OF_EVOLUTION) if name != "seed"]
+            self._refuse_idle(("found", *idle), f"--kind {self.kind}")
+        if self.kind == MOD and not self.capacity:
+            raise OptionError(
+                "selects no token",
+                where="--capacity",
+                expected="a share above 0, such as 0.125",
+                found=self.capacity,
+            )
+        if self.layers is not None:
+            parse_blocks(self.layers)
+            if self.every is not None:
+                raise OptionError("names the blocks already", where="--layers with --every")
+
+    def routed(self, blocks: int) -> tuple[int, ...]:
+        """Return the blocks that are routed, ascending.
+
+        Args:
+            blocks: L.
+
+        Raises:
+            OptionError: one does not exist, or none is left.
+        """
+        if self.layers is not None:
+            named = parse_blocks(self.layers)
+            strange = next((number for number in named if number >= blocks), None)
+            if strange is not None:
+                raise OptionError(
+                    f"the model has blocks 0 to {blocks - 1}", where="--layers", found=strange
+                )
+            return named
+        step = self.every or (2 if self.kind == MOD else 1)
+        found = tuple(range(_FIRST, blocks - 1))[step - 1 :: step]
+        if not found:
+            raise OptionError(
+                f"the model has {blocks} blocks, of which the first {_FIRST} and the last stay as "
+                "they are",
+                where="--every",
+                expected=f"at most {max(blocks - 1 - _FIRST, 1)}",
+                found=step,
+                hint="--layers names any block.",
+            )
+        return found
 
     def _check_count(self) -> None:
         given = [name for name in ("drop", "keep", "compute") if getattr(self, name) is not None]
@@ -173,6 +277,33 @@ class DepthOptions:
         for name in names:
             if getattr(self, name) != _DEFAULTS.get(name):
                 raise OptionError(f"does nothing with {why}", where=option(name))
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Return the numbers in "3,5,8-20", ascending.
+
+    Raises:
+        OptionError: it cannot be read, or names a block twice.
+    """
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text, re.ASCII):
+        raise OptionError(
+            "cannot be read",
+            where="--layers",
+            expected="numbers of blocks such as 3,5,8-20",
+            found=repr(text[:80]),
+        )
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    twice = next((number for number in found if found.count(number) > 1), None)
+    if twice is not None or not found:
+        raise OptionError(
+            "names a block twice" if found else "names no block",
+            where="--layers",
+            found=text[:80] if twice is None else twice,
+        )
+    return tuple(sorted(found))
 
 
 def _text(given: Any) -> Any:
