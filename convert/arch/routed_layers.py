@@ -15,13 +15,14 @@ from adaconvert.arch.projections import stock_spec
 from adaconvert.arch.values import WHERE
 from adaconvert.errors import SourceError
 from adaconvert.io.names import escape
-from adaconvert.modeling.adaptive_depth_schema import KINDS
 
 ROUTER, ADAPTER = "depth_router", "depth_adapter"
 #: roles of the tensors routed blocks add.
 DEPTH_ROLES = frozenset({ROUTER, ADAPTER})
 #: roles of what makes queries, keys and values.
 _KEYS = ("q", "k", "v", "qkv", "qkv_by_head", "q_down", "q_up", "kv_down", "kv_up")
+#: kinds of routed blocks, as `modeling.adaptive_depth_schema` has them.
+_ROUTED = ("mod", "skip")
 #: kinds of layers whose masks can be narrowed block by block.
 _KINDS = frozenset({"full_attention", "sliding_attention"})
 
@@ -75,7 +76,7 @@ def routed_of(adaptive: Mapping[str, object] | None) -> dict[str, dict[str, Any]
             sizes = [*widths, slot["hidden"], slot["index"] + 1]
             if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
                 raise ValueError(sizes)
-            if not isinstance(slot["select"]["rule"], str) or slot["kind"] not in KINDS:
+            if not isinstance(slot["select"]["rule"], str) or slot["kind"] not in _ROUTED:
                 raise ValueError(slot["select"])
         except (KeyError, TypeError, ValueError):
             raise SourceError(

@@ -164,7 +164,8 @@ def test_text_that_is_not_there(deep: Deep, tmp_path: Path) -> None:
         ({"drop": "1", "search": "evolve", "data": "a"}, "looks for blocks"),
         ({"keep": 3, "data": "a"}, "does nothing"),
         ({"keep": 3, "search": "greedy", "data": "a", "generations": 3}, "does nothing"),
-        ({"keep": 3, "kind": "mod"}, "unknown choice"),
+        ({"keep": 3, "kind": "mod"}, "does nothing with --kind mod"),
+        ({"keep": 3, "kind": "drop"}, "unknown choice"),
         ({"compute": 1.5}, "out of range"),
     ],
 )
