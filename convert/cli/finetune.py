@@ -10,6 +10,7 @@ from adaconvert.cli import options, output, versions
 from adaconvert.cli.finetune_options import (
     adapter_options,
     budget_options,
+    depth_options,
     exit_options,
     first_process_speaks,
     run_options,
@@ -148,8 +149,8 @@ def _training_options() -> options.Decorator[Any]:
             multiple=True,
             default=("all",),
             metavar="PART",
-            help="router, experts, adapters, exits, all, or a regular expression for names of "
-            "parameters; may be repeated.",
+            help="router, experts, adapters, exits, depth (what lets tokens skip blocks), all, or "
+            "a regular expression for names of parameters; may be repeated.",
         ),
         option("training", "--lr", type=float, default=1e-4, metavar="R", help="Learning rate."),
         option("training", "--router-lr", type=float, metavar="R", help="That of routers."),
@@ -364,6 +365,7 @@ def _router_options() -> options.Decorator[Any]:
 @_router_options()
 @budget_options()
 @exit_options()
+@depth_options()
 @adapter_options()
 @run_options()
 @verbosity_options

@@ -195,6 +195,38 @@ def exit_options() -> options.Decorator[Any]:
     )
 
 
+def depth_options() -> options.Decorator[Any]:
+    """Return how blocks that tokens may skip learn; fields of `train.depth_config.Depthing`."""
+    return options.apply(
+        option(
+            "routed blocks",
+            "--depth-compute",
+            type=float,
+            metavar="X",
+            help="FLOPs per token that blocks which tokens may skip are to leave, as a fraction of "
+            "the dense model's. Default: mixture-of-depths goes to its --capacity, others stay at "
+            "their thresholds.",
+        ),
+        option(
+            "routed blocks",
+            "--depth-ramp",
+            type=float,
+            default=0.5,
+            metavar="SHARE",
+            help="Share of the run over which skipping grows from what it is to that.",
+        ),
+        option(
+            "routed blocks",
+            "--predictor-loss",
+            type=float,
+            default=1.0,
+            metavar="C",
+            help="Factor of the loss by which the causal predictor of mixture-of-depths learns "
+            "which tokens are the best of a text; it moves nothing else.",
+        ),
+    )
+
+
 def run_options() -> options.Decorator[Any]:
     """Return how it runs and where the result goes."""
     return options.apply(

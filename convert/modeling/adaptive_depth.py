@@ -34,13 +34,18 @@ class DepthSeen:
 
     Attributes:
         logits: [T] of the router, with their gradient.
-        predicted: [T] of the predictor, None where there is none.
+        predicted: [T] of the predictor, None where there is none; of mixture-of-depths without one
+            in training the router's own, whose gradient stays in the router.
         run: bool [T] who ran.
+        scores: [B, S] the router's logits before padding was left out.
+        inputs: [T, d] what the block received, without a gradient; None outside training.
     """
 
     logits: Tensor
     predicted: Tensor | None
     run: Tensor
+    scores: Tensor
+    inputs: Tensor | None = None
 
 
 class DepthLayer(nn.Module):
@@ -111,7 +116,11 @@ class DepthLayer(nn.Module):
             return Decision(run, name == "all", looked=False)
         training = call.phase == "train" and spec["kind"] == "skip" and name == "threshold"
         logits = router(x)
-        predicted = None if router.predictor is None else router.predictor(x.detach())
+        predicted = None
+        if router.predictor is not None:
+            predicted = router.predictor(x.detach())
+        elif spec["kind"] == "mod" and call.phase == "train" and "depth" in call.collected:
+            predicted = router(x.detach())
         if name == "capacity":
             run = _best(logits.detach(), float(rule["capacity"]), real)
         elif name == "threshold":
@@ -121,7 +130,9 @@ class DepthLayer(nn.Module):
             run = every if name == "all" else ~every
         if real is not None:
             run = run & real.to(run.device)
-        _collect(call, self.adaptive_layer_path, DepthSeen(logits, predicted, run), real)
+        if "depth" in call.collected:
+            seen = DepthSeen(logits, predicted, run, logits, x.detach())
+            _collect(call, self.adaptive_layer_path, seen, real)
         weight = mixing = None
         if spec["gate"]:
             known = logits - router.bias.to(logits.dtype)
@@ -177,13 +188,13 @@ def _best(logits: Tensor, capacity: float, real: Tensor | None) -> Tensor:
 
 
 def _collect(call: Call, path: str, seen: DepthSeen, real: Tensor | None) -> None:
-    if "depth" not in call.collected:
-        return
     which = torch.ones_like(seen.run) if real is None else real.to(seen.run.device)
     found = DepthSeen(
         seen.logits[which],
         None if seen.predicted is None else seen.predicted[which],
         seen.run[which],
+        seen.scores,
+        seen.inputs[which] if call.phase == "train" and seen.inputs is not None else None,
     )
     # a second run of a segment computes what the first did, and tells it once
     if not call.recomputing:

@@ -12,6 +12,7 @@ from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train import adapter_folder
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.depth_checks import check_depth
 from adaconvert.train.exit_checks import check_exits
 from adaconvert.train.exit_classifier_checks import (
     check_classifier,
@@ -112,6 +113,7 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
     check_language_model(config)
     adapter_folder.check_options(item, config)
     check_exits(item, config)
+    check_depth(item, config)
     goals_of(item.spec.adaptive, config)
 
 

@@ -29,6 +29,7 @@ from adaconvert.train.bounds import flag as _flag
 from adaconvert.train.bounds import number as _number
 from adaconvert.train.bounds import parse_count
 from adaconvert.train.bounds import whole as _whole
+from adaconvert.train.depth_config import DEPTH_OPTIONS, Depthing
 from adaconvert.train.exit_config import EXIT_OPTIONS, Exiting
 from adaconvert.train.rates import Rate
 from adaconvert.train.routing_config import ROUTING_OPTIONS, Routing
@@ -161,8 +162,8 @@ class FinetuneConfig:
         seq_len: tokens of a sequence.
         batch_size: sequences that pass through the model at a time.
         accumulate: such batches per optimiser step; the result equals one large batch.
-        train: what is trained: "all", "router", "experts", "adapters", "exits", or a regular
-            expression that matches somewhere in a parameter's name; several add up.
+        train: what is trained: "all", "router", "experts", "adapters", "exits", "depth", or a
+            regular expression that matches somewhere in a parameter's name; several add up.
         lr, router_lr: peak learning rates; routers take `lr` when theirs is None.
         lr_of: `PART=RATE` each, parts as in `train`; the last that fits a parameter holds for it.
         weight_decay: of matrices; norms and biases get none.
@@ -186,6 +187,7 @@ class FinetuneConfig:
         sparsity: see `Sparsity`.
         routing: see `Routing`.
         exits: see `Exiting`.
+        depth: see `Depthing`.
         select: {"rule": ..., its value} every adaptive site runs while training; None as stored.
         compute: fraction of the reference's FLOPs every token may use while training, None for all.
         dtype: of the floating-point tensors written, "keep" for the stored one.
@@ -227,6 +229,7 @@ class FinetuneConfig:
     sparsity: Sparsity = field(default_factory=Sparsity)
     routing: Routing = field(default_factory=Routing)
     exits: Exiting = field(default_factory=Exiting)
+    depth: Depthing = field(default_factory=Depthing)
     select: Mapping[str, Any] | None = None
     compute: float | None = None
     dtype: str = "keep"
@@ -317,11 +320,13 @@ class FinetuneConfig:
         valid = {n: given.pop(n) for n in VALIDATION_OPTIONS if n in given}
         exits = {n: given.pop(n) for n in EXIT_OPTIONS if n in given}
         adapting, machine = taken(ADAPT_OPTIONS, given), taken(MACHINE_OPTIONS, given)
+        depth = taken(DEPTH_OPTIONS, given)
         own_options = (
             *(*SPARSITY_OPTIONS, *ROUTING_OPTIONS, *READING_OPTIONS, *VALIDATION_OPTIONS),
-            *(*ADAPT_OPTIONS, *MACHINE_OPTIONS, *EXIT_OPTIONS),
+            *(*ADAPT_OPTIONS, *MACHINE_OPTIONS, *EXIT_OPTIONS, *DEPTH_OPTIONS),
         )
-        nested = {"reading", "validation", "sparsity", "routing", "exits", "adapting", "machine"}
+        nested = {"reading", "validation", "sparsity", "routing", "exits", "depth"}
+        nested |= {"adapting", "machine"}
         known = {item.name for item in fields(cls)} - {"data", "processes"} - nested
         unknown = sorted(set(given) - known)
         if unknown:
@@ -334,7 +339,7 @@ class FinetuneConfig:
         sparsity = Sparsity(**{SPARSITY_OPTIONS[name]: value for name, value in own.items()})
         given |= {"reading": Reading.of(reading), "validation": Validation.of(valid)}
         given |= {"adapting": Adapting(**adapting), "machine": Machine(**machine)}
-        given["exits"] = Exiting.of(exits)
+        given |= {"exits": Exiting.of(exits), "depth": Depthing(**depth)}
         return cls(data=sources, sparsity=sparsity, routing=Routing(**routing), **given)
 
     @property
@@ -374,7 +379,7 @@ class FinetuneConfig:
         found["data"] = [{"name": s.label, "weight": s.weight} for s in self.data]
         found["sparsity"] = {f.name: getattr(self.sparsity, f.name) for f in fields(self.sparsity)}
         found["routing"] = self.routing.to_json()
-        nested = ("reading", "validation", "exits", "adapting", "machine")
+        nested = ("reading", "validation", "exits", "depth", "adapting", "machine")
         found |= {name: getattr(self, name).to_json() for name in nested}
         found["teacher"] = None if self.teacher is None else DataSource(where=self.teacher).label
         found["select"] = None if self.select is None else dict(self.select)

@@ -51,6 +51,7 @@ def config_of(
     dtype: str,
     *,
     goals: Mapping[str, float] | None = None,
+    depth: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return config.json of the result: the source's, what changed, and no calibration.
 
@@ -59,6 +60,7 @@ def config_of(
         changed: keys that changed.
         dtype: config name of the stored dtype, or "keep".
         goals: path -> budget of the blocks with null experts that were given one.
+        depth: "thresholds", and "capacities", of blocks that tokens may skip, each by path.
     """
     config = {**item.source.config, **changed}
     if dtype != "keep":
@@ -77,6 +79,11 @@ def config_of(
             # where a budget was held the stored bias is what was moved, so it decides
             rule = {"select": {"rule": "null"}} if path in (goals or {}) else {}
             sites[path] = {**slots, "ffn": {**ffn, "null": budget, **rule}}
+        for path, threshold in (depth or {}).get("thresholds", {}).items():
+            made = {"select": {"rule": "threshold", "threshold": threshold}}
+            if path in (depth or {}).get("capacities", {}):
+                made["capacity"] = (depth or {})["capacities"][path]
+            sites[path] = {**sites[path], "layer": {**sites[path]["layer"], **made}}
         config["adaptive"] = {**adaptive, "sites": sites, "calibration": None}
         config["auto_map"] = auto_map(item.spec)
     return config

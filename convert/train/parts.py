@@ -17,7 +17,9 @@ _COMPONENTS: Mapping[str, re.Pattern[str]] = {
     "exits": re.compile(r"exits?|exit_heads?"),
     "experts": re.compile(r"experts|shared_experts?|shared_mlp"),
 }
-PARTS = (*_COMPONENTS, "all")
+#: routers and adapters of blocks that tokens may skip; they count as those.
+DEPTH = "depth"
+PARTS = (*_COMPONENTS, DEPTH, "all")
 #: GraniteMoE keeps its experts beside the router.
 _GRANITE = re.compile(r"block_sparse_moe\.(input|output)_linear\.")
 #: what PEFT puts into the names of what it wraps, and the names it gives to adapters.
@@ -59,6 +61,11 @@ def part_of(name: str, sites: Sequence[str] = ()) -> str:
 def sites_of(model: Any) -> tuple[str, ...]:
     """Return the paths of a model's adaptive feed-forward sites; none for other models."""
     return tuple(model.adaptive_sites()) if hasattr(model, "adaptive_sites") else ()
+
+
+def is_depth(name: str) -> bool:
+    """Return whether a parameter belongs to what lets tokens skip a block."""
+    return DEPTH in name.split(".")[:-1]
 
 
 def plain_name(name: str) -> str:
@@ -120,6 +127,7 @@ def matching(model: Any, wanted: Sequence[str]) -> frozenset[str]:
 def _check_found(item: str, found: Collection[str], parts: Mapping[str, str]) -> None:
     if not found:
         held = sorted(set(parts.values()) - {"rest"})
+        held += [DEPTH] if any(map(is_depth, parts)) else []
         raise OptionError(
             "matches no parameter",
             where=f"--train {escape(item)}",
@@ -137,6 +145,6 @@ def _check_found(item: str, found: Collection[str], parts: Mapping[str, str]) ->
 
 
 def _fits(item: str, name: str, part: str) -> bool:
-    if item == "all" or item == part:
+    if item == "all" or item == part or (item == DEPTH and is_depth(name)):
         return True
     return item not in PARTS and re.search(item, name) is not None

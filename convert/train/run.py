@@ -349,7 +349,8 @@ def write(
 ) -> None:
     """Write everything but card and manifest."""
     goals = goals_of(item.spec.adaptive, config)
-    content = export.config_of(item, _changed(item, config), config.dtype, goals=goals)
+    depth = result.summary.get("depth")
+    content = export.config_of(item, _changed(item, config), config.dtype, goals=goals, depth=depth)
     targets = export.targets_of(item, trained, content, config.dtype)
     cap = parse_size(settings.max_shard_size)
     layouts = export.write_weights(staging, trained, targets, cap, progress=settings.progress)

@@ -27,6 +27,7 @@ from adaconvert.train.validation import Validator
 from adaconvert.train.work import Work
 
 if TYPE_CHECKING:
+    from adaconvert.train.depth_training import DepthTraining
     from adaconvert.train.exit_training import ExitTraining
     from adaconvert.train.prepare import Prepared as Ready
     from adaconvert.train.routing_setup import Prepared
@@ -44,7 +45,7 @@ class _Done:
     Attributes:
         chosen: what was trained.
         curve: every log entry.
-        health: how routers fared.
+        health: how routers fared, and what blocks that tokens may skip decide by.
         state: what changed, by name, where the model itself cannot be written; else None.
         model, ready: the model and what became of it, where it can.
     """
@@ -112,6 +113,7 @@ class Session:
     def _fit(self) -> _Done:
         """Return what training made; of a model in parts, or rounded to 4 bits, what changed."""
         from adaconvert.train import routing_setup
+        from adaconvert.train.depth_training import depth_training
         from adaconvert.train.exit_heads import never_leaving
         from adaconvert.train.exit_training import exit_training
         from adaconvert.train.prepare import prepare
@@ -124,15 +126,17 @@ class Session:
         meter = self._prepare(model)
         routing = routing_setup.prepare(model, self.item, self.config, ready.chosen)
         exits = exit_training(model, self.item, self.config)
-        trainer = self._trainer(model, routing.chosen, meter, routing, exits)
+        depth = depth_training(model, self.item, self.config)
+        trainer = self._trainer(model, routing.chosen, meter, routing, exits, depth)
         resumed = self.work.resumed
         with never_leaving(model):
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
         held = self.validator.history[-1].get("share_by_layer") if self.validator.history else None
+        health = routing.summary(trainer.finish(), self.config.total_steps, held)
         return _Done(
             chosen=routing.chosen,
-            health=routing.summary(trainer.finish(), self.config.total_steps, held),
+            health=health | ({} if depth is None else {"depth": depth.to_json()}),
             curve=tuple(entry for entry in trainer.state.log_history if "loss" in entry),
             state=gathered(model, keep=self.group.is_main) if apart else None,
             model=None if apart else model,
@@ -222,6 +226,7 @@ class Session:
         meter: Meter | None,
         routing: Prepared,
         exits: ExitTraining | None,
+        depth: DepthTraining | None,
     ) -> FinetuneTrainer:
         from transformers import TrainerCallback, default_data_collator
 
@@ -253,6 +258,7 @@ class Session:
             meter=meter,
             watch=routing.routers,
             exits=exits,
+            depth=depth,
             flops=self._flops(chosen, args),
             teacher=self._teacher(args.device),
             report=self.report,
@@ -275,7 +281,7 @@ class Session:
     def _teacher(self, device: Any) -> Any:
         """Return the dense teacher on the device of the student, None without distillation."""
         from adaconvert.modeling import stock_experts
-        from adaconvert.modeling.adaptive_schema import routed_specs
+        from adaconvert.modeling.adaptive_schema import routed_layers, routed_specs
         from adaconvert.train.prepare import set_precision
 
         if not (self.config.distill or self.config.distill_hidden):
@@ -300,6 +306,8 @@ class Session:
         teacher: Any = load_model(source.source.root, device=str(device))
         if source.spec.adaptive is not None and routed_specs(source.spec.adaptive):
             teacher.set_select("all")
+        if routed_layers(source.spec.adaptive or {}):
+            teacher.set_depth("all")
         teacher.requires_grad_(False)
         set_precision(teacher, self.config.precision)
         stock_experts.use(teacher)

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from adaconvert.errors import OptionError
 from adaconvert.train import health, log_lines, losses
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.depth_training import DepthTraining
 from adaconvert.train.exit_training import ExitTraining
 from adaconvert.train.rates import Rate, Rates, bare_name
 from adaconvert.train.routing import Routers
@@ -30,6 +31,8 @@ Report = Callable[[str], None]
 ROUTING_FILE = "routing.json"
 #: in a checkpoint: the state of what moves null biases.
 BUDGETS_FILE = "budgets.json"
+#: in a checkpoint: the state of what moves thresholds of blocks that tokens may skip.
+DEPTH_FILE = "depth.json"
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]
@@ -43,6 +46,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         flops: per trained token and what the device does a second; None where unknown.
         teacher: dense model on the same device, None without distillation.
         exits: how early exits are trained, None where none are.
+        depth: how blocks that tokens may skip are, likewise.
         report: takes one line per log step.
         given: what Trainer takes.
     """
@@ -60,6 +64,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         watch: Routers | None = None,
         flops: tuple[float, float] | None = None,
         exits: ExitTraining | None = None,
+        depth: DepthTraining | None = None,
         **given: Any,
     ) -> None:
         super().__init__(**given)
@@ -81,8 +86,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         )
         if watch is not None:
             watch.reduce = self._summed
-            self.add_callback(_after_each_step(watch))
-        self._teacher, self.exits = teacher, exits
+            self.add_callback(_after_each_step(lambda step: watch.step_done()))
+        if depth is not None:
+            self.add_callback(_after_each_step(depth.step_done))
+        self._teacher, self.exits, self.depth = teacher, exits, depth
         self._report = report
         self._sums: dict[str, Tensor] = {}
         self._unchecked: list[tuple[str, int, Tensor]] = []
@@ -135,7 +142,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         shares = targets.to(exact) / torch.as_tensor(whole, device=labels.device).clamp_min(1)
         scale = self._averaged_over(num_items_in_batch)
         self._begin(labels, fed, shares, scale)
-        outputs, parts = self._run(model, fed, labels)
+        outputs, parts = self._run(model, fed, labels, shares.sum())
         total = self._total(parts, shares.sum(), scale)
         if torch.is_grad_enabled() and not total.requires_grad:
             raise OptionError(
@@ -147,9 +154,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         return (total, outputs) if return_outputs else total
 
     def _run(
-        self, model: Any, fed: dict[str, Any], labels: Tensor
+        self, model: Any, fed: dict[str, Any], labels: Tensor, share: Tensor
     ) -> tuple[Any, dict[str, tuple[float, Tensor]]]:
         """Return the model's output, None where exits are trained, and the parts of the loss."""
+        more: dict[str, tuple[float, Tensor]] = {}
         if self._config.distill_hidden:
             fed["output_hidden_states"] = True
         if self.exits is not None:
@@ -158,11 +166,14 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
             parts = {name: (0.0, value) for name, value in told.items()}
             parts["exits"] = (1.0, total)
             outputs = None
+        elif self.depth is not None:
+            with self.depth.collecting(share) as more:
+                outputs = model(**fed, use_cache=False)
         else:
             outputs = model(**fed, use_cache=False)
         if self._watch is not None:
             self._watch.pause()
-        return outputs, parts if outputs is None else self._parts(outputs, labels, fed)
+        return outputs, parts if outputs is None else self._parts(outputs, labels, fed) | more
 
     def _begin(self, labels: Tensor, fed: Mapping[str, Any], shares: Tensor, scale: float) -> None:
         """Tell those who watch what the micro-batch is worth.
@@ -291,6 +302,9 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
             if self._watch is not None and self._watch.budgets.asked:
                 budgets = json.dumps(self._watch.budgets.state())
                 (folder / BUDGETS_FILE).write_text(budgets, encoding="utf-8")
+        if self.depth is not None and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / DEPTH_FILE).write_text(json.dumps(self.depth.state()), encoding="utf-8")
 
     def _restore_routing(self, folder: Path) -> None:
         """Go on counting where a checkpoint left off."""
@@ -301,6 +315,9 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         budgets = folder / BUDGETS_FILE
         if self._watch is not None and budgets.is_file():
             self._watch.budgets.restore(json.loads(budgets.read_text(encoding="utf-8")))
+        depth = folder / DEPTH_FILE
+        if self.depth is not None and depth.is_file():
+            self.depth.restore(json.loads(depth.read_text(encoding="utf-8")))
 
     # -- what is said
 
@@ -361,9 +378,11 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
         }
 
 
-def _after_each_step(watch: Routers) -> Any:
+def _after_each_step(done: Callable[[int], None]) -> Any:
+    """Return what calls `done` with the step that was done, counted from 0."""
+
     class Callback(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            watch.step_done()
+        def on_step_end(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+            done(state.global_step - 1)
 
     return Callback()

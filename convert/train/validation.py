@@ -263,7 +263,8 @@ class Validator:
         history: {"step", "loss", "names", "losses"} of every measurement, those of the run that is
             resumed included; with null experts also "share", "shares" and "share_by_layer", the
             real experts that ran over those of the model without null ones: of all, of each source
-            and of each block; with exits "exits", {blocks before it: {"loss", "agreement"}}, how
+            and of each block; with routed blocks "run", "compute" and "top_k", see
+        `depth_validation`; with exits "exits", {blocks before it: {"loss", "agreement"}}, how
             often an exit chooses the token the whole model does.
     """
 
@@ -304,12 +305,13 @@ class Validator:
         self.history = [self._entry(entry) for entry in log if _LOGGED in entry]
 
     def _entry(self, logged: Mapping[str, Any]) -> dict[str, Any]:
+        from adaconvert.train.depth_validation import DEPTH_LOGGED
         from adaconvert.train.exit_validation import recalled_exits
 
         entry = {"step": logged["step"], "loss": logged[_LOGGED]}
         entry |= recalled_exits(logged)
         entry |= {"names": [held.name for held in self._held], "losses": list(logged[_EACH])}
-        spent = {"share": _SHARE, "shares": _SHARES, "share_by_layer": _BLOCKS}
+        spent = {"share": _SHARE, "shares": _SHARES, "share_by_layer": _BLOCKS, **DEPTH_LOGGED}
         return entry | {ours: logged[name] for ours, name in spent.items() if name in logged}
 
     def _measure(self, trainer: Any) -> None:
@@ -317,6 +319,7 @@ class Validator:
         from transformers import Trainer
 
         from adaconvert.train.budgets import realised
+        from adaconvert.train.depth_validation import deciding, depth_words, looking_ahead
         from adaconvert.train.exit_validation import exit_lines, logged_exits, measured_exits
 
         state = trainer.state
@@ -325,12 +328,15 @@ class Validator:
         began = time.perf_counter()
         found, shares = [], []
         exits = measured_exits(trainer, self._held, self._config.batch_size)
-        bf16 = self._config.precision == "bf16"
-        for held in self._held:
-            with realised(trainer.model) as share:
-                size = self._config.batch_size
-                found.append(measure(trainer.model, held, batch_size=size, bf16=bf16))
-                shares.append(share())
+        how: Any = {
+            "batch_size": self._config.batch_size,
+            "bf16": self._config.precision == "bf16",
+        }
+        with deciding(trainer) as ran:
+            for held in self._held:
+                with realised(trainer.model) as share:
+                    found.append(measure(trainer.model, held, **how))
+                    shares.append(share())
         losses = [total / count for total, count in found]
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
         if not math.isfinite(loss):
@@ -340,7 +346,11 @@ class Validator:
                 hint="Lower --lr or --sparsity, lengthen --warmup, or look at the held-out data.",
             )
         logged: dict[str, Any] = {_LOGGED: loss, _EACH: losses, **_spent(shares, found)}
-        logged |= logged_exits(exits)
+        logged |= {
+            **logged_exits(exits),
+            **ran(),
+            **looking_ahead(trainer, self._held, **how),
+        }
         self.history.append(self._entry({"step": state.global_step, **logged}))
         due = trainer.control.should_log
         # not our own `log`, which tells of training steps
@@ -351,7 +361,7 @@ class Validator:
         if state.is_world_process_zero:
             spent = f", share {logged[_SHARE]:.3f}" if _SHARE in logged else ""
             place = f"step {state.global_step}/{state.max_steps}"
-            self._report(f"{place}: validation {loss:.4f}{spent}")
+            self._report(f"{place}: validation {loss:.4f}{spent}{depth_words(logged)}")
             for text in exit_lines(exits):
                 self._report(text)
 

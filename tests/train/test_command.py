@@ -12,6 +12,7 @@ from adaconvert.cli import main
 from adaconvert.cli.finetune import finetune
 from adaconvert.train.adapt_config import ADAPT_OPTIONS, MACHINE_OPTIONS
 from adaconvert.train.config import SPARSITY_OPTIONS, FinetuneConfig
+from adaconvert.train.depth_config import DEPTH_OPTIONS
 from adaconvert.train.exit_config import EXIT_OPTIONS
 from adaconvert.train.routing_config import ROUTING_OPTIONS
 from adaconvert.train.run import RunSettings
@@ -32,7 +33,7 @@ def test_every_option_of_the_config_is_one_of_the_command() -> None:
     # how many there are is not an option: whoever starts them says so
     own = {item.name for item in fields(FinetuneConfig)} - nested - {"processes"}
     known = {*own, *SPARSITY_OPTIONS, *READING_OPTIONS, *VALIDATION_OPTIONS, *ROUTING_OPTIONS}
-    known |= {*ADAPT_OPTIONS, *MACHINE_OPTIONS, *EXIT_OPTIONS}
+    known |= {*ADAPT_OPTIONS, *MACHINE_OPTIONS, *EXIT_OPTIONS, *DEPTH_OPTIONS}
     assert known <= {param.name for param in finetune.params}
 
 

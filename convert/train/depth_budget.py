@@ -1,0 +1,174 @@
+"""The budget of blocks that tokens may skip, held while a model is trained.
+
+Blocks of kind "skip" share one threshold: after every step it is set where the target's share of
+all (token, block) pairs of that step was above it, so a block that matters more keeps more tokens.
+Blocks of mixture-of-depths have one each for the predictor that decides where nothing later is
+known. The last step leaves the mean of what the last steps set. Nothing of this is published;
+Router-Tuning (2410.13184) and FlexiDepth (2503.23798) add a penalty to the loss instead, whose
+factor has to be found for every target.
+
+A threshold that follows the logits takes back what they have in common, so the gradient that moves
+them all alike means nothing: what is left of it once the mean over all pairs is taken away is what
+teaches a router. `Price` is that mean.
+
+Shapes: N (token, block) pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaconvert.errors import OptionError
+
+#: logits beyond which nothing is; any finite number that float32 has.
+_BEYOND = 1e30
+#: how far below the lowest logit a threshold lies where every token runs; our choice.
+_MARGIN = 1.0
+#: share of what was known that an estimate keeps at each step; our choice.
+_MEMORY = 0.9
+#: tokens of the passes that say what skipping saves.
+_PROBE = 16
+
+
+def threshold_for(logits: Tensor, share: float) -> float:
+    """Return what a share of logits is strictly above, as close as ties allow; from above, so that
+    of equal ones all run. Where all are to run it lies below them by a margin.
+
+    Args:
+        logits: [N].
+        share: 0 to 1.
+    """
+    found = logits.detach().flatten().sort().values
+    below = min(max(round((1 - share) * len(found)), 0), len(found))
+    if below == 0:
+        return float(found[0]) - _MARGIN
+    edge = found[below - 1]
+    if below < len(found) and found[below] == edge:
+        return _under(edge)
+    return float(edge)
+
+
+def _under(value: Tensor) -> float:
+    return float(torch.nextafter(value, value.new_tensor(-torch.inf)))
+
+
+def share_for(model: Any, paths: Sequence[str], compute: float, *, bf16: bool = False) -> float:
+    """Return the share of (token, block) pairs that may run within a budget.
+
+    The model says itself what it costs to run every one of the blocks and none of them. Between the
+    two the cost is linear in the share; where tokens that run see one another alone, their
+    attention falls with its square, so a third point is asked for.
+
+    Args:
+        model: adaptive.
+        paths: of the blocks whose tokens are chosen.
+        compute: FLOPs per token as a fraction of the reference's.
+        bf16: multiply matrices in bfloat16.
+
+    Raises:
+        OptionError: no share is within it, or running everything costs less.
+    """
+    low, high = (
+        _cost(model, "threshold", dict.fromkeys(paths, value), bf16)
+        for value in (_BEYOND, -_BEYOND)
+    )
+    if not low < compute < high:
+        raise OptionError(
+            f"the {len(paths)} blocks that tokens may skip reach {low:.3f} to {high:.3f}",
+            where="--depth-compute",
+            expected=f"above {low:.3f} and below {high:.3f}",
+            found=compute,
+            hint="`adaconvert depth` with more --layers, or --kv skip, reaches less.",
+        )
+    bend = 0.0
+    blocks = model.adaptive_depth()
+    if all(blocks[path].adaptive_layer["kv"] == "skip" for path in paths):
+        half = _cost(model, "capacity", dict.fromkeys(paths, 0.5), bf16)
+        bend = 2 * (low + high - 2 * half)
+    # low + slope p + bend p^2 = compute
+    slope, over = high - low - bend, compute - low
+    root = math.sqrt(max(slope * slope + 4 * bend * over, 0.0))
+    return min(max(2 * over / (slope + root), 0.0), 1.0)
+
+
+def _cost(model: Any, rule: str, values: Mapping[str, float], bf16: bool) -> float:
+    given: dict[str, Any] = {rule: dict(values)}
+    was_training = model.training
+    model.eval()
+    ids = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
+    with (
+        torch.no_grad(),
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16),
+        model.set_depth(rule, **given),
+        model.account() as account,
+    ):
+        model(input_ids=ids, use_cache=False)
+    model.train(was_training)
+    return float(account.compute())
+
+
+@dataclass
+class Price:
+    """What running one more block is worth to the loss on average, in nats per token and block.
+
+    Attributes:
+        value: of the steps so far, never below 0.
+    """
+
+    value: float = 0.0
+    _weight: float = 0.0
+    _gains: list[Tensor] = field(default_factory=list)
+    _slopes: list[Tensor] = field(default_factory=list)
+
+    def watch(self, scores: Tensor, slopes: Tensor, share: Tensor) -> None:
+        """Take note of the gradient of a micro-batch as it goes back through a block's logits.
+
+        Args:
+            scores: [B, S] logits, with a gradient.
+            slopes: [T] how much the share of real tokens that run grows with each of their logits.
+            share: of the step's tokens, [].
+        """
+        known, inside = self.value, (slopes.sum() * share).detach()
+
+        def note(gradient: Tensor) -> None:
+            # the penalty's own part is in the gradient too
+            self._gains.append((known * inside - gradient.sum()).detach())
+            self._slopes.append(inside)
+
+        scores.register_hook(note)
+
+    def step_done(self) -> None:
+        """Take the step's micro-batches into account."""
+        gains = sum(float(one) for one in self._gains)
+        slopes = sum(float(one) for one in self._slopes)
+        self._gains, self._slopes = [], []
+        if slopes <= 0:
+            return
+        self._weight = _MEMORY * self._weight + 1 - _MEMORY
+        part = (1 - _MEMORY) / self._weight
+        self.value = max(0.0, self.value + part * (gains / slopes - self.value))
+
+    def state(self) -> list[float]:
+        """Return what `restore` needs."""
+        return [self.value, self._weight]
+
+    def restore(self, kept: Sequence[float]) -> None:
+        """Go on from what `state` returned."""
+        self.value, self._weight = kept
+
+
+def share_above(logits: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> float:
+    """Return the share of pairs above their blocks' thresholds.
+
+    Args:
+        logits: path -> [N].
+        thresholds: by path.
+    """
+    above = sum(int((values > thresholds[path]).sum()) for path, values in logits.items())
+    return above / max(sum(map(len, logits.values())), 1)
