@@ -26,7 +26,11 @@ _BLOCKS = (
         "a block attend to one another alone.",
     ),
     option(
-        "blocks", "--drop", metavar="LIST", help="The blocks, numbered from 0, such as 3,11,17."
+        "blocks",
+        "--drop",
+        metavar="LIST",
+        help="The blocks, numbered from 0, such as 3,11,17. "
+        "Of 'skip': those no token runs; their adapters run instead.",
     ),
     option("blocks", "--keep", type=int, metavar="K", help="Instead: how many blocks stay."),
     option(

@@ -224,6 +224,15 @@ def depth_options() -> options.Decorator[Any]:
             help="Factor of the loss by which the causal predictor of mixture-of-depths learns "
             "which tokens are the best of a text; it moves nothing else.",
         ),
+        option(
+            "routed blocks",
+            "--adapter-loss",
+            type=float,
+            default=1.0,
+            metavar="C",
+            help="Factor of the loss by which what skipped tokens run instead learns what the "
+            "block does; it moves nothing else.",
+        ),
     )
 
 

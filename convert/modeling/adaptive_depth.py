@@ -39,6 +39,9 @@ class DepthSeen:
         run: bool [T] who ran.
         scores: [B, S] the router's logits before padding was left out.
         inputs: [T, d] what the block received, without a gradient; None outside training.
+        missed: [T] how far what skipped tokens run instead is from what the block changes: squared
+            distance over its squared length, with a gradient for the adapter alone; None where no
+            adapter learns, and outside training of "skip".
     """
 
     logits: Tensor
@@ -46,6 +49,7 @@ class DepthSeen:
     run: Tensor
     scores: Tensor
     inputs: Tensor | None = None
+    missed: Tensor | None = None
 
 
 class DepthLayer(nn.Module):

@@ -19,6 +19,8 @@ from .adaptive_depth_costs import count_block
 from .adaptive_depth_masks import among, check_mask, of_queries, visible, without
 from .adaptive_exit_cache import KeysKept
 
+#: squared lengths below this are none.
+_TINY = 1e-12
 _CACHES = ("past_key_values", "layer_past")
 #: what a block is given for each position, [B or 1, S, ...], or a tuple of such.
 _BY_POSITION = ("position_embeddings", "position_ids")
@@ -102,6 +104,7 @@ class BlockPass:
             added = getattr(self._config(), "_attn_implementation", "") == "eager"
             given["attention_mask"] = without(self.mask, run, x.dtype, added=added)
         found = self._weighted(x, self.stock(x, **given), self.decision.weight)
+        self._compare(found)
         mixing = self.decision.mixing
         if mixing is None:
             mixing = run.to(x.dtype)[..., None]
@@ -109,6 +112,24 @@ class BlockPass:
         self._count(None if self.keeps else visible(given["attention_mask"]))
         out: Tensor = other + mixing * (found - other)
         return out
+
+    def _compare(self, found: Tensor) -> None:
+        """Tell who collects how far the adapter is from what the block gives, [B, S, d]."""
+        adapter, told = self.block.depth.adapter, self.call.collected.get("depth")
+        if adapter is None or told is None or self.decision.mixing is None:
+            return
+        if not adapter.up.weight.requires_grad:
+            return
+        x = self.x.detach()
+        wanted = (found.detach() - x).float()
+        apart = (adapter(x).float() - wanted).square().sum(-1)
+        missed = apart / wanted.square().sum(-1).clamp_min(_TINY)
+        real = torch.ones_like(missed, dtype=torch.bool) if self.real is None else self.real
+        missed = missed[real]
+        # a second run of a segment is to keep what the first did, and tells nothing
+        if not self.call.recomputing:
+            kept: Any = told[self.block.adaptive_layer_path]
+            kept[-1] = replace(kept[-1], missed=missed)
 
     def some_run(self) -> Tensor:
         """Return what the block gives, computed for the tokens that run alone."""

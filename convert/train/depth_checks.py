@@ -30,6 +30,8 @@ def check_depth(item: Described, config: FinetuneConfig) -> None:
     kinds = {slot["kind"] for slot in chosen}
     if "--predictor-loss" in asked and "mod" not in kinds:
         raise OptionError("is for blocks of --kind mod, which look ahead", where="--predictor-loss")
+    if "--adapter-loss" in asked and "skip" not in kinds:
+        raise OptionError("is for blocks of --kind skip, which have them", where="--adapter-loss")
     if "--depth-ramp" in asked and config.depth.compute is None and "mod" not in kinds:
         raise OptionError("does nothing without --depth-compute", where="--depth-ramp")
     if not asked and not {"all", DEPTH} & set(config.train):

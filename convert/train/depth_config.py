@@ -12,6 +12,7 @@ DEPTH_OPTIONS: Final = {
     "depth_compute": "compute",
     "depth_ramp": "ramp",
     "predictor_loss": "predictor",
+    "adapter_loss": "adapter",
 }
 
 
@@ -28,17 +29,21 @@ class Depthing:
         predictor: of mixture-of-depths: factor of the loss by which the causal predictor learns
             what the sequence's best tokens were; it reaches nothing but the predictor, or the
             router where that decides itself, so it is no trade with the language model.
+        adapter: of other blocks: factor of the loss by which what skipped tokens run instead learns
+            what the block does, on all tokens, those that run it too. It reaches nothing else.
     """
 
     compute: float | None = None
     ramp: float = 0.5
     predictor: float = 1.0
+    adapter: float = 1.0
 
     def __post_init__(self) -> None:
         if self.compute is not None:
             number("--depth-compute", self.compute, 0.0, 1.0, open_low=True)
         number("--depth-ramp", self.ramp, 0.0, 1.0)
         number("--predictor-loss", self.predictor, 0.0)
+        number("--adapter-loss", self.adapter, 0.0)
 
     @property
     def asked(self) -> list[str]:

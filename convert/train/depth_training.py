@@ -34,6 +34,8 @@ _KEPT = 4096
 _LOOKING = 0.2
 #: how far a threshold goes towards what the tokens of one step ask for.
 _FOLLOWING = 0.2
+#: share that may be asked for beyond the target or below it.
+_MOST = 0.3
 Parts = dict[str, tuple[float, Tensor]]
 
 
@@ -73,6 +75,8 @@ class DepthTraining:
         self._blocks = {path: model.adaptive_depth()[path] for path in blocks}
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in blocks}
         self._moved = False
+        # how much more than the target is asked for, by path
+        self._more = dict.fromkeys(blocks, 0.0)
         self._settled: list[dict[str, float]] = []
         self._steps = config.total_steps
         self._targets(0)
@@ -136,6 +140,9 @@ class DepthTraining:
             parts |= self._predicted(found)
         elif self.holds:
             parts |= self._priced(found, share)
+        missed = [one.missed.mean() for one in found.values() if _has(one.missed)]
+        if missed:
+            parts["missed"] = (self._settings.adapter, torch.stack(missed).mean())
 
     def _keep(self, path: str, seen: Any) -> None:
         """Keep what some tokens of a block were, evenly spaced, and what decided about them."""
@@ -210,7 +217,9 @@ class DepthTraining:
         """Set thresholds for what is to run after a step.
 
         What the step changed, of routers and of the target, is followed at once, since the same
-        tokens tell it; what one step's tokens say about all of them is followed slowly.
+        tokens tell it; what one step's tokens say about all of them is followed slowly. Whom blocks
+        leave out changes what the next ones receive, so a threshold that fits what was seen need
+        not fit what it leads to: what runs beyond or below the target is added up and taken back.
 
         Args:
             step: that was done, from 0.
@@ -221,6 +230,9 @@ class DepthTraining:
         if self._start is None:
             self._start = 1.0 if self.is_mod else share_above(before, self.thresholds)
             self._targets(step)
+        for path, share in self._shares(before).items():
+            more = self._more[path] + _FOLLOWING * (self._now[path] - share)
+            self._more[path] = min(max(more, -_MOST), _MOST)
         old = self._wanted(before)
         self._targets(step + 1)
         for path, wanted in self._wanted(after).items():
@@ -235,12 +247,24 @@ class DepthTraining:
                 path: sum(one[path] for one in self._settled) / count for path in self.thresholds
             }
 
+    def _shares(self, logits: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the share that runs, of each block of mixture-of-depths, else of all together."""
+        if self.is_mod:
+            return {path: share_above({path: v}, self.thresholds) for path, v in logits.items()}
+        return dict.fromkeys(logits, share_above(logits, self.thresholds))
+
     def _wanted(self, logits: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the thresholds some tokens ask for, by path."""
+
+        def share(path: str) -> float:
+            target = self._now[path]
+            # where all are to run no sample says that some must not
+            return target if target >= 1 else min(max(target + self._more[path], 0.0), 1.0)
+
         if self.is_mod:
-            return {path: threshold_for(found, self._now[path]) for path, found in logits.items()}
+            return {path: threshold_for(found, share(path)) for path, found in logits.items()}
         pooled = torch.cat(list(logits.values()))
-        return dict.fromkeys(logits, threshold_for(pooled, self.target or 0.0))
+        return dict.fromkeys(logits, threshold_for(pooled, share(next(iter(logits)))))
 
     # -- what is kept
 
@@ -257,6 +281,7 @@ class DepthTraining:
             "thresholds": self.thresholds,
             "start": self._start,
             "moved": self._moved,
+            "more": self._more,
             "now": self._now,
             "price": self._price.state(),
             "settled": self._settled,
@@ -266,10 +291,14 @@ class DepthTraining:
         """Go on from what `state` returned."""
         self.thresholds = dict(kept["thresholds"])
         self._start, self._now = kept["start"], dict(kept["now"])
-        self._moved = kept["moved"]
+        self._moved, self._more = kept["moved"], dict(kept["more"])
         self._price.restore(kept["price"])
         self._settled = [dict(one) for one in kept["settled"]]
         self._train()
+
+
+def _has(values: Tensor | None) -> bool:
+    return values is not None and values.numel() > 0
 
 
 def depth_training(model: Any, item: Described, config: FinetuneConfig) -> DepthTraining | None:

@@ -23,6 +23,7 @@ _SHOWN = {
     "run": "run {:.1%}",
     "predictor": "predictor {:.4f}",
     "predicted": "right {:.1%}",
+    "missed": "missed {:.3f}",
     "share": "share {:.3f}",
     "idle": "idle {:.1%}",
     "router_entropy": "entropy {:.3f}",

@@ -32,7 +32,7 @@ _REPEATABLE = (
     ),
     *("projection_sparsity", "balance", "z", "regression", "router_entropy", "load"),
     *("dead_experts", "share", "share_by_layer", "idle"),
-    *("run", "predictor", "predicted", "price"),
+    *("run", "predictor", "predicted", "price", "missed"),
 )
 
 

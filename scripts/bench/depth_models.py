@@ -22,24 +22,24 @@ CASES = (DENSE, EVEN, SEARCHED, SKIP, MIXED, MOD)
 
 
 def searched(dense: Path, work: Path, least: float, text: Mapping[str, Any]) -> list[int]:
-    """Return the blocks a greedy search drops, in its order; looked for once, down to `least`.
+    """Return the blocks a greedy search drops, in its order; looked for once, down to `least`, and
+    gone on with where it was stopped.
 
     Args:
         dense: checkpoint.
         work: where what was found is kept.
         least: FLOPs per token as a share of the dense model's.
-        text: "data", "data_tokens" and "data_length" of the search.
+        text: "data", "data_tokens" and "data_length" of the search, which looks at the loss.
     """
     kept = work / "searched.json"
-    if kept.exists():
-        found: list[int] = json.loads(kept.read_text())
-        return found
-    options = DepthOptions(compute=least, search="greedy", **text)
+    order: list[int] = json.loads(kept.read_text()) if kept.exists() else []
+    options = DepthOptions(compute=least, search="greedy", fitness="loss", **text)
     item = open_source(str(dense))
+    blocks, count = item.spec.layers, count_of(options, item.spec)
+    if len(order) >= count:
+        return order
     model = loaded(options, item, progress=True)
-    blocks, order = item.spec.layers, list[int]()
     levels = Levels(low=(0,) * blocks, high=(0, *(1,) * (blocks - 2), 0))
-    count = count_of(options, item.spec)
     with bar(count, "search", "block", enabled=True) as shown:
         while len(order) < count:
             start = tuple(int(number in order) for number in range(blocks))
@@ -53,8 +53,8 @@ def searched(dense: Path, work: Path, least: float, text: Mapping[str, Any]) -> 
                 amount=model.rows,
             )
             order.append(next(n for n in range(blocks) if best.vector[n] > start[n]))
+            kept.write_text(json.dumps(order))
             shown.update()
-    kept.write_text(json.dumps(order))
     return order
 
 

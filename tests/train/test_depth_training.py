@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,12 @@ def budget(folder: Path) -> float:
     return low + (high - low) / 2
 
 
-def reach(model: Any) -> tuple[float, float]:
-    """Return the FLOPs of tokens that run no routed block, and all of them."""
+def reach(model: Any, paths: Sequence[str] | None = None) -> tuple[float, float]:
+    """Return the FLOPs of tokens that run none of some routed blocks, and all of these."""
     found = []
     for threshold in (1e30, -1e30):
-        held = model.set_depth("threshold", threshold=threshold)
+        values = dict.fromkeys(paths or model.adaptive_depth(), threshold)
+        held = model.set_depth("threshold", threshold=values)
         with torch.no_grad(), held, model.account() as account:
             model(input_ids=torch.zeros(1, 16, dtype=torch.long))
         found.append(account.compute())
@@ -226,6 +227,25 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     parts = tune(source, "parts", resume=True, **given)
     assert parts.summary == whole.summary
     assert not moved(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_blocks_that_no_token_runs_stay_so_and_their_adapters_learn(
+    routed: Make, tune: Tune, tmp_path: Path
+) -> None:
+    source = routed()
+    config = json.loads((source / "config.json").read_text())
+    gone, other = config["adaptive"]["sites"]
+    config["adaptive"]["sites"][gone]["layer"]["select"] = {"rule": "none"}
+    (source / "config.json").write_text(json.dumps(config))
+    found = reach(load_model(source), [other])
+    result = tune(
+        source, train=("depth",), depth_compute=sum(found) / 2, steps=20, lr=1e-2, depth_ramp=0.2
+    )
+    assert list(result.summary["depth"]["thresholds"]) == [other]
+    assert slots_of(tmp_path / "out")[gone]["select"] == {"rule": "none"}
+    names = moved(source, tmp_path / "out")
+    assert f"{gone}.depth.adapter.up.weight" in names
+    assert f"{gone}.depth.router.weight" not in names
 
 
 def test_distillation_from_the_model_as_it_was(routed: Make, tune: Tune) -> None:

@@ -20,7 +20,7 @@ KV = ("keep", "skip")
 _OF_KINDS = {
     LAYER_DROP: ("drop", "keep", "compute", "search", "data"),
     MOD: ("capacity", "every", "layers", "predictor", "gate"),
-    SKIP: ("every", "layers", "kv", "adapter_width", "router_width"),
+    SKIP: ("drop", "every", "layers", "kv", "adapter_width", "router_width"),
 }
 SEARCHES = ("even", "greedy", "evolve")
 FITNESS = ("kl", "loss")
@@ -60,7 +60,8 @@ class DepthOptions:
         kind: "layer-drop": whole blocks go, and a stock checkpoint is left; "skip": tokens may skip
             blocks, and everyone goes on seeing their keys and values (2503.23798); "mod": those
             that run a block see one another alone (mixture-of-depths, 2404.02258).
-        drop: the blocks, numbered from 0, such as "3,11,17".
+        drop: the blocks, numbered from 0, such as "3,11,17"; of "skip" those no token runs, which
+            run their adapters instead.
         keep: K instead.
         compute: instead, FLOPs per token as a share of the model's, head included; the number of
             blocks that comes nearest is kept.
@@ -142,6 +143,7 @@ class DepthOptions:
         check_choice(self, "predictor", PREDICTORS)
         check_choice(self, "kv", KV)
         self._check_kind()
+        self._check_numbers()
         if self.kind == LAYER_DROP:
             self._check_count()
             self._check_search()
@@ -201,7 +203,7 @@ class DepthOptions:
                 raise OptionError("names the blocks already", where="--layers with --every")
 
     def routed(self, blocks: int) -> tuple[int, ...]:
-        """Return the blocks that are routed, ascending.
+        """Return the blocks that are routed, ascending, those no token runs included.
 
         Args:
             blocks: L.
@@ -209,6 +211,7 @@ class DepthOptions:
         Raises:
             OptionError: one does not exist, or none is left.
         """
+        gone = set(self.named(blocks) or ())
         if self.layers is not None:
             named = parse_blocks(self.layers)
             strange = next((number for number in named if number >= blocks), None)
@@ -216,10 +219,10 @@ class DepthOptions:
                 raise OptionError(
                     f"the model has blocks 0 to {blocks - 1}", where="--layers", found=strange
                 )
-            return named
+            return tuple(sorted({*named, *gone}))
         step = self.every or (2 if self.kind == MOD else 1)
         found = tuple(range(_FIRST, blocks - 1))[step - 1 :: step]
-        if not found:
+        if not found and not gone:
             raise OptionError(
                 f"the model has {blocks} blocks, of which the first {_FIRST} and the last stay as "
                 "they are",
@@ -228,7 +231,18 @@ class DepthOptions:
                 found=step,
                 hint="--layers names any block.",
             )
-        return found
+        return tuple(sorted({*found, *gone}))
+
+    def _check_numbers(self) -> None:
+        for name in ("drop", "found"):
+            text = getattr(self, name)
+            if text is not None and not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):
+                raise OptionError(
+                    "cannot be read",
+                    where=option(name),
+                    expected="numbers of blocks such as 3,11,17",
+                    found=repr(text[:80]),
+                )
 
     def _check_count(self) -> None:
         given = [name for name in ("drop", "keep", "compute") if getattr(self, name) is not None]
@@ -239,15 +253,6 @@ class DepthOptions:
                 expected="--drop 3,11, --keep 24 or --compute 0.75",
                 found=" and ".join(map(option, given)) or "none of them",
             )
-        for name in ("drop", "found"):
-            text = getattr(self, name)
-            if text is not None and not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):
-                raise OptionError(
-                    "cannot be read",
-                    where=option(name),
-                    expected="numbers of blocks such as 3,11,17",
-                    found=repr(text[:80]),
-                )
 
     def _check_search(self) -> None:
         """Refuse options that another one leaves without meaning.

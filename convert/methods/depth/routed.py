@@ -41,6 +41,7 @@ def routed_plan(options: DepthOptions, item: Described) -> Plan:
     check_source(item)
     blocks = options.routed(item.spec.layers)
     slots = slots_of(options, item, blocks)
+    gone = options.named(item.spec.layers) or ()
     plan = Plan(
         method=METHOD,
         options={**asdict(options), "layers": ",".join(map(str, blocks)), "every": None},
@@ -48,11 +49,20 @@ def routed_plan(options: DepthOptions, item: Described) -> Plan:
         targets=tuple(_targets(slots, item, options.seed)),
         drops=dropped(item),
         config=_config(slots, item),
-        exactness=Exactness(kind="exact", why="every token runs every block as written"),
+        exactness=_exactness(gone, item.spec.layers),
         notes=_notes(options, item, slots),
     )
     check_plan(plan, [item.source.tensors])
     return plan
+
+
+def _exactness(gone: tuple[int, ...], blocks: int) -> Exactness:
+    if not gone:
+        return Exactness(kind="exact", why="every token runs every block as written")
+    return Exactness(
+        kind="approximate",
+        why=f"no token runs {len(gone)} of {blocks} blocks as written; every token runs the others",
+    )
 
 
 def check_source(item: Described) -> None:
@@ -94,9 +104,12 @@ def slots_of(
 def _slot(options: DepthOptions, item: Described, index: int) -> dict[str, Any]:
     is_mod = options.kind == MOD
     hidden = item.spec.hidden
-    keeps = not is_mod and options.kv == "keep"
+    gone = index in (options.named(item.spec.layers) or ())
+    # where nobody runs, nobody asks for keys
+    keeps = not is_mod and options.kv == "keep" and not gone
     predicts = is_mod and options.predictor == "mlp"
     adapts = not is_mod and options.adapter_width > 0
+    select = {"rule": "none"} if gone else {"rule": "threshold", "threshold": 0.0}
     return {
         "kind": options.kind,
         "index": index,
@@ -108,7 +121,7 @@ def _slot(options: DepthOptions, item: Described, index: int) -> dict[str, Any]:
         "kv": "keep" if keeps else "skip",
         "keys": routed_layers.keys_of(item.spec, index) if keeps else [],
         "capacity": options.capacity if is_mod else None,
-        "select": {"rule": "threshold", "threshold": 0.0},
+        "select": select,
     }
 
 
@@ -170,10 +183,12 @@ def _notes(
     indices = [slot["index"] for slot in slots.values()]
     shapes = [shape for s in slots.values() for shape in routed_layers.shapes_of(s).values()]
     count = sum(_size(shape) for shape in shapes)
+    gone = options.named(item.spec.layers) or ()
     told = [
         f"tokens may skip {len(indices)} of {item.spec.layers} blocks "
         f"({routed_layers.listed(indices)}); {count:,} parameters are added",
-        "as written every token runs every block; routers know nothing until they are trained",
+        "routers know nothing until they are trained: as written every token runs every block"
+        + (f" but {routed_layers.listed(gone)}, which no token runs" if gone else ""),
     ]
     if options.kind != MOD and options.kv == "keep":
         told.append(

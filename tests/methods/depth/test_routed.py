@@ -45,6 +45,36 @@ def test_every_token_runs_every_block_as_written(
     assert api.verify(source, tmp_path / "out").ok
 
 
+def test_blocks_that_no_token_runs_run_adapters(deep: Deep, tmp_path: Path) -> None:
+    source = deep("llama")
+    given: dict[str, Any] = {"method": "depth", "drop": "1,3"}
+    api.convert(source, destination=tmp_path / "out", kind="skip", **given)
+    api.convert(source, destination=tmp_path / "dropped", **given)
+    made, dropped = load_model(tmp_path / "out", dtype="float32"), opened(tmp_path / "dropped")
+    # as written adapters add nothing
+    expected = logits_of(dropped)
+    close = 1e-5 * float(expected.abs().max())
+    assert torch.allclose(logits_of(made), expected, rtol=0, atol=close)
+    slots = {block.adaptive_layer["index"]: block.adaptive_layer for block in _blocks(made)}
+    assert list(slots) == [1, 2, 3, 4]
+    assert [slots[index]["select"]["rule"] for index in slots] == [
+        *("none", "threshold", "none", "threshold")
+    ]
+    # nobody attends in them
+    assert [slots[index]["kv"] for index in slots] == ["skip", "keep", "skip", "keep"]
+    with made.account() as account, torch.no_grad():
+        made(**inputs_of(made))
+    assert [layer.run > 0 for layer in account.layers.values()] == [False, True, False, True]
+    whole = logits_of(opened(source))
+    with made.set_depth("all"):
+        assert torch.allclose(logits_of(made), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    assert api.verify(source, tmp_path / "out").ok
+
+
+def _blocks(model: Any) -> list[Any]:
+    return list(model.adaptive_depth().values())
+
+
 def test_what_was_routed_beside_experts_and_exits_stays(deep: Deep, tmp_path: Path) -> None:
     source = deep("llama")
     api.convert(source, destination=tmp_path / "split", method="moefy", num_experts=4)
@@ -73,7 +103,7 @@ def test_the_backbone_and_the_seed(deep: Deep, tmp_path: Path) -> None:
         ({"kind": "mod", "capacity": 0.0}, "selects no token"),
         ({"kind": "mod", "capacity": 1.5}, "capacity"),
         ({"kind": "mod", "kv": "skip"}, "does nothing with --kind mod"),
-        ({"kind": "skip", "drop": "2"}, "does nothing with --kind skip"),
+        ({"kind": "skip", "keep": 2}, "does nothing with --kind skip"),
         ({"kind": "skip", "gate": 0.1}, "does nothing with --kind skip"),
         ({"kind": "skip", "data": "text.txt"}, "does nothing with --kind skip"),
         ({"kind": "skip", "generations": 3}, "does nothing with --kind skip"),

@@ -166,6 +166,8 @@ def test_text_that_is_not_there(deep: Deep, tmp_path: Path) -> None:
         ({"keep": 3, "search": "greedy", "data": "a", "generations": 3}, "does nothing"),
         ({"keep": 3, "kind": "mod"}, "does nothing with --kind mod"),
         ({"keep": 3, "kind": "drop"}, "unknown choice"),
+        ({"drop": "1", "kind": "mod"}, "does nothing with --kind mod"),
+        ({"drop": "1-2", "kind": "skip"}, "cannot be read"),
         ({"compute": 1.5}, "out of range"),
     ],
 )
