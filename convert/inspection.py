@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from adaconvert.arch import routed_layers
+from adaconvert.arch import recursion, routed_layers
 from adaconvert.arch.adapters import LORA, adapted
 from adaconvert.arch.adaptive import sites_of
 from adaconvert.arch.base import ModelSpec
@@ -90,6 +90,7 @@ def _family_line(spec: ModelSpec | None) -> str:
     if spec.adaptive is not None:
         found = [_nulled_text(spec) or _split_text(spec), _adapted_text(spec), _exits_text(spec)]
         found.append(routed_layers.words(spec.adaptive, spec.layers))
+        found.append(recursion.words(spec.adaptive))
         experts = f", adaptive: {'; '.join(filter(None, found)) or 'nothing is split'}"
     tied = ", tied embeddings" if spec.traits.tied else ""
     return f"{spec.model_type} ({spec.architecture}){experts}{tied}"

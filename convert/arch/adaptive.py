@@ -17,6 +17,7 @@ from adaconvert.arch.adapters import adapter_tensors
 from adaconvert.arch.base import ModelSpec, RuntimeVerdict, TensorSpec
 from adaconvert.arch.exits import exit_tensors, exits_of
 from adaconvert.arch.projections import replaced_tensors
+from adaconvert.arch.recursion import with_recursion
 from adaconvert.arch.routed_layers import layer_tensors
 from adaconvert.arch.sites import FfnSite, ffn_site
 from adaconvert.arch.values import WHERE
@@ -266,7 +267,8 @@ def describe(config: Mapping[str, object], stored: Collection[str] = ()) -> Mode
     own += layer_tensors(spec, adaptive)
     exits = exits_of(adaptive)
     own += [made.tensor for made in exit_tensors(spec, exits)] if exits is not None else []
-    return replace(spec, tensors=(*replaced_tensors(spec, adaptive), *own), adaptive=adaptive)
+    tensors = (*with_recursion(replaced_tensors(spec, adaptive), spec, adaptive), *own)
+    return replace(spec, tensors=tensors, adaptive=adaptive)
 
 
 def sites_of(

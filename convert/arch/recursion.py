@@ -24,6 +24,8 @@ STARTS = ("average", "stepwise", "lower", "upper")
 #: rank of residuals that give back every matrix.
 FULL = "full"
 _MIDDLE = "middle-"
+#: groups of blocks that are named.
+_MOST_GROUPS = 4
 _CYCLE = "cycle"
 
 
@@ -275,6 +277,19 @@ def saved_parameters(spec: ModelSpec, recursion: Mapping[str, Any]) -> int:
     shared = shared_linears(spec, recursion)
     later = (item.linear for item in shared if item.owner != item.linear)
     return sum(linear.inputs * linear.outputs for linear in later)
+
+
+def words(adaptive: Mapping[str, object] | None) -> str:
+    """Return which blocks share matrices, and what gives back the rest; "" where none do."""
+    recursion = recursion_of(adaptive)
+    groups = {} if recursion is None else shared_depths(recursion["base"])
+    if recursion is None or not groups:
+        return ""
+    many = [" and ".join(map(str, depths)) for depths in groups.values()]
+    shown = "; ".join([*many[:_MOST_GROUPS], *(["and more"] if len(many) > _MOST_GROUPS else [])])
+    rank = recursion["rank"]
+    beside = f"residuals of rank {rank}" if rank else "no residuals"
+    return f"blocks share matrices ({shown}), with {beside}"
 
 
 def is_full(recursion: Mapping[str, Any]) -> bool:

@@ -10,20 +10,21 @@ from adaconvert.cli.options import Decorator, apply, option, storage_but_dtype
 
 
 def depth_options() -> Decorator[Any]:
-    """Return what decides the result of `depth`: which blocks go, and how they are found, or which
-    blocks tokens may skip."""
-    return apply(*_BLOCKS, *_ROUTED, *_SEARCH, *_TEXT, *storage_but_dtype())
+    """Return what decides the result of `depth`: which blocks go, and how they are found, which
+    blocks tokens may skip, or which share their matrices."""
+    return apply(*_BLOCKS, *_ROUTED, *_SHARED, *_SEARCH, *_TEXT, *storage_but_dtype())
 
 
 _BLOCKS = (
     option(
         "blocks",
         "--kind",
-        type=click.Choice(["layer-drop", "skip", "mod"]),
+        type=click.Choice(["layer-drop", "skip", "mod", "recursive"]),
         default="layer-drop",
         help="'layer-drop': whole blocks go, and DST is a stock checkpoint. 'skip': each token may "
         "skip blocks, and everyone still attends to it. 'mod': mixture-of-depths, tokens that run "
-        "a block attend to one another alone.",
+        "a block attend to one another alone. 'recursive': blocks share their matrices, with a "
+        "low-rank residual each.",
     ),
     option(
         "blocks",
@@ -104,6 +105,40 @@ _ROUTED = (
         default=0,
         metavar="W",
         help="Of 'skip': width of the router's inner layer; 0: a linear router.",
+    ),
+)
+_SHARED = (
+    option(
+        "shared blocks",
+        "--loops",
+        type=int,
+        metavar="B",
+        help="Of 'recursive': how often each shared block runs; it divides the blocks that share.",
+    ),
+    option(
+        "shared blocks",
+        "--sharing",
+        type=click.Choice(["cycle", "sequence", "middle-cycle", "middle-sequence"]),
+        default="cycle",
+        help="Which depths share a block. 'cycle': the shared ones run one after the other, B "
+        "times; 'sequence': each runs B times, then the next; 'middle-': the first and the last "
+        "block stay as they are.",
+    ),
+    option(
+        "shared blocks",
+        "--start",
+        type=click.Choice(["average", "stepwise", "lower", "upper"]),
+        default="average",
+        help="What shared matrices begin as: the mean of their depths, or one depth each: evenly "
+        "spaced ones, the first, the last.",
+    ),
+    option(
+        "shared blocks",
+        "--rank",
+        default="64",
+        metavar="R",
+        help="Of the residual every depth has beside each shared matrix; 'full' gives back SRC, 0 "
+        "leaves residuals out.",
     ),
 )
 _SEARCH = (

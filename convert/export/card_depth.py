@@ -28,6 +28,11 @@ def found(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def became(options: Mapping[str, Any]) -> str:
     """Return what `depth` made of a model."""
+    if options.get("kind") == "recursive":
+        return (
+            f"with blocks that share matrices, each run {plain(options.get('loops'))} times, and "
+            f"residuals of rank {plain(options.get('rank'))}"
+        )
     if options.get("kind") in ("skip", "mod"):
         return f"with routers by which tokens skip blocks {plain(options.get('layers'))}"
     blocks = options.get("blocks")

@@ -20,6 +20,7 @@ from adaconvert.arch.adaptive import active_share
 from adaconvert.arch.base import ModelSpec, TensorSpec
 from adaconvert.arch.exits import DRAFT_TOKENS, EXIT_ROLES, checked
 from adaconvert.arch.projections import active_shares, stock_spec
+from adaconvert.arch.recursion import RESIDUAL_ROLES, repeated
 from adaconvert.arch.registry import layer_mask
 from adaconvert.arch.routed_layers import ADAPTER as DEPTH_ADAPTER
 from adaconvert.arch.routed_layers import ROUTER as DEPTH_ROUTER
@@ -43,6 +44,7 @@ _PER_TOKEN = frozenset(
         *("head", "head_transform", "span_head"),
         *("patch_embed", "pixel_head", "projection_up", "projection_down", "projection_router"),
         *ADAPTER_ROLES,
+        *RESIDUAL_ROLES,
     }
 )
 #: kinds of blocks with null experts that are named.
@@ -177,7 +179,7 @@ def unchosen_flops(spec: ModelSpec) -> tuple[int, int]:
     """
     sited = {*active_share(spec), *experts_run(spec)}
     every = ffn = Fraction(0)
-    for tensor in spec.tensors:
+    for tensor in (*spec.tensors, *(tensor for tensor, _ in repeated(spec))):
         is_ffn = _is_ffn(tensor)
         is_counted = is_ffn and tensor.layer in sited and not tensor.role.startswith(_SHARED)
         own = tensor.role in ADAPTER_ROLES or tensor.role.startswith("projection_")
@@ -217,6 +219,13 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
             matrices += 2 * size * share
             read += nbytes_of(dtypes[stored], tensor.shape) * share
         ffn += 2 * size * share if _is_ffn(tensor) or tensor.name in beside else 0
+    for tensor, owner in repeated(spec):
+        # stored once, and every depth of the group runs it
+        size = _count(tensor.shape)
+        active += size
+        matrices += 2 * size
+        read += nbytes_of(dtypes[owner], tensor.shape) if owner in dtypes else 0
+        ffn += 2 * size if _is_ffn(tensor) else 0
     for tensor in checked(spec):
         size = _count(tensor.shape)
         active += size if tensor.role in EXIT_ROLES else 0
@@ -305,6 +314,10 @@ def _float_bytes(expr: Expr) -> int:
     if isinstance(expr, Apply) and expr.fn == "concat":
         return max(_float_bytes(arg) for arg in expr.args)
     own = 4 * _count(expr.shape)
+    if isinstance(expr, Apply) and expr.fn == "residual":
+        # in float64: the difference, its square on the smaller side, and what finds its vectors
+        whole, side = _count(expr.args[0].shape), min(expr.args[0].shape)
+        return own + 16 * whole + 40 * side**2 + sum(_float_bytes(arg) for arg in expr.args)
     if isinstance(expr, Bytes):
         return own + nbytes_of(expr.dtype, expr.shape)
     if isinstance(expr, Init | Fitted):

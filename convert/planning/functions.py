@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from adaconvert.planning.arrays import from_float32, to_float32
 from adaconvert.planning.ops import Param
 
 if TYPE_CHECKING:
@@ -215,6 +216,39 @@ def _add_low_rank(args: list[Array], params: dict[str, Param], seed: int) -> Arr
     return found.astype("float32")
 
 
+def _rounded(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return x as storing it in `dtype` leaves it."""
+    dtype = str(params["dtype"])
+    return to_float32(from_float32(args[0], dtype, "a mean"), dtype)
+
+
+def _residual(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return a factor of the best matrix of rank r to R = W - W': up [O, r] or down [r, C].
+
+    R's leading singular vectors on its smaller side are orthonormal columns of up (up down = U U^T
+    R) or rows of down (R V V^T); the other factor has the singular values. Of full rank the product
+    is R however exact they are. Source: 2410.20672, equation 3.
+
+    Args: W and W', [O, C].
+    Params: `part`, "up" or "down"; `rank`; `transposed`: they are [C, O].
+    """
+    import numpy
+
+    apart = args[0].astype("float64") - args[1]
+    apart = apart.T if params["transposed"] else apart
+    is_wide = apart.shape[0] <= apart.shape[1]
+    gram = apart @ apart.T if is_wide else apart.T @ apart
+    vectors = numpy.linalg.eigh(gram)[1][:, ::-1][:, : int(params["rank"])]
+    # the sign of a vector is anybody's choice
+    largest = numpy.abs(vectors).argmax(axis=0)
+    vectors = vectors * numpy.where(vectors[largest, range(vectors.shape[1])] < 0, -1.0, 1.0)
+    if params["part"] == "up":
+        found = vectors if is_wide else apart @ vectors
+    else:
+        found = vectors.T @ apart if is_wide else vectors.T
+    return found.astype("float32")
+
+
 Function = Callable[["list[Array]", dict[str, Param], int], "Array"]
 
 #: every function a plan may name.
@@ -229,6 +263,8 @@ FUNCTIONS: dict[str, Function] = {
     "noise": _noise,
     "normal": _normal,
     "plus_one": _plus_one,
+    "residual": _residual,
+    "rounded": _rounded,
     "router": _router,
     "scale": _scale,
     "side_by_side": _side_by_side,

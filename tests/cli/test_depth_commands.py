@@ -13,7 +13,14 @@ import pytest
 
 from adaconvert.cli.depth import depth
 from adaconvert.cli.plan import _RUN_ONLY, plan_depth
-from adaconvert.methods.depth.config import FITNESS, KINDS, SEARCHES, DepthOptions
+from adaconvert.methods.depth.config import (
+    FITNESS,
+    KINDS,
+    SEARCHES,
+    SHARINGS,
+    STARTS,
+    DepthOptions,
+)
 from adaconvert.testing.tiny_models import make
 
 Run = Callable[..., tuple[int, str, str]]
@@ -60,6 +67,8 @@ def test_defaults_and_choices_are_those_of_the_method(command: click.Command) ->
     assert choices["kind"] == KINDS
     assert choices["search"] == SEARCHES
     assert choices["fitness"] == FITNESS
+    assert choices["sharing"] == SHARINGS
+    assert choices["start"] == STARTS
 
 
 def test_plan_takes_the_options_of_the_run(api: Any, run: Run) -> None:

@@ -2,7 +2,7 @@
 
 Sources: EvoPress 2410.14649 (the search); ShortGPT 2403.03853 (many blocks of pretrained models add
 little); mixture-of-depths 2404.02258; FlexiDepth 2503.23798 and Router-Tuning 2410.13184 (skipping
-with keys and values kept).
+with keys and values kept); relaxed recursive transformers 2410.20672 (blocks that share matrices).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from adaconvert.arch import adaptive
 from adaconvert.arch.base import RuntimeVerdict
 from adaconvert.io.names import escape
 from adaconvert.methods.depth.choose import check_stock, dropped_of
-from adaconvert.methods.depth.config import LAYER_DROP, DepthOptions
+from adaconvert.methods.depth.config import LAYER_DROP, RECURSIVE, DepthOptions
 from adaconvert.methods.depth.plan import drop_plan
+from adaconvert.methods.depth.recursive import recursive_plan
 from adaconvert.methods.depth.routed import routed_plan
 from adaconvert.methods.planned import PlainPlan, Prepared
 from adaconvert.methods.sources import Described
@@ -42,7 +43,7 @@ def prepare(options: DepthOptions, described: Sequence[Described]) -> Prepared:
     """
     item = described[0]
     if options.kind != LAYER_DROP:
-        plan = routed_plan(options, item)
+        plan = _adaptive_plan(options, item)
         return Prepared(
             planned=PlainPlan(
                 plan=plan,
@@ -74,8 +75,12 @@ def replan(options: Mapping[str, object], described: Sequence[Described]) -> Pla
     given: dict[str, Any] = {name: options[name] for name in options if name != "blocks"}
     made = DepthOptions(**given)
     if made.kind != LAYER_DROP:
-        return routed_plan(made, described[0])
+        return _adaptive_plan(made, described[0])
     return _plan(made, described[0])
+
+
+def _adaptive_plan(options: DepthOptions, item: Described) -> Plan:
+    return (recursive_plan if options.kind == RECURSIVE else routed_plan)(options, item)
 
 
 def _plan(options: DepthOptions, item: Described) -> Plan:

@@ -12,8 +12,12 @@ from typing import Any
 from adaconvert.errors import OptionError
 from adaconvert.methods.options import check_choice, check_range, check_types, option
 
-LAYER_DROP, MOD, SKIP = "layer-drop", "mod", "skip"
-KINDS = (LAYER_DROP, SKIP, MOD)
+LAYER_DROP, MOD, SKIP, RECURSIVE = "layer-drop", "mod", "skip", "recursive"
+KINDS = (LAYER_DROP, SKIP, MOD, RECURSIVE)
+SHARINGS = ("cycle", "sequence", "middle-cycle", "middle-sequence")
+STARTS = ("average", "stepwise", "lower", "upper")
+#: rank of residuals that give back every matrix.
+FULL = "full"
 PREDICTORS = ("mlp", "router")
 KV = ("keep", "skip")
 #: options that only mean something for some kinds.
@@ -21,6 +25,7 @@ _OF_KINDS = {
     LAYER_DROP: ("drop", "keep", "compute", "search", "data"),
     MOD: ("capacity", "every", "layers", "predictor", "gate"),
     SKIP: ("drop", "every", "layers", "kv", "adapter_width", "router_width"),
+    RECURSIVE: ("loops", "sharing", "start", "rank"),
 }
 SEARCHES = ("even", "greedy", "evolve")
 FITNESS = ("kl", "loss")
@@ -46,6 +51,9 @@ _DEFAULTS: dict[str, Any] = {
     "kv": "keep",
     "adapter_width": 64,
     "router_width": 0,
+    "sharing": "cycle",
+    "start": "average",
+    "rank": "64",
 }
 
 
@@ -91,6 +99,14 @@ class DepthOptions:
         kv: of "skip": whether skipped tokens write keys and values.
         adapter_width: of "skip": width of the network that skipped tokens run instead, 0 for none.
         router_width: of "skip": width of the router's inner layer, 0 for a linear router.
+        loops: B of "recursive": how often each shared block runs; it divides the blocks that share.
+        sharing: which depths share a block: "cycle", the shared ones run one after the other, B
+            times; "sequence", each runs B times, then the next; "middle-" the same of all but the
+            first and the last block (2410.20672, and Mixture-of-Recursions, 2507.10524).
+        start: what shared matrices begin as: "average" of their depths, or one depth each:
+            "stepwise" evenly spaced ones, "lower" the first, "upper" the last.
+        rank: of the residual every depth has beside each shared matrix, "full" for all a matrix
+            can have, 0 for none.
     """
 
     kind: str = LAYER_DROP
@@ -117,10 +133,15 @@ class DepthOptions:
     kv: str = "keep"
     adapter_width: int = 64
     router_width: int = 0
+    loops: int | None = None
+    sharing: str = "cycle"
+    start: str = "average"
+    rank: str = "64"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop", _text(self.drop))
         object.__setattr__(self, "layers", _text(self.layers))
+        object.__setattr__(self, "rank", _text(self.rank))
         check_types(self)
         check_choice(self, "kind", KINDS)
         check_choice(self, "search", SEARCHES)
@@ -138,15 +159,24 @@ class DepthOptions:
             ("gate", 0.0, 0.99),
             ("adapter_width", 0, 1 << 20),
             ("router_width", 0, 1 << 20),
+            ("loops", 1, 4096),
         ):
             check_range(self, name, least, most)
         check_choice(self, "predictor", PREDICTORS)
         check_choice(self, "kv", KV)
+        check_choice(self, "sharing", SHARINGS)
+        check_choice(self, "start", STARTS)
+        self._check_rank()
         self._check_kind()
         self._check_numbers()
         if self.kind == LAYER_DROP:
             self._check_count()
             self._check_search()
+
+    @property
+    def own_rank(self) -> int | str:
+        """Return r of "recursive", or "full"."""
+        return FULL if self.rank == FULL else int(self.rank)
 
     @property
     def searches(self) -> bool:
@@ -197,6 +227,12 @@ class DepthOptions:
                 expected="a share above 0, such as 0.125",
                 found=self.capacity,
             )
+        if self.kind == RECURSIVE and self.loops is None:
+            raise OptionError(
+                "is missing: how often each shared block runs",
+                where="--loops",
+                expected="a number that divides the blocks, such as 2",
+            )
         if self.layers is not None:
             parse_blocks(self.layers)
             if self.every is not None:
@@ -232,6 +268,15 @@ class DepthOptions:
                 hint="--layers names any block.",
             )
         return tuple(sorted({*found, *gone}))
+
+    def _check_rank(self) -> None:
+        if self.rank != FULL and not re.fullmatch(r"\d{1,6}", self.rank, re.ASCII):
+            raise OptionError(
+                "is no rank",
+                where="--rank",
+                expected="a number such as 64, or full",
+                found=repr(self.rank[:80]),
+            )
 
     def _check_numbers(self) -> None:
         for name in ("drop", "found"):

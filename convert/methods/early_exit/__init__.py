@@ -16,6 +16,7 @@ from typing import Any
 from adaconvert.arch import adaptive, exits
 from adaconvert.arch.base import RuntimeVerdict
 from adaconvert.arch.exits import CAUSAL, KINDS, NOT_SLICED, Places
+from adaconvert.arch.recursion import recursion_of
 from adaconvert.data.text import Documents, read_documents
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.aux_files import GENERATION_CONFIG
@@ -111,6 +112,12 @@ def _check_source(item: Described) -> None:
             where=where,
             hint="Start from the checkpoint they were added to. `finetune --train exits` trains "
             "those it has, `calibrate` sets their thresholds.",
+        )
+    if recursion_of(item.spec.adaptive) is not None:
+        raise SourceError(
+            "has blocks that share matrices, and an exit would leave them at every pass",
+            where=where,
+            hint="Start from the checkpoint it was made of.",
         )
     why = exits.refusal(item.spec)
     if why is not None:
