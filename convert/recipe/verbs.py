@@ -87,6 +87,14 @@ def _early_exit() -> dict[str, Option]:
     )
 
 
+def _depth() -> dict[str, Option]:
+    from adaconvert.methods.depth.config import DepthOptions
+
+    return options.options_of(
+        DepthOptions, without=("found",), roles={"data": TEXT_SOURCE}, more=options.CONVERT
+    )
+
+
 def _finetune() -> dict[str, Option]:
     from adaconvert.train.config import FinetuneConfig
 
@@ -224,6 +232,12 @@ VERBS: Final[dict[str, Verb]] = {
         makes=MAKES_CHECKPOINT,
         table=_early_exit,
         check=_check_convert("early-exit"),
+    ),
+    "depth": Verb(
+        summary="Let tokens skip blocks, leave blocks out, or let blocks share matrices.",
+        makes=MAKES_CHECKPOINT,
+        table=_depth,
+        check=_check_convert("depth"),
     ),
     "finetune": Verb(
         summary="Tune a checkpoint briefly on text.",

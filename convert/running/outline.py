@@ -32,7 +32,9 @@ UNCHANGED: Final = "unchanged"
 RESUME: Final = "to resume"
 TO_DO: Final = "to do"
 SKIPPED: Final = "left out"
-CONVERSIONS: Final = ("upcycle", "moefy", "unmoefy", "d2dmoe", "adamoe", "molora", "early-exit")
+CONVERSIONS: Final = (
+    *("upcycle", "moefy", "unmoefy", "d2dmoe", "adamoe", "molora", "early-exit", "depth"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,7 +141,8 @@ class Price:
             self._gains.append((known * inside - gradient.sum()).detach())
             self._slopes.append(inside)
 
-        scores.register_hook(note)
+        watched: Any = scores
+        watched.register_hook(note)
 
     def step_done(self) -> None:
         """Take the step's micro-batches into account."""

@@ -37,7 +37,7 @@ def test_there_is_one_for_every_method_and_model() -> None:
     models = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "mistral-7b")
     expected = {f"{m}/{model}" for m in ("upcycle", "moefy", "d2dmoe") for model in models}
     expected |= {"adamoe/smollm2-135m", "adamoe/olmoe-1b-7b", "molora/smollm2-135m"}
-    expected.add("early-exit/smollm2-135m")
+    expected |= {"early-exit/smollm2-135m", "depth/smollm2-135m"}
     assert set(NAMES) == expected | {"btx/smollm2-135m", "moefy/smollm2-135m-tuned"}
 
 
@@ -103,6 +103,9 @@ def _smaller(recipe: Recipe) -> list[tuple[str, str, object]]:
     for stage in recipe.stages:
         if stage.verb == "finetune":
             found += [(stage.name, "seq_len", 16), (stage.name, "batch_size", 1)]
+        if stage.verb == "depth":
+            # two blocks have none between the first two and the last
+            found.append((stage.name, "layers", "'0'"))
         if stage.verb == "finetune" and "select" in stage.options:
             found.append((stage.name, "select", "rule=top-k,k=48"))
     return found

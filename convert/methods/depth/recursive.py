@@ -92,15 +92,16 @@ def _targets(
 ) -> Iterator[TargetTensor]:
     """Yield every tensor of the source but shared matrices, these at the first depth of their
     group, and residuals behind what they are beside."""
-    own = {one.linear.weight: one for one in shared}
+    own = {each.linear.weight: each for each in shared}
     origins = _origins(options, item)
     alike: dict[str, dict[int, str]] = {}
-    for one in shared:
-        alike.setdefault(_inside(one.linear), {})[one.linear.layer] = one.linear.weight
+    for each in shared:
+        alike.setdefault(_inside(each.linear), {})[each.linear.layer] = each.linear.weight
     for tensor in item.spec.tensors:
         if tensor.name not in item.source.tensors:
             continue
-        ref, one = item.source.tensors[tensor.name], own.get(tensor.name)
+        ref = item.source.tensors[tensor.name]
+        one = own.get(tensor.name)
         if one is None:
             yield target(tensor.name, ref.dtype, ref.shape, whole(ref), tensor.layer)
             continue
