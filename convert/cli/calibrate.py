@@ -103,7 +103,38 @@ def _sweep_options() -> options.Decorator[Any]:
             "settings",
             "--per-layer",
             is_flag=True,
-            help="Also try giving every layer its own share; measures each layer first.",
+            help="Also try giving every layer its own share.",
+        ),
+        option(
+            "settings",
+            "--search",
+            type=click.Choice(["greedy", "evolve"]),
+            default="greedy",
+            help="How --per-layer finds shares: by what each layer alone loses, or, at a --budget, "
+            "by an evolution (EvoPress) that measures whole models, which takes longer.",
+        ),
+        option(
+            "settings",
+            "--generations",
+            type=int,
+            default=40,
+            metavar="N",
+            help="For --search evolve: how many.",
+        ),
+        option(
+            "settings",
+            "--offspring",
+            type=int,
+            default=16,
+            metavar="N",
+            help="For --search evolve: of each generation.",
+        ),
+        option(
+            "settings",
+            "--knob",
+            type=click.Choice(["depth", "experts"]),
+            help="What to calibrate of a model with both blocks that tokens skip and experts to "
+            "choose; the other stays as configured, and what it saves counts.",
         ),
         option(
             "settings",
@@ -152,7 +183,12 @@ def _data_options() -> options.Decorator[Any]:
         ),
         option("data", "--length", type=int, default=512, metavar="L", help="Tokens of a block."),
         option(
-            "data", "--seed", type=int, default=0, metavar="N", help="Seed of blocks and splits."
+            "data",
+            "--seed",
+            type=int,
+            default=0,
+            metavar="N",
+            help="Seed of blocks, splits and --search.",
         ),
     )
 

@@ -22,10 +22,11 @@ from adaconvert.evaluate import calibration_output
 from adaconvert.evaluate.calibration_data import Reading, check_enough, read_data
 from adaconvert.evaluate.calibration_output import Checkpoint, open_checkpoint
 from adaconvert.evaluate.calibration_result import CalibrationResult
-from adaconvert.evaluate.calibration_search import Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
 from adaconvert.evaluate.depth_search import DepthSearch, check_depth_settings
 from adaconvert.evaluate.exit_search import ExitSearch, check_exit_settings
+from adaconvert.evaluate.expert_search import ExpertSearch
+from adaconvert.evaluate.knob_groups import check_knob, moves_blocks
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.masking import is_masked
 from adaconvert.evaluate.risk import Floats
@@ -34,7 +35,6 @@ from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.configs import load_config
 from adaconvert.modeling.adaptive_knobs import has_exits
-from adaconvert.modeling.adaptive_schema import routed_layers
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
 _LABEL_LOSS: Final = "loss is that of the label"
@@ -54,10 +54,12 @@ def calibrate(
     checkpoint = open_checkpoint(folder)
     calibration_output.check_destination(checkpoint, destination, overwrite=overwrite)
     calibration_output.check_whole(checkpoint)
-    if routed_layers(checkpoint.adaptive):
-        check_depth_settings(checkpoint.adaptive, settings)
-    elif has_exits(checkpoint.adaptive):
-        check_exit_settings(checkpoint.adaptive, settings)
+    check_knob(checkpoint.adaptive, settings.knob)
+    search = _search(checkpoint, settings)
+    if search is DepthSearch:
+        check_depth_settings(settings)
+    elif search is ExitSearch:
+        check_exit_settings(settings)
     single, masked = _kind(checkpoint, settings)
     config = load_config(Source.open(checkpoint.folder)) if single else None
     data = read_data(
@@ -72,7 +74,7 @@ def calibrate(
     risk = settings.risk(single=single)
     if risk is not None:
         check_enough(data, risk, settings.shares, settings.promise)
-    found = _search(checkpoint)(_loaded(checkpoint, settings), data, settings, risk).run()
+    found = search(_loaded(checkpoint, settings), data, settings, risk).run()
     result = CalibrationResult(
         checkpoint=checkpoint.name,
         rows=found.rows,
@@ -100,11 +102,13 @@ def calibrate(
     return result if destination is None else replace(result, checkpoint=Path(destination).name)
 
 
-def _search(checkpoint: Checkpoint) -> type[Search]:
+def _search(
+    checkpoint: Checkpoint, settings: CalibrationSettings
+) -> type[DepthSearch | ExitSearch | ExpertSearch]:
     """Return what tries the settings of a model."""
-    if routed_layers(checkpoint.adaptive):
+    if moves_blocks(checkpoint.adaptive, settings.knob):
         return DepthSearch
-    return ExitSearch if has_exits(checkpoint.adaptive) else Search
+    return ExitSearch if has_exits(checkpoint.adaptive) else ExpertSearch
 
 
 def measure_matrix(
@@ -126,7 +130,7 @@ def measure_matrix(
     checkpoint = open_checkpoint(folder)
     masked = _kind(checkpoint, settings)[1]
     data = read_data(reading, checkpoint.folder, settings.shares, masked=masked)
-    return Search(_loaded(checkpoint, settings), data, settings, None).matrix(shares)
+    return ExpertSearch(_loaded(checkpoint, settings), data, settings, None).matrix(shares)
 
 
 def _kind(checkpoint: Checkpoint, settings: CalibrationSettings) -> tuple[bool, bool]:

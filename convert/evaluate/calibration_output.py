@@ -220,7 +220,7 @@ def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         sites[EXITS] = {**exits["decide"], "kv": exits["kv"]}
     layers = routed_layers(adaptive)
     if layers:
-        sites[DEPTH] = _of_blocks(layers)
+        sites[DEPTH] = of_blocks(layers)
     table = adaptive.get("calibration") or {}
     if table.get("chosen") is None:
         return {path: dict(select) for path, select in sites.items()}
@@ -229,7 +229,7 @@ def configured(adaptive: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {path: dict(kept.get(path) or unknown[path]) for path in sites}
 
 
-def _of_blocks(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def of_blocks(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the rule that gives every block whose tokens choose the threshold it has."""
     chosen = {p: spec["select"] for p, spec in layers.items()}
     levels = {p: own["threshold"] for p, own in chosen.items() if own["rule"] == "threshold"}

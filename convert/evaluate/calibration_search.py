@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from adaconvert.errors import OptionError
-from adaconvert.evaluate.allocation import LEVELS, sensitivities
 from adaconvert.evaluate.calibration_data import CalibrationData, Part, too_small
 from adaconvert.evaluate.calibration_losses import UnitLosses, out_of_reach
 from adaconvert.evaluate.calibration_result import Row
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
-from adaconvert.evaluate.candidates import (
-    Family,
-    between,
-    coarse,
-    ffn_alone,
-    of_these_alone,
-    per_layer,
-    rules_for,
-    uniform,
-)
-from adaconvert.evaluate.null_grid import STORED, NullGrid, NullSite
+from adaconvert.evaluate.candidates import Family, between, coarse
+from adaconvert.evaluate.evolved import Allotment, Cost, Way
+from adaconvert.evaluate.knob_groups import held
 from adaconvert.evaluate.risk import Floats, Risk
-from adaconvert.evaluate.sweep import ALL, REFERENCE, Grid, Measured, Measurer, Setting, given
+from adaconvert.evaluate.sweep import ALL, REFERENCE, Measured, Measurer, Setting
 from adaconvert.evaluate.testing_sequence import (
     Certified,
+    Integers,
     best_within,
     certify,
     frontier,
 )
-from adaconvert.evaluate.whole_compute import chooses, whole_compute, whole_flops
-from adaconvert.modeling.adaptive_schema import routed_specs
-from adaconvert.progress import Bar, bar
+from adaconvert.evaluate.whole_compute import whole_compute
+from adaconvert.planning.evolution import Levels, Vector
+from adaconvert.progress import Bar, Silent, bar
 
 #: blocks a site's sensitivity is measured on.
 SENSITIVITY_BLOCKS: Final = 8
@@ -51,7 +44,22 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-class Search:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evolving:
+    """What an evolution may move.
+
+    Attributes:
+        levels: of each site or block.
+        setting: levels -> what is measured, None where they cannot be had.
+        ways: of dividing levels that may be better than the even one.
+    """
+
+    levels: Levels
+    setting: Callable[[Vector], Setting | None]
+    ways: Sequence[Way]
+
+
+class Search(ABC):
     """One calibration of one model on one division of the data.
 
     Args:
@@ -73,16 +81,10 @@ class Search:
         self.settings = settings
         self.risk = risk
         self.tried: list[Setting] = []
-        sites = routed_specs(model.config.adaptive)
         self.whole = whole_compute(model.config.adaptive)
-        self._specs: dict[str, dict[str, Any]] = {
-            path: spec for path, spec in sites.items() if chooses(spec)
-        }
-        self._nulled = any("mixture" in spec for spec in self._specs.values())
-        self.whole_name = _NO_NULLS if self._nulled else "every expert"
-        self._reference_name = _NO_NULLS if self._nulled else REFERENCE.name
+        self.whole_name, self._reference_name = "every expert", REFERENCE.name
         self._model = model
-        self._routes_all = len(self._specs) == len(sites)
+        self._held = held(model.config.adaptive, settings.knob)
         self._measurer = Measurer(model, data.blocks, **self._given())
         self._ordering: list[Measured] = []
 
@@ -143,100 +145,70 @@ class Search:
             )
         return best
 
-    def matrix(self, shares: Sequence[float]) -> tuple[Floats, Floats, list[str]]:
-        """Return computes, rises in loss of every unit and names, the reference first.
-
-        Args:
-            shares: of the experts, each by the model's best rule.
-        """
-        family = self._families()[0]
-        settings = [setting for share in shares if (setting := family(share)) is not None]
-        parts = (self.data.ordering, self.data.evaluation)
-        computes, rows = [self.whole], [np.zeros(self.data.units)]
-        with self._phase("measuring", settings, *parts):
-            for setting in settings:
-                measured = [(part, self._measurer.measure(setting, part.blocks)) for part in parts]
-                computes.append(float(np.mean([one.compute for _, one in measured])))
-                rows.append(np.concatenate([self._losses.rises(p, one) for p, one in measured]))
-        return np.array(computes), np.array(rows), [s.name for s in [REFERENCE, *settings]]
-
     # -- what is tried
 
+    @abstractmethod
     def _try_all(self) -> None:
-        """Measure every setting worth a look on the ordering split."""
-        if self.settings.values:
-            rule = rules_for(self._specs, self.settings.rules)[0]
-            self._try([self._own(given(rule, value)) for value in self.settings.values])
-            return
-        families = self._families()
-        if self._nulled:
-            self._try([self._own(STORED)])
+        """Measure every setting worth a look on the ordering split.
+
+        Raises:
+            OptionError: nothing can be chosen.
+        """
+
+    def _sweep(self, families: Sequence[Family]) -> None:
+        """Measure the settings of families, coarsely, then finely around what was asked for."""
         for family in families:
             self._try(coarse(family))
         for family in families:
             self._try(between(family, self._fits, first=self.risk is not None))
 
-    def _families(self) -> list[Family]:
-        """Return the ways to spend a share of the experts.
-
-        Raises:
-            OptionError: no rule can choose.
-        """
-        rules = rules_for(self._specs, self.settings.rules)
-        grid = self._grid()
-        families = [self._of_routed(uniform(grid, rule)) for rule in rules]
-        if isinstance(grid, NullGrid):
-            families += [self._of_routed(grid.pooled)] if "null" in rules else []
-        ffn = [path for path, spec in self._specs.items() if "output" not in spec]
-        if isinstance(grid, Grid) and 0 < len(ffn) < len(self._specs):
-            families += [ffn_alone(grid, rule, ffn) for rule in rules]
-        if self.settings.per_layer:
-            cost = {path: whole_flops(spec) for path, spec in self._specs.items()}
-            curves = self._curves(grid, rules[0])
-            families.append(self._of_routed(per_layer(grid, rules[0], curves, cost)))
-        return families
-
-    def _grid(self) -> Grid | NullGrid:
-        """Return what makes settings, from scores on the ordering split."""
+    def _evolve(self, evolving: Evolving) -> None:
+        """Measure what an evolution finds at the budget, and a little less of the same."""
+        assert self.settings.budget is not None
         blocks = self.data.ordering.blocks
-        if self._nulled:
-            # margins depend on what the blocks before ran, and most settings run less than all
-            scores = self._measurer.scores(blocks, select=self._own(STORED).select)
-            sites = self._model.adaptive_sites()
-            return NullGrid({path: NullSite.of(sites[path]) for path in self._specs}, scores)
-        experts = {path: int(spec["experts"]["count"]) for path, spec in self._specs.items()}
-        return Grid(experts, self._measurer.scores(blocks))
 
-    def _of_routed(self, family: Family) -> Family:
-        """Return a family that leaves sites nothing can choose at with every expert on."""
+        def measure(vector: Vector, amount: int) -> Cost | None:
+            setting = evolving.setting(vector)
+            if setting is None:
+                return None
+            found = self._measurer.measure(setting, blocks[:amount])
+            return Cost(loss=self._rise(found, amount), compute=found.compute)
 
-        def own(share: float) -> Setting | None:
-            setting = family(share)
-            return None if setting is None else self._own(setting)
+        search = Allotment(
+            levels=evolving.levels,
+            measure=measure,
+            amount=len(blocks),
+            budget=self.settings.budget,
+            ways=evolving.ways,
+        )
+        settings = self.settings
+        total = search.steps(settings.generations)
+        self._measurer.shown = Silent()
+        with bar(total, "search", "steps", enabled=settings.progress) as search.shown:
+            found = search.find(
+                generations=settings.generations,
+                offspring=settings.offspring,
+                seed=settings.reading.seed,
+            )
+        self._try([setting for one in found if (setting := evolving.setting(one)) is not None])
 
-        return own
+    def _rise(self, measured: Measured, amount: int) -> float:
+        """Return the mean rise in loss on the first blocks of the ordering split."""
+        part = self.data.ordering
+        if amount == len(part.blocks):
+            return float(self._losses.rises(part, measured).mean())
+        return self._mean_rise(measured, part.blocks[:amount])
 
-    def _own(self, setting: Setting) -> Setting:
-        return setting if self._routes_all else of_these_alone(setting, self._specs)
+    def _mean_rise(self, measured: Measured, blocks: Integers) -> float:
+        """Return the mean rise in loss on some blocks, weighted by what they predict."""
+        rise = measured.loss - self._losses.reference(blocks)
+        return float(np.average(rise, weights=self._losses.weights(blocks)))
 
-    def _curves(self, grid: Grid | NullGrid, rule: str) -> dict[str, list[tuple[float, float]]]:
-        """Return how the loss rises as each site alone runs fewer experts."""
-        blocks = self.data.ordering.blocks[:SENSITIVITY_BLOCKS]
-        weights = self._losses.weights(blocks)
-
-        def increase(shares: Mapping[str, float]) -> float:
-            setting = grid.per_site(rule, shares, name=f"{rule}, one layer")
-            # a count that rounds to all of them changes nothing
-            own = REFERENCE if setting is None else self._own(setting)
-            rise = self._measurer.measure(own, blocks).loss - self._losses.reference(blocks)
-            return float(np.average(rise, weights=weights))
-
-        levels = None
-        if isinstance(grid, NullGrid):
-            levels = {path: grid.levels(path, LEVELS) for path in self._specs}
-        total = len(LEVELS) * len(self._specs) * len(blocks)
-        with self._shown(total, "layers"):
-            return sensitivities(list(self._specs), increase, levels)
+    def _with_held(self, setting: Setting) -> Setting:
+        """Return a setting of what is calibrated with the rest as it is configured."""
+        if not self._held:
+            return setting
+        return replace(setting, select={**setting.select, **self._held})
 
     def _fits(self, setting: Setting) -> bool:
         """Return whether a setting that was tried keeps to what was asked for."""
@@ -385,4 +357,3 @@ class Search:
 
 
 _UNCERTIFIED: Final = "no setting below full compute could be certified: the default runs"
-_NO_NULLS: Final = "no null experts"

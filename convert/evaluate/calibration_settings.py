@@ -30,6 +30,9 @@ _PROMISES: Final = (
     "max_label_error",
     "max_label_error_increase",
 )
+GREEDY: Final = "greedy"
+EVOLVE: Final = "evolve"
+SEARCHES: Final = (GREEDY, EVOLVE)
 #: those that compare with labels.
 _OF_LABELS: Final = ("max_label_error", "max_label_error_increase")
 
@@ -51,6 +54,12 @@ class CalibrationSettings:
         rules: selection rules to sweep, none for those that suit the routers.
         values: values of the one rule instead of shares of the experts.
         per_layer: also try giving each layer its own share, each exit its own threshold.
+        search: how `per_layer` finds shares, see `SEARCHES`. "greedy": loss by share of each layer
+            alone is measured, and taken to add up; "evolve": many divisions of the budget are
+            measured, see `evolved`.
+        generations, offspring: of an evolution.
+        knob: what is calibrated of a model with blocks that tokens skip and experts to choose, see
+            `knob_groups.KNOBS`; the other is left as it is.
         measure: how sure an exit is, of models with exits; None for as configured.
         batch_size: blocks at a time, None for what fits.
         dtype: torch name, "auto" for as stored.
@@ -69,6 +78,10 @@ class CalibrationSettings:
     rules: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
     per_layer: bool = False
+    search: str = GREEDY
+    generations: int = 40
+    offspring: int = 16
+    knob: str | None = None
     measure: str | None = None
     batch_size: int | None = None
     dtype: str = "auto"
@@ -137,6 +150,43 @@ class CalibrationSettings:
             raise OptionError("needs exactly one --rule", where="--values")
         for value in self.values:
             given(self.rules[0], value)
+        self._check_search()
+
+    def _check_search(self) -> None:
+        if self.search not in SEARCHES:
+            raise OptionError(
+                "unknown search",
+                where="--search",
+                expected=" or ".join(SEARCHES),
+                found=escape(self.search),
+            )
+        for name in ("generations", "offspring"):
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if not self.evolves and value != usual:
+                raise OptionError("is about --search evolve", where=_flag(name), found=value)
+            if value < 1:
+                raise OptionError("is out of range", where=_flag(name), found=value)
+        if not self.evolves:
+            return
+        if not self.per_layer or self.values:
+            raise OptionError(
+                "is how --per-layer finds shares, and --values are one for all layers"
+                if self.values
+                else "is how --per-layer finds shares: give that as well",
+                where="--search",
+                found=self.search,
+            )
+        if self.budget is None:
+            raise OptionError(
+                "needs --budget: it divides one compute among the layers",
+                where="--search",
+                found=self.search,
+            )
+
+    @property
+    def evolves(self) -> bool:
+        """Return whether shares per layer are found by evolution."""
+        return self.search == EVOLVE
 
     @property
     def shares(self) -> tuple[float, float, float]:

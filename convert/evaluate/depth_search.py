@@ -10,6 +10,7 @@ Shapes: T tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -19,42 +20,35 @@ from adaconvert.evaluate.allocation import LEVELS, allocate, sensitivities
 from adaconvert.evaluate.applied import applied
 from adaconvert.evaluate.calibration_data import CalibrationData
 from adaconvert.evaluate.calibration_output import configured
-from adaconvert.evaluate.calibration_search import SENSITIVITY_BLOCKS, Search
+from adaconvert.evaluate.calibration_search import SENSITIVITY_BLOCKS, Evolving, Search
 from adaconvert.evaluate.calibration_settings import CalibrationSettings
 from adaconvert.evaluate.candidates import COARSE, Family
+from adaconvert.evaluate.evolved import STEPS
 from adaconvert.evaluate.risk import Floats, Risk
 from adaconvert.evaluate.sweep import ALL, Select, Setting
-from adaconvert.modeling.adaptive_knobs import DEPTH, has_exits
-from adaconvert.modeling.adaptive_schema import routed_specs
+from adaconvert.modeling.adaptive_knobs import DEPTH
+from adaconvert.planning.evolution import Levels, Vector
 
 #: tokens whose logits say where thresholds lie.
 _TOKENS: Final = 8192
+_HELD: Final = "every block, experts as configured"
 #: path of a block -> the logits that decide there, sorted, [T].
 Logits = Mapping[str, Floats]
 
 
-def check_depth_settings(adaptive: Mapping[str, Any], settings: CalibrationSettings) -> None:
-    """Return only when a model with blocks that tokens skip can be calibrated as asked.
+def check_depth_settings(settings: CalibrationSettings) -> None:
+    """Return only when thresholds of blocks that tokens skip can be calibrated as asked.
 
     Raises:
-        OptionError: it has experts to choose or exits as well, or options are about these.
+        OptionError: options are about experts or exits.
     """
-    if routed_specs(adaptive) or has_exits(adaptive):
-        other = "exits" if has_exits(adaptive) else "experts to choose"
-        raise OptionError(
-            f"the model has {other} and blocks that tokens skip: only one of them can be "
-            "calibrated",
-            where="calibrate",
-            hint="Calibrate before the blocks are routed, and set their thresholds by "
-            "`model.set_depth(...)`.",
-        )
     for flag, value in (
         ("--rule, --values", settings.rules or settings.values),
         ("--measure", settings.measure),
     ):
         if value:
             raise OptionError(
-                "is about experts or exits, and this model has blocks that tokens skip alone",
+                "is about experts or exits, and blocks that tokens skip alone are calibrated",
                 where=flag,
             )
 
@@ -73,11 +67,19 @@ class DepthSearch(Search):
             raise OptionError("no block of the model has a router that decides", where="calibrate")
         self._seen: dict[float, Logits] = {}
 
+    def _try_all(self) -> None:
+        """Measure every setting worth a look on the ordering split."""
+        if self._held:
+            self._try([self._setting({}, _HELD, 1.0)])
+        self._sweep(self._families())
+        if self.settings.evolves:
+            self._evolve(self._evolving())
+
     def _families(self) -> list[Family]:
         """Return the ways to let a share of the tokens run blocks."""
         families: list[Family] = [self._alike, self._equal]
         if self.settings.per_layer:
-            families.append(self._allocated())
+            families.append(self._allocated)
         return families
 
     def _alike(self, share: float) -> Setting:
@@ -93,10 +95,21 @@ class DepthSearch(Search):
         levels = {path: _level(logits[path], share) for path in self._paths}
         return self._setting(levels, f"threshold per block, {share:.0%} of the tokens each", share)
 
-    def _allocated(self) -> Family:
-        """Return the family that takes most from the blocks that matter least."""
+    def _allocated(self, share: float) -> Setting | None:
+        """Return the setting that takes most from the blocks that matter least."""
+        shares = self._greedy(share)
+        if shares is None:
+            return None
+        return self._of_shares(shares, f"threshold per layer, {share:.0%} of the blocks", share)
+
+    def _greedy(self, share: float) -> Mapping[str, float] | None:
+        """Return the shares of blocks found greedily, None where there are none."""
+        return allocate(self._curves, dict.fromkeys(self._paths, 1.0), [share]).get(share)
+
+    @cached_property
+    def _curves(self) -> dict[str, list[tuple[float, float]]]:
+        """Return how the loss rises as fewer tokens run each block alone."""
         blocks = self.data.ordering.blocks[:SENSITIVITY_BLOCKS]
-        weights = self._losses.weights(blocks)
         whole = self._logits(1.0)
 
         def increase(shares: Mapping[str, float]) -> float:
@@ -104,31 +117,51 @@ class DepthSearch(Search):
                 path: _level(whole[path], share) for path, share in shares.items() if share < 1
             }
             found = self._measurer.measure(self._setting(levels, "one block", None), blocks)
-            rise = found.loss - self._losses.reference(blocks)
-            return float(np.average(rise, weights=weights))
+            return self._mean_rise(found, blocks)
 
         total = len(LEVELS) * len(self._paths) * len(blocks)
         with self._shown(total, "layers"):
-            curves = sensitivities(self._paths, increase)
-        costs = dict.fromkeys(self._paths, 1.0)
+            return sensitivities(self._paths, increase)
 
-        def family(share: float) -> Setting | None:
-            shares = allocate(curves, costs, [share]).get(share)
-            if shares is None:
-                return None
-            logits = self._logits(share)
-            levels = {path: _level(logits[path], own) for path, own in shares.items() if own < 1}
-            name = f"threshold per layer, {share:.0%} of the blocks"
-            return self._setting(levels, name, share)
+    def _evolving(self) -> Evolving:
+        """Return the shares of the tokens that run each block as levels."""
+        count = len(self._paths)
+        levels = Levels(low=(0,) * count, high=(STEPS,) * count)
 
-        return family
+        def setting(vector: Vector) -> Setting:
+            shares = {p: level / STEPS for p, level in zip(self._paths, vector, strict=True)}
+            share = sum(vector) / (STEPS * count)
+            name = f"threshold per layer by evolution, {share:.0%} of the blocks"
+            return self._of_shares(shares, name, share)
+
+        def near(shares: Mapping[str, float], even: Vector) -> Vector:
+            return levels.nearest([STEPS * shares[path] for path in self._paths], even)
+
+        def greedy(even: Vector) -> Vector | None:
+            shares = self._greedy(sum(even) / (STEPS * count))
+            return None if shares is None else near(shares, even)
+
+        def alike(even: Vector) -> Vector:
+            """Return the levels that one threshold for all blocks gives."""
+            share = sum(even) / (STEPS * count)
+            each = {path: self._logits(share)[path] for path in self._paths}
+            level = _level(np.sort(np.concatenate(list(each.values()))), share)
+            return near({path: float((one > level).mean()) for path, one in each.items()}, even)
+
+        return Evolving(levels=levels, setting=setting, ways=[greedy, alike])
+
+    def _of_shares(self, shares: Mapping[str, float], name: str, share: float) -> Setting:
+        """Return the setting in which a share of the tokens of its own runs each block."""
+        logits = self._logits(share)
+        levels = {path: _level(logits[path], own) for path, own in shares.items() if own < 1}
+        return self._setting(levels, name, share)
 
     def _setting(self, levels: Mapping[str, float], name: str, share: float | None) -> Setting:
         """Return a setting; blocks without a threshold are run by every token."""
         open_to_all = -np.finfo(np.float32).max
         each = {path: float(levels.get(path, open_to_all)) for path in self._paths}
         select: Select = {**ALL, DEPTH: {"rule": "threshold", "threshold": each}}
-        return Setting(rule="depth", name=name, share=share, select=select)
+        return self._with_held(Setting(rule="depth", name=name, share=share, select=select))
 
     # -- logits
 

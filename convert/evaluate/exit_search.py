@@ -20,7 +20,6 @@ from adaconvert.evaluate.risk import Floats, Risk
 from adaconvert.evaluate.sweep import ALL, Select, Setting
 from adaconvert.modeling.adaptive_exit_schema import MEASURES
 from adaconvert.modeling.adaptive_knobs import EXITS
-from adaconvert.modeling.adaptive_schema import routed_specs
 
 #: shares of the tokens that stay, at the thresholds that are tried.
 _STAY: Final = tuple(float(share) for share in np.linspace(0.99, 0.01, 30))
@@ -29,22 +28,23 @@ _STAY_EACH: Final = (0.98, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)
 _WHOLE: Final = "no early exit"
 
 
-def check_exit_settings(adaptive: Mapping[str, Any], settings: CalibrationSettings) -> None:
+def check_exit_settings(settings: CalibrationSettings) -> None:
     """Return only when a model with exits can be calibrated as asked.
 
     Raises:
-        OptionError: it has experts to choose as well, or options are about these.
+        OptionError: options are about experts or blocks.
     """
-    if routed_specs(adaptive):
-        raise OptionError(
-            "the model has exits and experts to choose: only one of them can be calibrated",
-            where="calibrate",
-            hint="Calibrate the model with experts first, keep its chosen default, and set the "
-            "thresholds of exits by `model.set_exits(...)`.",
-        )
     if settings.rules or settings.values:
         raise OptionError(
             "is about experts, and this model has exits alone", where="--rule, --values"
+        )
+    if settings.evolves:
+        raise OptionError(
+            "is about experts and blocks that tokens skip: what a model with exits costs does not "
+            "stay where one threshold rises and another falls",
+            where="--search",
+            expected="greedy",
+            found=settings.search,
         )
 
 

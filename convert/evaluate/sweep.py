@@ -18,6 +18,7 @@ import numpy as np
 from adaconvert.data.images import ImageBlocks
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.evaluate.applied import applied
+from adaconvert.evaluate.block_losses import hidden_losses, token_losses
 from adaconvert.evaluate.loaded import is_classifier
 from adaconvert.evaluate.risk import Floats
 from adaconvert.evaluate.settings import RULES
@@ -175,7 +176,7 @@ class Measurer:
 
     def scores(self, chosen: Integers, *, seed: int = 0, select: Select = ALL) -> dict[str, Floats]:
         """Return a sample of the router's scores at each site, [T', E], on some of the blocks, as
-        they are at a setting."""
+        they are at a setting; no site where no token came by."""
         rng = np.random.default_rng(seed)
         kept: dict[str, list[Any]] = {}
         tokens = np.cumsum(self.blocks.weights[chosen].sum(axis=1))
@@ -186,7 +187,8 @@ class Measurer:
             # hidden states in every layer together.
             for _ in self.passes(chosen, batch=1):
                 for path, found in got.items():
-                    kept.setdefault(path, []).append(_sample(found, total, rng))
+                    if found:
+                        kept.setdefault(path, []).append(_sample(found, total, rng))
                     found.clear()
         return {path: np.concatenate(parts) for path, parts in kept.items()}
 
@@ -215,11 +217,11 @@ class Measurer:
             with torch.inference_mode():
                 logits = self.model(**given).logits
                 if hides is not None:
-                    pairs = [_filled(logits[i], ids[i], places[i]) for i in range(len(part))]
+                    pairs = [hidden_losses(logits[i], ids[i], places[i]) for i in range(len(part))]
                 elif self._classifies:
                     pairs = [self._class(logits[i], block) for i, block in enumerate(part)]
                 else:
-                    pairs = [_tokens(logits[i], ids[i], mask[i]) for i in range(len(part))]
+                    pairs = [token_losses(logits[i], ids[i], mask[i]) for i in range(len(part))]
             tops = torch.stack([top for _, top in pairs]).cpu().numpy()
             yield part, np.array([loss for loss, _ in pairs]), tops
 
@@ -250,26 +252,6 @@ class Measurer:
                 hint="Nothing was written. Check the weights with `adaconvert inspect`, or "
                 "calibrate in --dtype float32.",
             )
-
-
-def _tokens(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[float, Tensor]:
-    """Return the mean loss of one block and its top prediction at each position, [S - 1]."""
-    from torch.nn.functional import cross_entropy
-
-    wide = logits[:-1].float()
-    real = mask[1:]
-    losses = cross_entropy(wide[real], ids[1:][real], reduction="sum")
-    top = wide.argmax(dim=-1).int()
-    return float(losses.double() / real.sum()), top
-
-
-def _filled(logits: Tensor, ids: Tensor, places: Tensor) -> tuple[float, Tensor]:
-    """Return the mean loss of one block's hidden tokens and its top predictions, [S]."""
-    from torch.nn.functional import cross_entropy
-
-    wide = logits.float()
-    losses = cross_entropy(wide[places], ids[places], reduction="sum")
-    return float(losses.double() / places.sum()), wide.argmax(dim=-1).int()
 
 
 def _sample(found: Sequence[Tensor], total: int, rng: np.random.Generator) -> Any:
@@ -334,6 +316,15 @@ class Grid:
             value = _value(rule, self._sorted[rule, path], shares[path])
             select[path] = {"rule": rule, KNOB[rule]: value}
         return Setting(rule=rule, name=name, share=share, select=select)
+
+    def shares(self, setting: Setting) -> dict[str, float]:
+        """Return the share of its experts each site runs where all have one value to compare with
+        their scores."""
+        rule = setting.rule
+        value = setting.select["*"][KNOB[rule]]
+        found = {path: self._statistic(rule, path) for path in self.experts}
+        chosen = {p: one < value if rule == "top-p" else one >= value for p, one in found.items()}
+        return {path: float(one.mean()) for path, one in chosen.items()}
 
     def _statistic(self, rule: str, path: str) -> Floats:
         """Return what the rule compares with its value, for every token and expert of a site."""

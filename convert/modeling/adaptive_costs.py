@@ -18,6 +18,9 @@ _ENCODERS = frozenset({"bert", "roberta", "electra", "distilbert", "vit", "deit"
 #: endings of class names of encoders whose classifier runs once per text or image.
 _ONCE = ("ForSequenceClassification", "ForImageClassification", "ForNextSentencePrediction")
 
+#: names of how many experts a token of a stock mixture runs.
+_CHOSEN = ("num_experts_per_tok", "moe_k")
+
 
 def matrix_size(module: Any) -> tuple[int, int] | None:
     """Return entries and weight bytes of a matrix, None for a module that is none.
@@ -39,6 +42,35 @@ def matrix_size(module: Any) -> tuple[int, int] | None:
     return entries, weight.numel() * weight.element_size()
 
 
+def mixed_size(module: Any, config: Any) -> tuple[int, int] | None:
+    """Return entries a token passes in, and their weight bytes, of a stock mixture's experts or of
+    its router, None for a module that is neither.
+
+    Args:
+        module: of the model.
+        config: of the model, which says how many experts a token runs.
+    """
+    own = list(module.parameters(recurse=False))
+    experts = [p for p in own if p.dim() == 3]
+    if experts and hasattr(module, "num_experts"):
+        chosen = _chosen(config.get_text_config())
+        return _counted([chosen * (p.numel() // len(p)) for p in experts], experts)
+    if hasattr(module, "top_k") and not hasattr(module, "in_features"):
+        rows = [p for p in own if p.dim() == 2]
+        return _counted([p.numel() for p in rows], rows) if rows else None
+    return None
+
+
+def _chosen(config: Any) -> int:
+    """Return how many experts a token of a stock mixture runs."""
+    return next(int(getattr(config, name)) for name in _CHOSEN if hasattr(config, name))
+
+
+def _counted(entries: list[int], weights: list[Any]) -> tuple[int, int]:
+    sizes = [n * p.element_size() for n, p in zip(entries, weights, strict=True)]
+    return sum(entries), sum(sizes)
+
+
 def static_costs(model: Any, inside: Collection[int]) -> tuple[int, int]:
     """Return FLOPs and weight bytes per token of every matrix outside the sites.
 
@@ -51,6 +83,8 @@ def static_costs(model: Any, inside: Collection[int]) -> tuple[int, int]:
     for name, module in model.named_modules():
         skipped = id(module) in inside or hasattr(module, "base_layer")
         found = None if skipped or name.startswith(once) else matrix_size(module)
+        if found is None and not skipped:
+            found = mixed_size(module, model.config)
         if found is not None:
             flops += 2 * found[0]
             size += found[1]

@@ -38,6 +38,7 @@ class DepthSeen:
             in training the router's own, whose gradient stays in the router.
         run: bool [T] who ran.
         scores: [B, S] the router's logits before padding was left out.
+        soft: [T] of "skip" in training: the sigmoid whose gradient those that run have.
         inputs: [T, d] what the block received, without a gradient; None outside training.
         missed: [T] how far what skipped tokens run instead is from what the block changes: squared
             distance over its squared length, with a gradient for the adapter alone; None where no
@@ -48,6 +49,7 @@ class DepthSeen:
     predicted: Tensor | None
     run: Tensor
     scores: Tensor
+    soft: Tensor | None = None
     inputs: Tensor | None = None
     missed: Tensor | None = None
 
@@ -118,7 +120,8 @@ class DepthLayer(nn.Module):
             run = every if name == "all" else ~every
             run = run if real is None else run & real.to(run.device)
             return Decision(run, name == "all", looked=False)
-        training = call.phase == "train" and spec["kind"] == "skip" and name == "threshold"
+        training = call.phase == "train" and spec["kind"] == "skip"
+        training = training and name in ("threshold", "capacity")
         logits = router(x)
         predicted = None
         if router.predictor is not None:
@@ -127,22 +130,24 @@ class DepthLayer(nn.Module):
             predicted = router(x.detach())
         if name == "capacity":
             run = _best(logits.detach(), float(rule["capacity"]), real)
+            edge: Tensor | float = _edge(logits.detach(), run)
         elif name == "threshold":
             deciding = logits if predicted is None else predicted
-            run = deciding.detach() > float(rule["threshold"])
+            edge = float(rule["threshold"])
+            run = deciding.detach() > edge
         else:
             run = every if name == "all" else ~every
         if real is not None:
             run = run & real.to(run.device)
+        soft = torch.sigmoid(logits - edge) if training else None
         if "depth" in call.collected:
-            seen = DepthSeen(logits, predicted, run, logits, x.detach())
+            seen = DepthSeen(logits, predicted, run, logits, soft, x.detach())
             _collect(call, self.adaptive_layer_path, seen, real)
         weight = mixing = None
         if spec["gate"]:
             known = logits - router.bias.to(logits.dtype)
             weight = (1 + float(spec["gate"]) * torch.tanh(known)).to(x.dtype)[..., None]
-        if training:
-            soft = torch.sigmoid(logits - float(rule["threshold"]))
+        if soft is not None:
             mixing = (run.to(soft.dtype) + soft - soft.detach()).to(x.dtype)[..., None]
         whole = False
         if not torch.compiler.is_compiling():
@@ -191,6 +196,18 @@ def _best(logits: Tensor, capacity: float, real: Tensor | None) -> Tensor:
     return ranks < most[:, None]
 
 
+def _edge(logits: Tensor, run: Tensor) -> Tensor:
+    """Return the lowest logit of each sequence that runs, [B, 1]; of one where none does, the
+    highest there is.
+
+    Args:
+        logits: [B, S].
+        run: bool [B, S].
+    """
+    lowest = logits.masked_fill(~run, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(lowest.isinf(), logits.amax(dim=1, keepdim=True), lowest)
+
+
 def _collect(call: Call, path: str, seen: DepthSeen, real: Tensor | None) -> None:
     which = torch.ones_like(seen.run) if real is None else real.to(seen.run.device)
     found = DepthSeen(
@@ -198,6 +215,7 @@ def _collect(call: Call, path: str, seen: DepthSeen, real: Tensor | None) -> Non
         None if seen.predicted is None else seen.predicted[which],
         seen.run[which],
         seen.scores,
+        None if seen.soft is None else seen.soft[which],
         seen.inputs[which] if call.phase == "train" and seen.inputs is not None else None,
     )
     # a second run of a segment computes what the first did, and tells it once

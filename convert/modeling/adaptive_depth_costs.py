@@ -56,8 +56,10 @@ def block_costs(model: Any, inside: set[int]) -> dict[str, BlockCosts]:
     length = int(model.config.adaptive["reference"]["length"])
     for path, block in model.adaptive_depth().items():
         spec = block.adaptive_layer
-        keys = [matrices_of(block.get_submodule(name), inside) for name in spec["keys"]]
-        flops, size = matrices_of(block, inside)
+        keys = [
+            matrices_of(block.get_submodule(name), inside, model.config) for name in spec["keys"]
+        ]
+        flops, size = matrices_of(block, inside, model.config)
         router_flops, router_size, adapter_flops, adapter_size = block.depth.costs()
         found[path] = BlockCosts(
             config=model.config,

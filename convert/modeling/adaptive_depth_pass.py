@@ -18,6 +18,7 @@ from .adaptive_depth_cache import ABSENT, Leaving, Merging, Taking, scattered
 from .adaptive_depth_costs import count_block
 from .adaptive_depth_masks import among, check_mask, of_queries, visible, without
 from .adaptive_exit_cache import KeysKept
+from .adaptive_stages import Tapped
 
 #: squared lengths below this are none.
 _TINY = 1e-12
@@ -104,6 +105,7 @@ class BlockPass:
             added = getattr(self._config(), "_attn_implementation", "") == "eager"
             given["attention_mask"] = without(self.mask, run, x.dtype, added=added)
         found = self._weighted(x, self.stock(x, **given), self.decision.weight)
+        self._tap(run)
         self._compare(found)
         mixing = self.decision.mixing
         if mixing is None:
@@ -159,6 +161,7 @@ class BlockPass:
         real = valid if self.real is None else valid & _taken(self.real, index)
         with entered(replace(self.call, token_mask=real)):
             found = self.stock(own, **given)
+        self._tap(run, index)
         mask = given.get("attention_mask")
         self._count(None if self.keeps else self._seen(mask, valid), valid)
         weight = self.decision.weight
@@ -168,6 +171,23 @@ class BlockPass:
         base = self._skipped()
         found = torch.where(valid[..., None], found, _taken(base, index))
         return base.scatter(1, index[..., None].expand_as(found), found)
+
+    def _tap(self, run: Tensor, index: Tensor | None = None) -> None:
+        """Let an exit behind the block know which tokens its network ran for, and where they are.
+
+        Args:
+            run: bool [B, S].
+            index: [B, C] positions of the tokens the network was given, None for all.
+        """
+        stage, place = self.call.stage, self.spec["index"] + 1
+        tapped = None if stage is None else stage.taps.get(place)
+        if stage is None or tapped is None:
+            return
+        read, gave = tapped.read, tapped.gave
+        if index is not None:
+            size = self.x.shape[1]
+            read, gave = _placed(read, index, size), _placed(gave, index, size)
+        stage.taps[place] = Tapped(read, gave, run)
 
     # -- keys and values
 
@@ -281,6 +301,12 @@ class BlockPass:
             attended = int(seen[which].sum()) if seen.shape[1] else 0
         path, looked = self.block.adaptive_layer_path, self.decision.looked
         count_block(self.call, path, self.spec, run, self.real, attended, looked=looked)
+
+
+def _placed(part: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return [B, S, d] with the tokens of [B, C, d] at their positions, zero elsewhere."""
+    where = index[..., None].expand_as(part)
+    return part.new_zeros(len(part), size, part.shape[-1]).scatter(1, where, part)
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .adaptive_context import Account, current, entered
-from .adaptive_costs import is_causal, matrix_size
+from .adaptive_costs import is_causal, matrix_size, mixed_size
 from .adaptive_stages import Stage
 
 
@@ -54,7 +54,7 @@ def count_left(
         number = int(gone.sum())
         if not number:
             continue
-        flops, size = matrices_of(block, inside)
+        flops, size = matrices_of(block, inside, model.config)
         usual = mean_attention(model.config, index, int(account.reference["length"]))
         account.skipped_flops += number * flops + attention_of(model.config, index, seen[gone])
         account.skipped_reference += number * (flops + usual)
@@ -102,11 +102,12 @@ def count_sites(model: Any, trace: list[Tensor], depth: Tensor, inputs: Mapping[
         model.base_model(**given, use_cache=False)
 
 
-def matrices_of(module: Any, inside: set[int]) -> tuple[int, int]:
+def matrices_of(module: Any, inside: set[int], config: Any) -> tuple[int, int]:
     """Return FLOPs and bytes per token of the matrices in a module that belong to no site."""
     flops = size = 0
     for part in module.modules():
-        found = None if id(part) in inside or hasattr(part, "base_layer") else matrix_size(part)
+        skipped = id(part) in inside or hasattr(part, "base_layer")
+        found = None if skipped else matrix_size(part) or mixed_size(part, config)
         if found is not None:
             flops += 2 * found[0]
             size += found[1]
@@ -116,10 +117,10 @@ def matrices_of(module: Any, inside: set[int]) -> tuple[int, int]:
 def _tail(model: Any, at: int | None, inside: set[int]) -> tuple[int, int]:
     """Return FLOPs and bytes of what a token passes at an exit; None for the model's own end."""
     head = None if at is None else model.adaptive_exits()[at]
-    flops, size = (0, 0) if head is None else matrices_of(head, set())
+    flops, size = (0, 0) if head is None else matrices_of(head, set(), model.config)
     for role, path in model.adaptive_runtime.exits["tail"].items():
         if head is None or head.part(role) is None:
-            more = matrices_of(model.get_submodule(path), inside)
+            more = matrices_of(model.get_submodule(path), inside, model.config)
             flops, size = flops + more[0], size + more[1]
     return flops, size
 

@@ -24,7 +24,7 @@ from .adaptive_context import current, entered
 from .adaptive_exit_schema import KV, check_decide, check_trust
 from .adaptive_knobs import EXITS, Setting
 from .adaptive_linear import outside_of_blocks
-from .adaptive_stages import Stage, stage_blocks, stage_tail
+from .adaptive_stages import Stage, Tapped, stage_blocks, stage_tail
 
 #: child of the model that holds what exits have of their own: "exits.<at>.<part>...".
 NAME = "exits"
@@ -56,17 +56,20 @@ class ExitHead(nn.Module):
         """Return its own part of the tail, or "block"; None where it has none."""
         return self._modules.get(role) if role in (*self.roles, "block") else None
 
-    def branch(self, hidden: Tensor, tapped: tuple[Tensor, Tensor] | None) -> Tensor:
+    def branch(self, hidden: Tensor, tapped: Tapped | None) -> Tensor:
         """Return what its tail (or its block) reads, from what the host block gave.
 
         Args:
             hidden: [B, S, d].
-            tapped: input and output of the host block's network, where it has a branch of it.
+            tapped: what the host block's network read and gave, where it has a branch of it.
         """
         network, affine = self._modules.get("network"), self._modules.get("map")
         if network is not None and tapped is not None:
             # zero as long as the branch is the copy it began as
-            hidden = hidden + self.scale * (network(tapped[0]) - tapped[1])
+            change = network(tapped.read) - tapped.gave
+            # the branch of a block that a token skips is skipped too
+            change = change if tapped.run is None else change * tapped.run[..., None]
+            hidden = hidden + self.scale * change
         return hidden if affine is None else affine(hidden)
 
 
@@ -133,7 +136,7 @@ class _Tap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         stage = current().stage
         if stage is not None and self._place in stage.exits:
-            stage.taps[self._place] = (args[0], output)
+            stage.taps[self._place] = Tapped(args[0], output)
 
 
 def _renumbered(block: nn.Module, index: int) -> nn.Module:

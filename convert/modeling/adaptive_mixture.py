@@ -291,6 +291,9 @@ class AdaptiveMixture(nn.Module):
         if call.recomputing:
             return
         for name, lists in call.collected.items():
+            if name not in found:
+                # what blocks or adapters tell
+                continue
             value = found[name]
             if mask is not None and name != "decisions":
                 value = value[mask]

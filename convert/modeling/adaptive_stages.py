@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,19 @@ from torch import Tensor, nn
 from .adaptive_context import current, entered
 from .adaptive_exit_cache import KeysKept
 from .adaptive_mixed import mixed_class
+
+
+class Tapped(NamedTuple):
+    """What the network in a block read and gave.
+
+    Attributes:
+        read, gave: [B, S, d].
+        run: bool [B, S] which tokens it is about, None for all.
+    """
+
+    read: Tensor
+    gave: Tensor
+    run: Tensor | None = None
 
 
 @dataclass
@@ -42,7 +55,7 @@ class Stage:
             that reach them, and what blocks give is taken from `trace`.
         hidden: [B, S, d] what block `stop` - 1 gave.
         states: exit -> [B, S, d] what the exit's tail reads.
-        taps: exit -> (input, output) of the network in its host block.
+        taps: exit -> what the network in its host block read and gave.
         end: blocks the stock loop goes through, None for L; `generate(assistant_early_exit=...)`
             lowers it.
     """
@@ -59,7 +72,7 @@ class Stage:
     depth: Tensor | None = None
     hidden: Tensor | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
-    taps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    taps: dict[int, Tapped] = field(default_factory=dict)
     end: int | None = None
 
     @property

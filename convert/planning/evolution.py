@@ -23,6 +23,8 @@ Fitness = Callable[[Vector, int], float]
 #: published code of EvoPress does.
 _MOST_SWITCHES = 3
 _TRIES = 64
+#: shares of the data on which offspring are selected; those of EvoPress, rounded.
+_SHARES = (1 / 16, 1 / 4, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +33,22 @@ class Levels:
 
     Attributes:
         low, high: smallest and largest level of each thing; equal for one that stays as it is.
+        groups: levels move between things of one number only, such as those whose levels cost the
+            same; empty where all are alike.
     """
 
     low: Vector
     high: Vector
+    groups: Vector = ()
+
+    @property
+    def room(self) -> int:
+        """Return how many levels there are above the lowest, in all."""
+        return sum(self.high) - sum(self.low)
+
+    def group(self, thing: int) -> int:
+        """Return the number of the group of a thing."""
+        return self.groups[thing] if self.groups else 0
 
     def switched(self, vector: Vector, chance: random.Random) -> Vector:
         """Return a vector of the same total, with one level or a few moved; the same vector where
@@ -45,10 +59,63 @@ class Levels:
             down = [n for n, level in enumerate(found) if level > self.low[n]]
             if not up or not down:
                 break
-            to, of = chance.choice(up), chance.choice(down)
+            to = chance.choice(up)
+            like = [n for n in down if self.group(n) == self.group(to)]
+            of = chance.choice(like) if like else to
             if to != of:
                 found[to] += 1
                 found[of] -= 1
+        return tuple(found)
+
+    def even(self, spent: int) -> Vector:
+        """Return levels as even as can be, of which `spent` in all lie above the lowest.
+
+        Each group gets its share of them, rounded down; what does not divide is spread over the
+        things of a group.
+        """
+        found = list(self.low)
+        for group in {self.group(n) for n in range(len(found))}:
+            members = [n for n in range(len(found)) if self.group(n) == group]
+            room = sum(self.high[n] - self.low[n] for n in members)
+            given, before = room * spent // max(self.room, 1), 0
+            for n in members:
+                after = before + self.high[n] - self.low[n]
+                found[n] += after * given // max(room, 1) - before * given // max(room, 1)
+                before = after
+        return tuple(found)
+
+    def nearest(self, wanted: Sequence[float], like: Vector) -> Vector:
+        """Return levels near those that are wanted, of the same total in each group as `like`."""
+        found = [
+            min(max(round(level), low), high)
+            for level, low, high in zip(wanted, self.low, self.high, strict=True)
+        ]
+        for group in {self.group(n) for n in range(len(found))}:
+            members = [n for n in range(len(found)) if self.group(n) == group]
+            missing = sum(like[n] - found[n] for n in members)
+            step = 1 if missing > 0 else -1
+            for _ in range(abs(missing)):
+                end = self.high if missing > 0 else self.low
+                open_ = [n for n in members if found[n] != end[n]]
+                found[max(open_, key=lambda n: step * (wanted[n] - found[n]))] += step
+        return tuple(found)
+
+    def lowered(self, vector: Vector, count: int) -> Vector:
+        """Return a vector with `count` levels less in all, or the lowest one; each is taken where
+        there is most above the lowest."""
+        found = list(vector)
+        for _ in range(min(count, sum(vector) - sum(self.low))):
+            room = [level - low for level, low in zip(found, self.low, strict=True)]
+            found[room.index(max(room))] -= 1
+        return tuple(found)
+
+    def raised(self, vector: Vector, count: int) -> Vector:
+        """Return a vector with `count` levels more in all, or the highest one; each is added where
+        there is most below the highest."""
+        found = list(vector)
+        for _ in range(min(count, sum(self.high) - sum(vector))):
+            room = [high - level for level, high in zip(found, self.high, strict=True)]
+            found[room.index(max(room))] += 1
         return tuple(found)
 
 
@@ -99,6 +166,14 @@ class _Known:
         """Return the survivors of a stage, best first; of equals the one that came first."""
         order = sorted(range(len(vectors)), key=lambda n: (self(vectors[n], stage.amount), n))
         return [vectors[n] for n in order[: stage.survivors]]
+
+
+def stages_of(offspring: int, amount: int) -> list[Stage]:
+    """Return the rounds of selection on so much data: on a sixteenth, on a quarter, on all of it; a
+    quarter of the offspring survives each. Little data have fewer rounds."""
+    amounts = sorted({max(1, round(share * amount)) for share in _SHARES})
+    left = [max(1, offspring // 4**number) for number in range(1, len(amounts))]
+    return [Stage(amount=a, survivors=s) for a, s in zip(amounts, [*left, 1], strict=True)]
 
 
 def evolve(

@@ -1,15 +1,13 @@
 """The budget of blocks that tokens may skip, held while a model is trained.
 
-Blocks of kind "skip" share one threshold: after every step it is set where the target's share of
-all (token, block) pairs of that step was above it, so a block that matters more keeps more tokens.
-Blocks of mixture-of-depths have one each for the predictor that decides where nothing later is
-known. The last step leaves the mean of what the last steps set. Nothing of this is published;
-Router-Tuning (2410.13184) and FlexiDepth (2503.23798) add a penalty to the loss instead, whose
-factor has to be found for every target.
-
-A threshold that follows the logits takes back what they have in common, so the gradient that moves
-them all alike means nothing: what is left of it once the mean over all pairs is taken away is what
-teaches a router. `Price` is that mean.
+A share of all (token, block) pairs is to run. Blocks of kind "skip" divide it among themselves,
+each by what running one more of its tokens is worth to the loss where that is in doubt, its
+`Price`: the gradient of the share that runs, which the straight-through mask gives. Shares move
+from blocks whose price is low to those where it is high. Within a block the best tokens run, so
+what its logits have in common decides nothing, and the price is taken out of their gradient. Every
+block has a threshold, where its share of the last training text is above it while thresholds
+decide. Nothing of this is published; Router-Tuning (2410.13184) and FlexiDepth (2503.23798) add a
+penalty to the loss instead, whose factor has to be found for every target.
 
 Shapes: N (token, block) pairs.
 """
@@ -17,6 +15,7 @@ Shapes: N (token, block) pairs.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,9 @@ _BEYOND = 1e30
 _MARGIN = 1.0
 #: share of what was known that an estimate keeps at each step; our choice.
 _MEMORY = 0.9
+#: rounds after which shares are as even as they get, and how far their mean may be off.
+_ROUNDS = 100
+_EVEN = 1e-9
 #: tokens of the passes that say what skipping saves.
 _PROBE = 16
 
@@ -115,10 +117,10 @@ def _cost(model: Any, rule: str, values: Mapping[str, float], bf16: bool) -> flo
 
 @dataclass
 class Price:
-    """What running one more block is worth to the loss on average, in nats per token and block.
+    """What running one more token of a block is worth to the loss, in nats.
 
     Attributes:
-        value: of the steps so far, never below 0.
+        value: mean over the steps so far, the last ones counting most.
     """
 
     value: float = 0.0
@@ -153,7 +155,7 @@ class Price:
             return
         self._weight = _MEMORY * self._weight + 1 - _MEMORY
         part = (1 - _MEMORY) / self._weight
-        self.value = max(0.0, self.value + part * (gains / slopes - self.value))
+        self.value += part * (gains / slopes - self.value)
 
     def state(self) -> list[float]:
         """Return what `restore` needs."""
@@ -162,6 +164,43 @@ class Price:
     def restore(self, kept: Sequence[float]) -> None:
         """Go on from what `state` returned."""
         self.value, self._weight = kept
+
+
+def tilted(
+    shares: Mapping[str, float], prices: Mapping[str, float], most: float
+) -> dict[str, float]:
+    """Return shares after blocks whose price is above the median took from the others.
+
+    Args:
+        shares: of blocks, by path, 0 to 1.
+        prices: of blocks.
+        most: that a share moves: where a price is as far from the median as they are on average, or
+            farther.
+    """
+    middle = statistics.median(prices.values())
+    usual = sum(abs(price - middle) for price in prices.values()) / len(prices)
+    if not usual:
+        return dict(shares)
+    moves = {path: min(max((prices[path] - middle) / usual, -1.0), 1.0) for path in shares}
+    return {path: min(max(s + most * moves[path], 0.0), 1.0) for path, s in shares.items()}
+
+
+def spread(shares: Mapping[str, float], target: float) -> dict[str, float]:
+    """Return shares whose mean is the target, each moved by the same or to its bound of 0 or 1.
+
+    Args:
+        shares: of blocks, by path.
+        target: 0 to 1.
+    """
+    found = dict(shares)
+    for _ in range(_ROUNDS):
+        left = target - sum(found.values()) / len(found)
+        free = [path for path, share in found.items() if (share < 1 if left > 0 else share > 0)]
+        if abs(left) < _EVEN or not free:
+            break
+        step = left * len(found) / len(free)
+        found |= {path: min(max(found[path] + step, 0.0), 1.0) for path in free}
+    return found
 
 
 def share_above(logits: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> float:

@@ -2,9 +2,10 @@
 
 "skip" (FlexiDepth 2503.23798, Router-Tuning 2410.13184): every token computes every block, and a
 straight-through mask mixes, so that a router learns what running would have changed. Mixture-of-
-depths (2404.02258): the best tokens of each sequence run, fewer at every step of the ramp, and a
-predictor learns beside them who they were (section 3.5 there). What decides afterwards, and on
-held-out text all along, are thresholds, see `depth_budget`.
+depths (2404.02258): a block's gate teaches its router, and a predictor learns beside it who the
+best were (section 3.5 there). Within a budget the best tokens of each sequence run, fewer at every
+step of a ramp. What decides afterwards, and on held-out text all along, are thresholds, see
+`depth_budget`.
 
 Shapes: B sequences, S positions, T real tokens of a micro-batch.
 """
@@ -23,19 +24,31 @@ from adaconvert.errors import OptionError
 from adaconvert.methods.sources import Described
 from adaconvert.modeling.adaptive_schema import routed_layers
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.depth_budget import Price, share_above, share_for, threshold_for
-from adaconvert.train.health import last_steps
+from adaconvert.train.depth_budget import (
+    Price,
+    share_above,
+    share_for,
+    spread,
+    threshold_for,
+    tilted,
+)
 from adaconvert.train.parts import is_depth
 
 #: tokens of a block that are kept of a step.
 _KEPT = 4096
-#: share of a ramp over which nothing changes yet, so that routers know something before they
-#: decide; our choice, as is the next.
+#: share of a ramp over which nothing changes yet, so that routers and prices know something before
+#: they decide; our choice, as is the next.
 _LOOKING = 0.2
-#: how far a threshold goes towards what the tokens of one step ask for.
-_FOLLOWING = 0.2
-#: share that may be asked for beyond the target or below it.
-_MOST = 0.3
+#: how far the share of a block can move in as many steps as a ramp has.
+_TILT = 2.0
+#: tokens of the last steps that thresholds are set on, at most, and as a part of the whole run; in
+#: so many rounds, each of which goes so far towards what it finds.
+_RECENT = 8192
+_PART = 20
+_ROUNDS = 4
+_DAMPED = 0.7
+#: share of a block's tokens that runs where none is to; one token of a sequence then does.
+_LEAST = 1e-6
 Parts = dict[str, tuple[float, Tensor]]
 
 
@@ -56,30 +69,32 @@ class DepthTraining:
 
     def __init__(self, model: Any, config: FinetuneConfig) -> None:
         self._model, self._settings = model, config.depth
-        blocks = {
-            path: block.adaptive_layer
+        self._blocks = {
+            path: block
             for path, block in model.adaptive_depth().items()
             if block.adaptive_layer["select"]["rule"] == "threshold"
         }
-        self.is_mod = any(spec["kind"] == "mod" for spec in blocks.values())
-        self.thresholds = {p: float(s["select"]["threshold"]) for p, s in blocks.items()}
-        compute = config.depth.compute
-        bf16 = config.precision == "bf16"
-        share = None if compute is None else share_for(model, list(blocks), compute, bf16=bf16)
+        specs = {path: block.adaptive_layer for path, block in self._blocks.items()}
+        self.is_mod = any(spec["kind"] == "mod" for spec in specs.values())
+        self.thresholds = {p: float(s["select"]["threshold"]) for p, s in specs.items()}
+        compute, bf16 = config.depth.compute, config.precision == "bf16"
+        share = None if compute is None else share_for(model, list(specs), compute, bf16=bf16)
         self._goals: dict[str, float | None] = {
-            path: (spec["capacity"] if share is None else share) for path, spec in blocks.items()
+            path: (spec["capacity"] if share is None else share) for path, spec in specs.items()
         }
-        self._start: float | None = None
-        self._now: dict[str, float] = {}
-        self._price = Price()
-        self._blocks = {path: model.adaptive_depth()[path] for path in blocks}
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in blocks}
-        self._moved = False
-        # how much more than the target is asked for, by path
-        self._more = dict.fromkeys(blocks, 0.0)
-        self._settled: list[dict[str, float]] = []
         self._steps = config.total_steps
-        self._targets(0)
+        self._start: float | None = 1.0 if self.is_mod else None
+        # what runs at this step, of each block
+        self._shares: dict[str, float] = {}
+        self._prices = {path: Price() for path in specs}
+        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in specs}
+        # what the last sequences were
+        self._recent: list[dict[str, Tensor]] = []
+        self._bf16, self._is_settled = bf16, False
+        tokens = config.total_steps * config.step_tokens
+        self._room = min(_RECENT, max(tokens // _PART, config.seq_len))
+        if self.holds and self._start is not None:
+            self._shares = self._targets(0)
         self._train()
 
     @property
@@ -87,42 +102,39 @@ class DepthTraining:
         """Return whether a budget is held; else thresholds stay as they are."""
         return all(goal is not None for goal in self._goals.values())
 
-    @property
-    def target(self) -> float | None:
-        """Return the share of pairs that is to run at this step; None without a budget."""
-        return sum(self._now.values()) / len(self._now) if self._now else None
-
-    def _targets(self, step: int) -> None:
-        """Set what is to run at a step, counted from 0; nothing before it is known where ramps
-        begin."""
-        if not self.holds or (self._start is None and not self.is_mod):
-            return
+    def _targets(self, step: int) -> dict[str, float]:
+        """Return what is to run at a step, counted from 0: of each block of mixture-of-depths, of
+        others on average."""
         ramp = self._settings.ramp * self._steps
         part = min(max(step / ramp - _LOOKING, 0.0) / (1 - _LOOKING), 1.0) if ramp else 1.0
         start = 1.0 if self._start is None else self._start
-        self._now = {p: start + (float(g or 0.0) - start) * part for p, g in self._goals.items()}
+        return {p: start + (float(g or 0.0) - start) * part for p, g in self._goals.items()}
 
     # -- a micro-batch
 
     def _train(self) -> None:
-        """Let the next passes run what training runs."""
-        if self.is_mod:
-            self._model.set_depth("capacity", capacity=dict(self._now))
+        """Let the next passes run what training runs: of each sequence the best, so that a step
+        runs what it is to, whatever changed since the thresholds were set."""
+        if self._shares:
+            shares = {path: max(share, _LEAST) for path, share in self._shares.items()}
+            self._model.set_depth("capacity", capacity=shares)
         else:
             self._model.set_depth("threshold", threshold=dict(self.thresholds))
 
     @contextmanager
     def causal(self) -> Iterator[None]:
-        """Let passes inside the body decide as the written model does."""
+        """Let passes inside the body decide as the written model would."""
+        self._settle()
         with self._model.set_depth("threshold", threshold=dict(self.thresholds)):
             yield
 
     @contextmanager
-    def collecting(self, share: Tensor) -> Iterator[Parts]:
+    def collecting(self, fed: Mapping[str, Any], share: Tensor) -> Iterator[Parts]:
         """Yield what a pass inside the body loses besides, known after it: name -> (factor, mean
         over the micro-batch).
 
         Args:
+            fed: what the model gets.
             share: of the step's tokens, [].
         """
         parts: Parts = {}
@@ -134,6 +146,9 @@ class DepthTraining:
         ran = [one.run.float().mean() for one in found.values() if one.run.numel()]
         if ran:
             parts["run"] = (0.0, torch.stack(ran).mean().detach())
+        self._recent += _rows(fed)
+        while sum(one["input_ids"].numel() for one in self._recent[1:]) >= self._room:
+            del self._recent[0]
         for path, one in found.items():
             self._keep(path, one)
         if self.is_mod:
@@ -168,108 +183,104 @@ class DepthTraining:
         return {"predictor": (self._settings.predictor, loss), "predicted": (0.0, agrees)}
 
     def _priced(self, found: Mapping[str, Any], share: Tensor) -> Parts:
-        """Return what running costs at the price of the steps before, for its gradient alone."""
+        """Return what running costs at the prices of the steps before, for its gradient alone."""
         costs = []
         for path, one in found.items():
-            if not one.logits.requires_grad or not one.logits.numel():
+            if not _has(one.soft) or not one.soft.requires_grad:
                 continue
-            soft = torch.sigmoid(one.logits - self.thresholds[path])
-            costs.append(soft.mean())
-            slopes = (soft * (1 - soft)).detach() / soft.numel()
-            self._price.watch(one.scores, slopes, share)
+            costs.append(self._prices[path].value * one.soft.mean())
+            slopes = (one.soft * (1 - one.soft)).detach() / one.soft.numel()
+            self._prices[path].watch(one.scores, slopes, share)
         if not costs:
             return {}
-        cost = self._price.value * torch.stack(costs).sum()
+        cost = torch.stack(costs).sum()
+        mean = sum(price.value for price in self._prices.values()) / len(self._prices)
         # it says nothing about the model, only where its gradient points
-        return {
-            "budget": (1.0, cost - cost.detach()),
-            "price": (0.0, cost.new_tensor(self._price.value)),
-        }
+        return {"budget": (1.0, cost - cost.detach()), "price": (0.0, cost.new_tensor(mean))}
 
     # -- a step
 
     def step_done(self, step: int) -> None:
-        """Move the thresholds and targets for the next step.
+        """Move shares and thresholds for the next step.
 
         Args:
             step: that was done, from 0.
         """
-        self._price.step_done()
-        if self.holds:
-            before, after = self._logits()
-            self._move(step, before, after)
+        self._is_settled = False
+        for price in self._prices.values():
+            price.step_done()
+        if self.holds and any(self._kept.values()):
+            self._move(step)
             self._train()
         self._kept = {path: [] for path in self._kept}
 
     @torch.no_grad()
-    def _logits(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what decided about the tokens that were kept, and what would now."""
-        before, after = {}, {}
+    def _move(self, step: int) -> None:
+        logits = {}
         for path, kept in self._kept.items():
+            if not kept:
+                continue
             router = self._blocks[path].depth.router
             deciding = router if router.predictor is None else router.predictor
-            if kept:
-                before[path] = torch.cat([logits for _, logits in kept])
-                after[path] = deciding(torch.cat([inputs for inputs, _ in kept]))
-        return before, after
+            # as the router is now: what it said before the step is about to be stale
+            logits[path] = deciding(torch.cat([inputs for inputs, _ in kept]))
+        if self._start is None:
+            before = {path: torch.cat([found for _, found in self._kept[path]]) for path in logits}
+            self._start = share_above(before, self.thresholds)
+        self._shares = self._divided(self._targets(step + 1), step)
+        self.thresholds |= {
+            path: threshold_for(values, self._shares[path]) for path, values in logits.items()
+        }
 
-    def _move(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """Set thresholds for what is to run after a step.
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Set the thresholds so that each block runs its share of the last training text where they
+        decide: whom one block leaves out changes what the next ones see, so it takes rounds."""
+        if self._is_settled or not (self.holds and self._shares and self._recent):
+            return
+        self._is_settled = True
+        was_training = self._model.training
+        self._model.eval()
+        for _ in range(_ROUNDS):
+            held = self._model.set_depth("threshold", threshold=dict(self.thresholds))
+            with held, self._model.collect("depth") as seen:
+                for fed in self._recent:
+                    device = self._model.device
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                        given = {name: value.to(device) for name, value in fed.items()}
+                        self._model(**given, use_cache=False)
+            for path in self.thresholds:
+                found = [
+                    one.logits if one.predicted is None else one.predicted for one in seen[path]
+                ]
+                wanted = threshold_for(torch.cat(found), self._shares[path])
+                self.thresholds[path] += _DAMPED * (wanted - self.thresholds[path])
+        self._model.train(was_training)
 
-        What the step changed, of routers and of the target, is followed at once, since the same
-        tokens tell it; what one step's tokens say about all of them is followed slowly. Whom blocks
-        leave out changes what the next ones receive, so a threshold that fits what was seen need
-        not fit what it leads to: what runs beyond or below the target is added up and taken back.
+    def _divided(self, targets: dict[str, float], step: int) -> dict[str, float]:
+        """Return what of each block is to run, so that all together meet the target: shares move
+        from blocks where running is worth less to those where it is worth more.
 
         Args:
+            targets: as `_targets` gives them.
             step: that was done, from 0.
-            before, after: path -> [N] what decided about its tokens, and what would now.
         """
-        if not before:
-            return
-        if self._start is None:
-            self._start = 1.0 if self.is_mod else share_above(before, self.thresholds)
-            self._targets(step)
-        for path, share in self._shares(before).items():
-            more = self._more[path] + _FOLLOWING * (self._now[path] - share)
-            self._more[path] = min(max(more, -_MOST), _MOST)
-        old = self._wanted(before)
-        self._targets(step + 1)
-        for path, wanted in self._wanted(after).items():
-            found = self.thresholds[path] + wanted - old[path]
-            self.thresholds[path] = found + (_FOLLOWING if self._moved else 1.0) * (wanted - found)
-        self._moved = True
-        if step >= self._steps - last_steps(self._steps):
-            self._settled.append(dict(self.thresholds))
-        if step + 1 == self._steps:
-            count = len(self._settled)
-            self.thresholds = {
-                path: sum(one[path] for one in self._settled) / count for path in self.thresholds
-            }
-
-    def _shares(self, logits: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the share that runs, of each block of mixture-of-depths, else of all together."""
-        if self.is_mod:
-            return {path: share_above({path: v}, self.thresholds) for path, v in logits.items()}
-        return dict.fromkeys(logits, share_above(logits, self.thresholds))
-
-    def _wanted(self, logits: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the thresholds some tokens ask for, by path."""
-
-        def share(path: str) -> float:
-            target = self._now[path]
-            # where all are to run no sample says that some must not
-            return target if target >= 1 else min(max(target + self._more[path], 0.0), 1.0)
-
-        if self.is_mod:
-            return {path: threshold_for(found, share(path)) for path, found in logits.items()}
-        pooled = torch.cat(list(logits.values()))
-        return dict.fromkeys(logits, threshold_for(pooled, share(next(iter(logits)))))
+        target = sum(targets.values()) / len(targets)
+        if self.is_mod or target >= 1:
+            return targets
+        ramp = max(self._settings.ramp * self._steps, 1.0)
+        left = (self._steps - step) / max(self._steps - ramp, 1.0)
+        prices = {path: price.value for path, price in self._prices.items()}
+        known = self._shares or targets
+        moved = tilted(known, prices, _TILT / ramp * min(left, 1.0))
+        return spread(moved, target)
 
     # -- what is kept
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the written model decides by: thresholds, and capacities by path."""
+        """Return what the written model decides by, after training: thresholds, and capacities by
+        path."""
+        self._settle()
         found: dict[str, Any] = {"thresholds": dict(self.thresholds)}
         if self.is_mod and self._settings.compute is not None:
             found["capacities"] = {path: float(goal or 0.0) for path, goal in self._goals.items()}
@@ -280,21 +291,26 @@ class DepthTraining:
         return {
             "thresholds": self.thresholds,
             "start": self._start,
-            "moved": self._moved,
-            "more": self._more,
-            "now": self._now,
-            "price": self._price.state(),
-            "settled": self._settled,
+            "shares": self._shares,
+            "prices": {path: price.state() for path, price in self._prices.items()},
+            "recent": [{k: v.tolist() for k, v in fed.items()} for fed in self._recent],
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.thresholds = dict(kept["thresholds"])
-        self._start, self._now = kept["start"], dict(kept["now"])
-        self._moved, self._more = kept["moved"], dict(kept["more"])
-        self._price.restore(kept["price"])
-        self._settled = [dict(one) for one in kept["settled"]]
+        self._start, self._shares = kept["start"], dict(kept["shares"])
+        for path, price in self._prices.items():
+            price.restore(kept["prices"][path])
+        self._recent = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["recent"]]
         self._train()
+
+
+def _rows(fed: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+    """Return what a model is fed, sequence by sequence."""
+    count = len(fed["input_ids"])
+    tensors = {name: value.cpu() for name, value in fed.items() if isinstance(value, Tensor)}
+    return [{k: v[row : row + 1].clone() for k, v in tensors.items()} for row in range(count)]
 
 
 def _has(values: Tensor | None) -> bool:

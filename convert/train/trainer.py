@@ -167,7 +167,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]
             parts["exits"] = (1.0, total)
             outputs = None
         elif self.depth is not None:
-            with self.depth.collecting(share) as more:
+            with self.depth.collecting(fed, share) as more:
                 outputs = model(**fed, use_cache=False)
         else:
             outputs = model(**fed, use_cache=False)

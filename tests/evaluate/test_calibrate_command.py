@@ -6,13 +6,15 @@ import json
 from dataclasses import fields
 from typing import Any
 
+import click
 import pytest
 
 from adaconvert import api
 from adaconvert.cli.calibrate import calibrate
 from adaconvert.cli.main import run
 from adaconvert.evaluate.calibration_data import Reading
-from adaconvert.evaluate.calibration_settings import CalibrationSettings
+from adaconvert.evaluate.calibration_settings import SEARCHES, CalibrationSettings
+from adaconvert.evaluate.knob_groups import KNOBS
 
 
 class Said:
@@ -47,6 +49,7 @@ def test_every_option_arrives_under_its_name(
             *("--split", "valid", "--max-documents", "9", "--max-tokens", "50", "--length", "16"),
             *("--seed", "3", "--max-loss-increase", "0.02", "--confidence", "0.9", "--clip", "1"),
             *("--unit", "block", "--rule", "dynamic-k", "--values", "1,0.1", "--per-layer"),
+            *("--search", "evolve", "--generations", "5", "--offspring", "4", "--knob", "depth"),
             *("--measure", "entropy"),
             *("--device", "cpu", "--dtype", "float32", "--batch-size", "2"),
             *("--out", "dst", "--overwrite", "-q"),
@@ -74,6 +77,10 @@ def test_every_option_arrives_under_its_name(
         "rules": ("dynamic-k",),
         "values": (1.0, 0.1),
         "per_layer": True,
+        "search": "evolve",
+        "generations": 5,
+        "offspring": 4,
+        "knob": "depth",
         "measure": "entropy",
         "device": "cpu",
         "dtype": "float32",
@@ -100,6 +107,12 @@ def test_json(calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["calibrate", "ckpt", "--data", "a", "--budget", "0.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"chosen": 1}
     assert calls[0][1]["budget"] == 0.5
+
+
+def test_choices_are_those_of_the_settings() -> None:
+    choices = {p.name: p.type.choices for p in calibrate.params if isinstance(p.type, click.Choice)}
+    assert tuple(choices["search"]) == SEARCHES
+    assert tuple(choices["knob"]) == KNOBS
 
 
 def test_options_and_defaults_are_those_of_the_settings() -> None:

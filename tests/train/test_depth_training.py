@@ -15,7 +15,7 @@ from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.depth_by_hand import depth_by_hand
-from adaconvert.train.depth_budget import Price, share_above, share_for, threshold_for
+from adaconvert.train.depth_budget import Price, share_above, share_for, spread, threshold_for
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
@@ -96,10 +96,9 @@ def test_routers_and_adapters_learn_within_the_budget_on_a_frozen_trunk(
     assert last["run"] == pytest.approx(result.curve[-1]["run"], abs=0.1)
     assert "top_k" not in last
     assert any(f"run {last['run']:.1%}, compute {last['compute']:.3f}" in line for line in lines)
-    thresholds = {slot["select"]["threshold"] for slot in slots_of(tmp_path / "out").values()}
-    # one for all blocks, so that those that matter more keep more tokens
-    assert len(thresholds) == 1
-    assert thresholds == set(result.summary["depth"]["thresholds"].values())
+    written = slots_of(tmp_path / "out").items()
+    thresholds = {path: slot["select"]["threshold"] for path, slot in written}
+    assert thresholds == result.summary["depth"]["thresholds"]
 
 
 def test_the_written_model_runs_what_was_measured(
@@ -185,10 +184,11 @@ def _quick(**more: Any) -> Mapping[str, Any]:
     }
 
 
+@pytest.mark.parametrize("kind", ["skip", "mod"])
 def test_accumulation_and_recomputation_change_nothing(
-    routed: Make, tune: Tune, tmp_path: Path
+    kind: str, routed: Make, tune: Tune, tmp_path: Path
 ) -> None:
-    source = routed(start=False)
+    source = routed(kind, start=False)
     given: dict[str, Any] = {
         **{"steps": 3, "depth_compute": budget(source), "precision": "fp64", "depth_ramp": 0.0},
         **{"optimizer": "sgd", "lr": 1e-2},
@@ -246,6 +246,20 @@ def test_blocks_that_no_token_runs_stay_so_and_their_adapters_learn(
     names = moved(source, tmp_path / "out")
     assert f"{gone}.depth.adapter.up.weight" in names
     assert f"{gone}.depth.router.weight" not in names
+
+
+@pytest.mark.parametrize("kind", ["skip", "mod"])
+def test_adapters_of_low_rank_learn_beside_routers(
+    kind: str, routed: Make, tune: Tune, tmp_path: Path
+) -> None:
+    source = routed(kind)
+    result = tune(source, train=("depth",), lora=2, depth_compute=budget(source), steps=6)
+    assert result.summary["validation"] == []
+    names = moved(source, tmp_path / "out")
+    assert any("q_proj" in name or "up_proj" in name for name in names)
+    assert any(".depth.router." in name for name in names)
+    model: Any = load_model(tmp_path / "out")
+    assert model(input_ids=torch.arange(8)[None]).logits.shape == (1, 8, 320)
 
 
 def test_distillation_from_the_model_as_it_was(routed: Make, tune: Tune) -> None:
@@ -317,6 +331,39 @@ def test_thresholds_leave_a_share_and_never_part_equals(
     threshold = threshold_for(logits, share)
     assert int((logits > threshold).sum()) == run
     assert share_above({"a": logits}, {"a": threshold}) == run / 4
+
+
+@pytest.mark.parametrize(
+    ("shares", "target", "found"),
+    [
+        ([0.2, 0.4], 0.5, [0.4, 0.6]),
+        ([0.2, 0.9], 0.8, [0.6, 1.0]),
+        ([0.1, 0.6], 0.2, [0.0, 0.4]),
+        ([1.0, 1.0], 0.5, [0.5, 0.5]),
+        ([0.3, 0.3], 1.0, [1.0, 1.0]),
+    ],
+)
+def test_shares_are_moved_alike_to_a_mean(
+    shares: list[float], target: float, found: list[float]
+) -> None:
+    moved = spread({"a": shares[0], "b": shares[1]}, target)
+    assert list(moved.values()) == pytest.approx(found, abs=1e-6)
+
+
+def test_a_share_of_a_sequence_runs_in_training_as_elsewhere(routed: Make) -> None:
+    model: Any = load_model(routed(start=False), dtype="float64")
+    ids = torch.arange(40).reshape(2, 20)
+    with model.set_depth("capacity", capacity=0.4), model.collect("depth") as seen:
+        model.eval()
+        expected = model(input_ids=ids).logits
+        model.train()
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
+    for path in model.adaptive_depth():
+        before, after = seen[path]
+        assert before.soft is None
+        assert int(after.run.sum()) == 16
+        # those that run are on or above the edge of the sigmoid, the others below
+        assert torch.equal(after.soft >= 0.5, after.run)
 
 
 def test_the_price_is_what_running_is_worth_where_it_is_in_doubt() -> None:
