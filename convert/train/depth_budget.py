@@ -5,7 +5,7 @@ each by what running one more of its tokens is worth to the loss where that is i
 `Price`: the gradient of the share that runs, which the straight-through mask gives. Shares move
 from blocks whose price is low to those where it is high. Within a block the best tokens run, so
 what its logits have in common decides nothing, and the price is taken out of their gradient. Every
-block has a threshold, where its share of the last training text is above it while thresholds
+block has a threshold, where its share of training text is above it while thresholds
 decide. Nothing of this is published; Router-Tuning (2410.13184) and FlexiDepth (2503.23798) add a
 penalty to the loss instead, whose factor has to be found for every target.
 

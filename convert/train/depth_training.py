@@ -41,9 +41,9 @@ _KEPT = 4096
 _LOOKING = 0.2
 #: how far the share of a block can move in as many steps as a ramp has.
 _TILT = 2.0
-#: tokens of the last steps that thresholds are set on, at most, and as a part of the whole run; in
-#: so many rounds, each of which goes so far towards what it finds.
-_RECENT = 8192
+#: tokens that thresholds are set on, to twice as many, at most and as a part of the run; in so many
+#: rounds, each of which goes so far towards what it finds.
+_SAMPLE = 8192
 _PART = 20
 _ROUNDS = 4
 _DAMPED = 0.7
@@ -88,11 +88,12 @@ class DepthTraining:
         self._shares: dict[str, float] = {}
         self._prices = {path: Price() for path in specs}
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in specs}
-        # what the last sequences were
-        self._recent: list[dict[str, Tensor]] = []
+        # sequences of the whole run, evenly spaced, and how many there were
+        self._rows: list[dict[str, Tensor]] = []
+        self._every, self._seen = 1, 0
         self._bf16, self._is_settled = bf16, False
         tokens = config.total_steps * config.step_tokens
-        self._room = min(_RECENT, max(tokens // _PART, config.seq_len))
+        self._room = max(min(_SAMPLE, tokens // _PART) // config.seq_len, 1)
         if self.holds and self._start is not None:
             self._shares = self._targets(0)
         self._train()
@@ -146,9 +147,8 @@ class DepthTraining:
         ran = [one.run.float().mean() for one in found.values() if one.run.numel()]
         if ran:
             parts["run"] = (0.0, torch.stack(ran).mean().detach())
-        self._recent += _rows(fed)
-        while sum(one["input_ids"].numel() for one in self._recent[1:]) >= self._room:
-            del self._recent[0]
+        for row in _rows(fed):
+            self._sample(row)
         for path, one in found.items():
             self._keep(path, one)
         if self.is_mod:
@@ -158,6 +158,14 @@ class DepthTraining:
         missed = [one.missed.mean() for one in found.values() if _has(one.missed)]
         if missed:
             parts["missed"] = (self._settings.adapter, torch.stack(missed).mean())
+
+    def _sample(self, row: dict[str, Tensor]) -> None:
+        """Keep a sequence now and then, more and more rarely."""
+        if self._seen % self._every == 0:
+            self._rows.append(row)
+        self._seen += 1
+        if len(self._rows) > 2 * self._room:
+            self._rows, self._every = self._rows[::2], 2 * self._every
 
     def _keep(self, path: str, seen: Any) -> None:
         """Keep what some tokens of a block were, evenly spaced, and what decided about them."""
@@ -234,9 +242,9 @@ class DepthTraining:
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Set the thresholds so that each block runs its share of the last training text where they
-        decide: whom one block leaves out changes what the next ones see, so it takes rounds."""
-        if self._is_settled or not (self.holds and self._shares and self._recent):
+        """Set the thresholds so that each block runs its share of training text where they decide:
+        whom one block leaves out changes what the next ones see, so it takes rounds."""
+        if self._is_settled or not (self.holds and self._shares and self._rows):
             return
         self._is_settled = True
         was_training = self._model.training
@@ -244,7 +252,7 @@ class DepthTraining:
         for _ in range(_ROUNDS):
             held = self._model.set_depth("threshold", threshold=dict(self.thresholds))
             with held, self._model.collect("depth") as seen:
-                for fed in self._recent:
+                for fed in self._rows:
                     device = self._model.device
                     with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
                         given = {name: value.to(device) for name, value in fed.items()}
@@ -293,7 +301,9 @@ class DepthTraining:
             "start": self._start,
             "shares": self._shares,
             "prices": {path: price.state() for path, price in self._prices.items()},
-            "recent": [{k: v.tolist() for k, v in fed.items()} for fed in self._recent],
+            "rows": [{k: v.tolist() for k, v in fed.items()} for fed in self._rows],
+            "every": self._every,
+            "seen": self._seen,
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -302,7 +312,8 @@ class DepthTraining:
         self._start, self._shares = kept["start"], dict(kept["shares"])
         for path, price in self._prices.items():
             price.restore(kept["prices"][path])
-        self._recent = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["recent"]]
+        self._rows = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["rows"]]
+        self._every, self._seen = kept["every"], kept["seen"]
         self._train()
 
 
