@@ -9,14 +9,15 @@ tokens, and trained by `adaconvert finetune` at every --lr on the same tokens in
     drop-even       whole blocks gone, evenly spaced ones
     drop-searched   whole blocks gone, those a greedy search on --search-tokens found
     skip            tokens may skip blocks
-    skip-from-drop  the same, from searched blocks that nobody runs and that save half
+    skip-from-drop  the same, from searched blocks that nobody runs and that save four fifths
     mod             mixture-of-depths
     dense           DENSE itself tuned
 
 A case with "-frozen" trains routers and adapters alone; the others all parameters. What is measured
 on held-out text is the causal decision; "loss_top_k" is where the best tokens of a text run, which
-looks ahead and is optimistic. Routers learn at --router-lr. "over_searched" is against searched
-blocks at the same level and the best --lr of theirs.
+looks ahead and is optimistic. Routers learn at --router-lr, what skipped tokens run instead at
+--adapter-lr. "over_searched" is against searched blocks at the same level and the best --lr of
+theirs.
 
 Runs that --work holds are not made again. --only makes some without adding rows.
 """
@@ -52,7 +53,8 @@ FROZEN = "-frozen"
 @click.option("--tokens", default="40k", show_default=True)
 @click.option("--lr", "lrs", multiple=True, type=float, default=(1e-4,), show_default=True)
 @click.option("--frozen-lr", default=1e-3, show_default=True, help="where the rest is frozen")
-@click.option("--router-lr", default=1e-3, show_default=True)
+@click.option("--router-lr", default=3e-4, show_default=True)
+@click.option("--adapter-lr", default=1e-3, show_default=True)
 @click.option("--search-tokens", default=1024, show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--batch-size", default=2, show_default=True)
@@ -134,6 +136,7 @@ def _runs(
 def _tuning(options: dict[str, Any], *, frozen: bool) -> dict[str, Any]:
     """Return the options of a fine-tune."""
     kept = ("valid", "valid_tokens", "tokens", "router_lr", "seq_len", "batch_size", "precision")
+    kept += ("adapter_lr",)
     return {
         **{key: options[key] for key in (*kept, "seed", "device")},
         "data": options["train"],

@@ -18,6 +18,8 @@ from adaconvert.progress import bar
 DENSE, EVEN, SEARCHED, SKIP, MOD = "dense", "drop-even", "drop-searched", "skip", "mod"
 #: skipping that starts from searched blocks that nobody runs.
 MIXED = "skip-from-drop"
+#: share of what is to be saved that blocks nobody runs save.
+DROPPED = 0.8
 CASES = (DENSE, EVEN, SEARCHED, SKIP, MIXED, MOD)
 
 
@@ -86,8 +88,8 @@ def made(case: str, dense: Path, folder: Path, compute: float, order: list[int])
     elif case == SKIP:
         options = {"kind": "skip"}
     elif case == MIXED:
-        # half of what is to be saved is saved by blocks nobody runs
-        options = {"kind": "skip", "drop": blocks_for(dense, (1 + compute) / 2, order)}
+        gone = blocks_for(dense, 1 - DROPPED * (1 - compute), order)
+        options = {"kind": "skip", "drop": gone}
     elif case == MOD:
         options = {"kind": "mod", "every": 1}
     if not folder.exists():
@@ -110,6 +112,10 @@ def tuned(
     """
     routed = case in (SKIP, MIXED, MOD)
     more: dict[str, Any] = {"depth_compute": compute} if routed else {}
+    adapters = options.get("adapter_lr")
+    if case in (SKIP, MIXED) and adapters is not None:
+        more["lr_of"] = [f"adapters={adapters:g}"]
+    given = {key: value for key, value in options.items() if key != "adapter_lr"}
     if not folder.exists():
         api.finetune(
             start,
@@ -118,7 +124,7 @@ def tuned(
             save_every=0,
             report=_said(folder.name),
             **more,
-            **{key: value for key, value in options.items() if routed or key != "router_lr"},
+            **{key: value for key, value in given.items() if routed or key != "router_lr"},
         )
     record = json.loads((folder / "adaconvert.json").read_text())
     return {**record["training"], "options": record["options"]}
