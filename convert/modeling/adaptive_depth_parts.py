@@ -49,13 +49,15 @@ class Scores(Router):
         self.flops = inside + 2 * (hidden if width is None else width)
 
     def forward(self, x: Tensor, *, order_only: bool = False) -> Tensor:
-        """Return the logits, [B, S, d] -> [B, S]."""
-        wide = unit_scale(x)
-        if self.inner is not None:
-            wide = self.inner(wide)
-        logits: Tensor = functional.linear(
-            wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-        )
+        """Return the logits, [B, S, d] -> [B, S]; autocast would leave so few values of them that
+        many tokens are alike."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = unit_scale(x)
+            if self.inner is not None:
+                wide = self.inner(wide)
+            logits: Tensor = functional.linear(
+                wide, self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+            )
         return logits[..., 0]
 
 

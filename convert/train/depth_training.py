@@ -35,7 +35,7 @@ from adaconvert.train.depth_budget import (
 from adaconvert.train.parts import is_depth
 
 #: tokens of a block that are kept of a step.
-_KEPT = 4096
+_KEPT = 1024
 #: share of a ramp over which nothing changes yet, so that routers and prices know something before
 #: they decide; our choice, as is the next.
 _LOOKING = 0.2

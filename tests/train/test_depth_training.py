@@ -366,6 +366,17 @@ def test_a_share_of_a_sequence_runs_in_training_as_elsewhere(routed: Make) -> No
         assert torch.equal(after.soft >= 0.5, after.run)
 
 
+@pytest.mark.parametrize("kind", ["skip", "mod"])
+def test_autocast_rounds_no_logit(kind: str, routed: Make) -> None:
+    model: Any = load_model(routed(kind, start=False))
+    block = next(iter(model.adaptive_depth().values()))
+    x = torch.randn(2, 9, 32)
+    for router in filter(None, (block.depth.router, block.depth.router.predictor)):
+        expected = router(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router(x), expected)
+
+
 def test_the_price_is_what_running_is_worth_where_it_is_in_doubt() -> None:
     price = Price()
     for _ in range(400):
