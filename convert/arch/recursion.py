@@ -167,10 +167,12 @@ def recursion_of(adaptive: Mapping[str, object] | None) -> dict[str, Any] | None
     try:
         base, rank = found["base"], found["rank"]
         assert all(
-            type(first) is int and base[first] == first <= at for at, first in enumerate(base)
+            type(first) is int and 0 <= first <= at and base[first] == first
+            for at, first in enumerate(base)
         )
         assert rank == FULL or (type(rank) is int and 0 <= rank < 2**31)
         assert isinstance(found["blocks"], str)
+        assert isinstance(found["linears"], list)
         assert len(set(found["linears"])) == len(found["linears"]) > 0
         assert found["sharing"] in SHARINGS
         assert found["start"] in STARTS

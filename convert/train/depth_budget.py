@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +87,9 @@ def share_for(model: Any, paths: Sequence[str], compute: float, *, bf16: bool = 
             where="--depth-compute",
             expected=f"above {low:.3f} and below {high:.3f}",
             found=compute,
-            hint="`adaconvert depth` with more --layers, or --kv skip, reaches less.",
+            hint="`adaconvert depth` with more --layers, or --kv skip, reaches less."
+            if compute <= low
+            else "Leave it out: running every block costs no more.",
         )
     bend = 0.0
     blocks = model.adaptive_depth()
@@ -105,14 +108,23 @@ def _cost(model: Any, rule: str, values: Mapping[str, float], bf16: bool) -> flo
     model.eval()
     ids = torch.zeros(1, _PROBE, dtype=torch.long, device=model.device)
     with (
+        _restored(model, was_training),
         torch.no_grad(),
         torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16),
         model.set_depth(rule, **given),
         model.account() as account,
     ):
         model(input_ids=ids, use_cache=False)
-    model.train(was_training)
     return float(account.compute())
+
+
+@contextmanager
+def _restored(model: Any, training: bool) -> Iterator[None]:
+    """Put a model back into a mode, whatever happens inside the body."""
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @dataclass

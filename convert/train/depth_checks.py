@@ -37,6 +37,8 @@ def check_depth(item: Described, config: FinetuneConfig) -> None:
     if not asked and not {"all", DEPTH} & set(config.train):
         return
     _check_machine(config)
+    if len(kinds) > 1:
+        raise OptionError("blocks of both kinds cannot learn together", where="--train")
     if any(slot["kind"] == "mod" and not slot["gate"] for slot in chosen):
         raise OptionError(
             "blocks with --gate 0 teach their routers nothing",

@@ -343,8 +343,6 @@ def depth_training(model: Any, item: Described, config: FinetuneConfig) -> Depth
     slots = routed_layers(item.spec.adaptive or {})
     chosen = {p: s for p, s in slots.items() if s["select"]["rule"] == "threshold"}
     learning = [n for n, p in model.named_parameters() if p.requires_grad and is_depth(n)]
-    if len({slot["kind"] for slot in chosen.values()}) > 1:
-        raise OptionError("blocks of both kinds cannot learn together", where="--train")
     if chosen and any(".router." in name for name in learning):
         return DepthTraining(model, config)
     if config.depth.asked:

@@ -65,8 +65,13 @@ def _recursion(options: DepthOptions, item: Described) -> dict[str, Any]:
     assert options.loops is not None
     spec = item.spec
     known = recursion.loops_of(spec.layers, options.sharing)
+    inner = len(recursion.depths_of(spec.layers, options.sharing))
+    if not inner:
+        raise OptionError(
+            f"leaves no block to share: the model has {spec.layers}",
+            where=f"--sharing {options.sharing}",
+        )
     if options.loops not in known:
-        inner = len(recursion.depths_of(spec.layers, options.sharing))
         outer = "" if inner == spec.layers else " between the first and the last"
         raise OptionError(
             f"does not divide the {inner} blocks{outer}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaconvert import api
+from adaconvert.arch.registry import describe
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.methods.depth.config import FULL, SHARINGS, STARTS, DepthOptions
 from adaconvert.modeling.adaptive_recursion_schema import FULL as RUNTIME_FULL
@@ -221,3 +223,14 @@ def test_residuals_are_the_best_of_their_rank(shape: tuple[int, int], transposed
         best = (left[:, :rank] * sizes[:rank]) @ right[:rank]
         assert up.shape == (shape[0], rank)
         numpy.testing.assert_allclose(up.astype("float64") @ down, best, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("base", [0, 1, 2, 0, 1, -1]), ("linears", "abc"), ("rank", -1)]
+)
+def test_a_damaged_description_is_refused(key: str, value: Any, recursive: Made) -> None:
+    made = recursive(rank=2)
+    config = json.loads((made / "config.json").read_text())
+    config["adaptive"]["model"]["recursion"][key] = value
+    with pytest.raises(SourceError, match="recursion is not usable"):
+        describe(config)
