@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaconvert.arch.routed_layers import routed_of
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from adaconvert.io.commit import Staging
@@ -30,6 +31,8 @@ from adaconvert.train.parts import PARTS
 #: what is trained of a folder, by the names users give to parts.
 _OWN = ("adapters", "router")
 _ROUTER = ".router.weight"
+#: adapters that are none of a block that tokens may skip.
+_APART = r"^(?!.*\.depth\.)(.*\.)?(adapters?|lora_[^.]*)\."
 
 
 def read_folders(item: Described) -> list[Path]:
@@ -91,7 +94,8 @@ def _check_expression(view: View, item: Described, part: str) -> None:
 def settled(config: FinetuneConfig, item: Described) -> FinetuneConfig:
     """Return the config with what it trains of an adapter folder spelled out.
 
-    Routers of the base are not among "router".
+    Routers of the base are not among "router", nor what its tokens run that skip blocks among
+    "adapters".
     """
     view = item.view
     if view is None:
@@ -103,6 +107,8 @@ def settled(config: FinetuneConfig, item: Described) -> FinetuneConfig:
     if "router" in wanted and owners and _routes(view):
         ends = "|".join(sorted({re.escape(path.rpartition(".")[2]) for path in owners}))
         wanted = [rf"\.({ends})\.router\.weight$" if p == "router" else p for p in wanted]
+    if routed_of(view.base.spec.adaptive):
+        wanted = [_APART if part == "adapters" else part for part in wanted]
     return replace(config, train=tuple(dict.fromkeys(wanted)))
 
 

@@ -21,6 +21,7 @@ from adaconvert.testing import tiny_models
 from adaconvert.testing.adapter_folders_by_hand import make_folder, make_lora
 from adaconvert.testing.adapters_by_hand import make_adapted
 from adaconvert.testing.null_by_hand import make_nulled
+from adaconvert.train import session
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
@@ -172,6 +173,25 @@ def test_null_experts_of_the_base_stay(stock: Path, tune: Tune, tmp_path: Path) 
     routed = make_folder(make_adapted(base, tmp_path / "alone"), base, tmp_path / "routed")
     tune(routed, "out")
     assert "molora_B" in changed(routed, tmp_path / "out")
+
+
+def test_blocks_of_the_base_that_tokens_skip_stay(
+    dense: Path, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    api.convert(dense, destination=base, method="depth", kind="skip", layers="0", adapter_width=4)
+    api.convert(base, destination=tmp_path / "routed", method="molora", rank=2, experts=2)
+    seen: set[str] = set()
+    shown = session.Session._trainer
+
+    def keep(self: Any, model: Any, *given: Any) -> Any:
+        seen.update(name for name, p in model.named_parameters() if p.requires_grad)
+        return shown(self, model, *given)
+
+    monkeypatch.setattr(session.Session, "_trainer", keep)
+    tune(tmp_path / "routed", "out", train="all")
+    assert seen
+    assert not any(".depth." in name for name in seen)
 
 
 def test_manifest_and_card(routed: Path, tune: Tune, tmp_path: Path) -> None:
