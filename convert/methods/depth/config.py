@@ -218,7 +218,8 @@ class DepthOptions:
                 self._refuse_idle(tuple(others), f"--kind {self.kind}")
         if self.kind != LAYER_DROP:
             # what is drawn has a seed too
-            idle = [name for name in (*_OF_SEARCH, *_OF_EVOLUTION) if name != "seed"]
+            drawn = {"seed"} if self.kind != RECURSIVE else set()
+            idle = [name for name in (*_OF_SEARCH, *_OF_EVOLUTION) if name not in drawn]
             self._refuse_idle(("found", *idle), f"--kind {self.kind}")
         if self.kind == MOD and not self.capacity:
             raise OptionError(

@@ -171,6 +171,7 @@ def test_it_is_inspected_trained_and_measured(deep: Deep, recursive: Made, tmp_p
         ({"sharing": "all"}, "unknown choice"),
         ({"kv": "skip"}, "does nothing with --kind recursive"),
         ({"drop": "3"}, "does nothing with --kind recursive"),
+        ({"seed": 1}, "does nothing with --kind recursive"),
         ({"kind": "skip"}, "does nothing with --kind skip"),
         ({"kind": "layer-drop", "keep": 4}, "does nothing with --kind layer-drop"),
     ],
