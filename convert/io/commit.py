@@ -22,7 +22,7 @@ from types import TracebackType
 from adaconvert.errors import InterruptedRunError, OutputConflictError, SourceError
 from adaconvert.io.claim import Claim, already_committed, claim
 from adaconvert.io.copying import Copier, Gatherer, Span
-from adaconvert.io.deferral import signals_deferred
+from adaconvert.io.deferral import awaited, signals_deferred
 from adaconvert.io.destination import remove_parents
 from adaconvert.io.digest import hash_tensors
 from adaconvert.io.fs import FileSystem, reporting, resource_error
@@ -285,7 +285,7 @@ class Staging:
     def _drain(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
-            record = pending.result()
+            record = awaited(pending)
             self._records[record.file] = record
             logger.info("%s: %s written", record.file, human_bytes(record.nbytes))
 

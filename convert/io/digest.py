@@ -22,6 +22,7 @@ from adaconvert.io.copying import (
     read_exactly,
     source_changed,
 )
+from adaconvert.io.deferral import awaited, in_order, signals_deferred, submitted
 from adaconvert.io.layout import Extent
 from adaconvert.io.names import escape
 from adaconvert.io.tensor_ref import TensorRef
@@ -149,7 +150,7 @@ def hash_tensors(
     if threads <= 1 or len(tensors) < 2:
         return {tensor.name: one(tensor) for tensor in tensors}
     with ThreadPoolExecutor(threads) as pool:
-        digests = list(pool.map(one, tensors))
+        digests = list(in_order(pool, one, tensors))
     return {tensor.name: digest for tensor, digest in zip(tensors, digests, strict=True)}
 
 
@@ -228,7 +229,7 @@ class DigestPool:
             SourceError: it holds NaN or infinity and that is not allowed, or the shard has changed.
             ResourceError: it may not be read.
         """
-        found = self._request(source, name).result()
+        found = awaited(self._request(source, name))
         if not found.finite and not self._allow_nonfinite:
             raise non_finite_error(self._sources[source].tensors[name], found)
         return found
@@ -246,7 +247,7 @@ class DigestPool:
         whole = [self.tensor(piece.source, piece.tensor) for piece in wanted]
         if self._is_one_tensor(wanted):
             return whole[0].sha256
-        return self._request_ranges(wanted).result()
+        return awaited(self._request_ranges(wanted))
 
     def nonfinite(self) -> dict[tuple[int, str], TensorDigest]:
         """Return what was found so far with NaN or infinity, by source and name."""
@@ -286,13 +287,14 @@ class DigestPool:
         with self._lock:
             if key not in self._found:
                 opened = self._sources[source]
-                self._found[key] = self._pool.submit(digest_tensor, opened, opened.tensors[name])
+                tensor = opened.tensors[name]
+                self._found[key] = submitted(self._pool, digest_tensor, opened, tensor)
             return self._found[key]
 
     def _request_ranges(self, pieces: tuple[PieceLike, ...]) -> Future[str]:
         with self._lock:
             if pieces not in self._hashed:
-                self._hashed[pieces] = self._pool.submit(self._hash_pieces, pieces)
+                self._hashed[pieces] = submitted(self._pool, self._hash_pieces, pieces)
             return self._hashed[pieces]
 
     def _is_one_tensor(self, pieces: tuple[PieceLike, ...]) -> bool:
@@ -323,8 +325,9 @@ class DigestPool:
 
 
 def _result(future: Future[TensorDigest]) -> TensorDigest | None:
-    good = future.done() and not future.cancelled() and future.exception() is None
-    return future.result() if good else None
+    with signals_deferred():
+        good = future.done() and not future.cancelled() and future.exception() is None
+        return future.result() if good else None
 
 
 def digest_of_digests(digests: Mapping[str, str]) -> str:

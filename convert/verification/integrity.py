@@ -18,6 +18,7 @@ from adaconvert.arch.check import dtypes_of
 from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError, ResourceError
 from adaconvert.io.card_file import CARD
+from adaconvert.io.deferral import in_order
 from adaconvert.io.digest import TensorDigest, digest_tensor
 from adaconvert.io.layout import ShardRecord, shard_digest, shard_digest_of_file
 from adaconvert.io.manifest import MANIFEST_FILE, records
@@ -195,7 +196,7 @@ def _digest_all(target: Source, progress: bool) -> dict[str, TensorDigest]:
         ThreadPoolExecutor(_THREADS, thread_name_prefix="adaconvert-verify") as pool,
         bar(sum(ref.nbytes for ref in refs), "checking", enabled=progress) as shown,
     ):
-        digests = pool.map(lambda ref: digest_tensor(target, ref), refs)
+        digests = in_order(pool, lambda ref: digest_tensor(target, ref), refs)
         for ref, digest in zip(refs, digests, strict=True):
             found[ref.name] = digest
             shown.update(ref.nbytes)
