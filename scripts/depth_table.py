@@ -24,7 +24,6 @@ Runs that --work holds are not made again. --only makes some without adding rows
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import click
 from bench.depth_models import CASES, DENSE, EVEN, SEARCHED, blocks_for, made, searched, tuned
 from bench.depth_rows import FIELDS, rows, table
-from bench.results import append, commit, machine
+from bench.results import keep, run_of
 
 from adaconvert.methods.depth.choose import count_of, evenly, share_without
 from adaconvert.methods.depth.config import DepthOptions
@@ -80,17 +79,7 @@ def main(
     found = list(_runs(dense, work, wanted, [float(level) for level in levels.split(",")], options))
     if only:
         return
-    facts = machine()
-    shared = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(RESULTS.parents[2]),
-        "cpu": facts["cpu"],
-        "model": name or dense.name,
-    }
-    lines = [{**shared, **row} for row in rows(found)]
-    for row in lines:
-        append(csv, row, FIELDS)
-    for line in table(lines):
+    for line in table(keep(csv, rows(found), run_of(name or dense.name), FIELDS)):
         click.echo(line)
 
 

@@ -16,14 +16,13 @@ Runs that --work holds are not made again. --only makes some without adding rows
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from bench.exit_rows import FIELDS, rows, table
-from bench.results import append, commit, machine
+from bench.results import keep, run_of
 
 from adaconvert import api
 
@@ -67,17 +66,7 @@ def main(
     found = dict(_runs(dense, work, wanted, lrs, options))
     if only:
         return
-    facts = machine()
-    shared = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(RESULTS.parents[2]),
-        "cpu": facts["cpu"],
-        "model": name or dense.name,
-    }
-    made = [{**shared, **row} for row in rows(found)]
-    for row in made:
-        append(csv, row, FIELDS)
-    for line in table(made):
+    for line in table(keep(csv, rows(found), run_of(name or dense.name), FIELDS)):
         click.echo(line)
 
 

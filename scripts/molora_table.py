@@ -18,7 +18,6 @@ Folders and measurements that --work holds are not made again. --only makes and 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import click
 from bench.adapter_losses import cut, losses_of
 from bench.adapter_rows import FIELDS, rows, table
-from bench.results import append, commit, machine
+from bench.results import keep, run_of
 
 from adaconvert import api
 
@@ -75,18 +74,9 @@ def main(
         found[case] = json.loads(kept.read_text())
     if only:
         return
-    facts = machine()
-    shared = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(RESULTS.parents[2]),
-        "cpu": facts["cpu"],
-        "model": name or dense.name,
-        "seed": options["seed"],
-    }
-    made = [{**shared, **row} for row in rows(found, options["adapters"], models.told)]
-    for row in made:
-        append(csv, row, FIELDS)
-    for line in table(made):
+    shared = {**run_of(name or dense.name), "seed": options["seed"]}
+    lines = rows(found, options["adapters"], models.told)
+    for line in table(keep(csv, lines, shared, FIELDS)):
         click.echo(line)
 
 

@@ -21,7 +21,6 @@ once "base" is there; --rows adds the rows of what has been measured and makes n
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import click
 import yaml
 from bench.null_models import Models, Setup
 from bench.null_rows import ALL, FIELDS, Measured, misses, rows, table
-from bench.results import append, commit, machine
+from bench.results import keep, machine, run_of
 
 from adaconvert import api
 from adaconvert.train.config import parse_count
@@ -109,18 +108,8 @@ def main(
     if only:
         return
     found = {name: read(models, name, texts) for name in measured(setup, texts)}
-    facts = machine()
-    shared = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(RESULTS.parents[2]),
-        "cpu": facts["cpu"],
-        "cores": facts["cores"],
-        "model": dense.name,
-        "seed": setup.seed,
-    }
-    made = [{**shared, **row} for row in rows(found, work)]
-    for row in made:
-        append(csv, row, FIELDS)
+    shared = {**run_of(dense.name), "cores": machine()["cores"], "seed": setup.seed}
+    made = keep(csv, rows(found, work), shared, FIELDS)
     for line in (*table(made), "", "share of the experts' FLOPs minus the target:", *misses(made)):
         click.echo(line)
 

@@ -113,22 +113,7 @@ def _sweep_options() -> options.Decorator[Any]:
             help="How --per-layer finds shares: by what each layer alone loses, or, at a --budget, "
             "by an evolution (EvoPress) that measures whole models, which takes longer.",
         ),
-        option(
-            "settings",
-            "--generations",
-            type=int,
-            default=40,
-            metavar="N",
-            help="For --search evolve: how many.",
-        ),
-        option(
-            "settings",
-            "--offspring",
-            type=int,
-            default=16,
-            metavar="N",
-            help="For --search evolve: of each generation.",
-        ),
+        *options.evolution_options("settings"),
         option(
             "settings",
             "--knob",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from adaconvert.cli.options import Decorator, apply, option, storage_but_dtype
+from adaconvert.cli.options import Decorator, apply, evolution_options, option, storage_but_dtype
 
 
 def depth_options() -> Decorator[Any]:
@@ -159,22 +159,7 @@ _SEARCH = (
         help="What a search makes small: the divergence from SRC's next-token distributions, or "
         "the loss.",
     ),
-    option(
-        "search",
-        "--generations",
-        type=int,
-        default=40,
-        metavar="N",
-        help="For --search evolve: how many.",
-    ),
-    option(
-        "search",
-        "--offspring",
-        type=int,
-        default=16,
-        metavar="N",
-        help="For --search evolve: of each generation.",
-    ),
+    *evolution_options("search"),
     option("search", "--seed", type=int, default=0, metavar="N", help="Of everything random."),
     option(
         "search",

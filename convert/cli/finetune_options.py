@@ -233,6 +233,15 @@ def depth_options() -> options.Decorator[Any]:
             help="Factor of the loss by which what skipped tokens run instead learns what the "
             "block does; it moves nothing else.",
         ),
+        option(
+            "routed blocks",
+            "--adapter-fit",
+            type=int,
+            default=8192,
+            metavar="N",
+            help="Tokens of the run on which what skipped tokens run instead is fitted by least "
+            "squares before the first step, where it adds nothing yet; 0: not.",
+        ),
     )
 
 

@@ -45,6 +45,28 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
         raise click.BadParameter(message, ctx, param) from None
 
 
+def evolution_options(section: str) -> tuple[Decorator[Any], ...]:
+    """Return the options of a search by evolution, listed under `section`."""
+    return (
+        option(
+            section,
+            "--generations",
+            type=int,
+            default=40,
+            metavar="N",
+            help="For --search evolve: how many.",
+        ),
+        option(
+            section,
+            "--offspring",
+            type=int,
+            default=16,
+            metavar="N",
+            help="For --search evolve: of each generation.",
+        ),
+    )
+
+
 def sources_argument() -> Decorator[Any]:
     """Return the argument for one or more dense checkpoints."""
     return click.argument(

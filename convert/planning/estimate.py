@@ -10,7 +10,8 @@ numbers of every report follow this one rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,6 +26,7 @@ from adaconvert.arch.registry import layer_mask
 from adaconvert.arch.routed_layers import ADAPTER as DEPTH_ADAPTER
 from adaconvert.arch.routed_layers import ROUTER as DEPTH_ROUTER
 from adaconvert.dtypes import nbytes_of
+from adaconvert.planning.functions import SEVERAL
 from adaconvert.planning.ops import Apply, Bytes, Expr, Fitted, Gather, Init, Plan
 
 #: context length at which attention is counted unless another is asked for.
@@ -79,13 +81,6 @@ class Costs:
     def to_json(self) -> dict[str, int]:
         """Return the numbers by name."""
         return {name: getattr(self, name) for name in self.__slots__}
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _is_ffn(tensor: TensorSpec) -> bool:
@@ -187,8 +182,8 @@ def unchosen_flops(spec: ModelSpec) -> tuple[int, int]:
             continue
         routed = tensor.role.startswith(_PER_EXPERT)
         share = Fraction(spec.top_k, spec.num_experts) if routed else Fraction(1)
-        every += 2 * _count(tensor.shape) * share
-        ffn += 2 * _count(tensor.shape) * share if is_ffn else 0
+        every += 2 * math.prod(tensor.shape) * share
+        ffn += 2 * math.prod(tensor.shape) * share if is_ffn else 0
     return int(every), int(ffn)
 
 
@@ -211,7 +206,7 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         stored = tensor.name if tensor.name in dtypes or tensor.role != "head" else embedded
         if stored not in dtypes:
             continue
-        size = _count(tensor.shape)
+        size = math.prod(tensor.shape)
         share = chosen.get(tensor.name, _active_share(spec, tensor, split, nulled))
         total += size if stored == tensor.name and tensor.role not in _WHOLE else 0
         active += size * share
@@ -221,13 +216,13 @@ def costs(spec: ModelSpec, dtypes: Mapping[str, str], context: int = CONTEXT) ->
         ffn += 2 * size * share if _is_ffn(tensor) or tensor.name in beside else 0
     for tensor, owner in repeated(spec):
         # stored once, and every depth of the group runs it
-        size = _count(tensor.shape)
+        size = math.prod(tensor.shape)
         active += size
         matrices += 2 * size
         read += nbytes_of(dtypes[owner], tensor.shape) if owner in dtypes else 0
         ffn += 2 * size if _is_ffn(tensor) else 0
     for tensor in checked(spec):
-        size = _count(tensor.shape)
+        size = math.prod(tensor.shape)
         active += size if tensor.role in EXIT_ROLES else 0
         matrices += 2 * size
         read += nbytes_of(dtypes.get(tensor.name) or dtypes[embedded], tensor.shape)
@@ -260,7 +255,7 @@ def reference(
     """
     per_token = ffn = Fraction(0)
     for tensor in spec.tensors:
-        size = Fraction(2 * _count(tensor.shape))
+        size = Fraction(2 * math.prod(tensor.shape))
         if tensor.role.startswith(_PER_EXPERT):
             # whole again once all experts are added
             size *= Fraction(spec.top_k, spec.num_experts)
@@ -313,10 +308,11 @@ def _float_bytes(expr: Expr) -> int:
     once."""
     if isinstance(expr, Apply) and expr.fn == "concat":
         return max(_float_bytes(arg) for arg in expr.args)
-    own = 4 * _count(expr.shape)
+    own = 4 * math.prod(expr.shape)
     if isinstance(expr, Apply) and expr.fn == "residual":
-        # in float64: the difference, its square on the smaller side, and what finds its vectors
-        whole, side = _count(expr.args[0].shape), min(expr.args[0].shape)
+        # in float64: the difference, a factor of it, its square on the smaller side, and what finds
+        # its vectors
+        whole, side = math.prod(expr.args[0].shape), min(expr.args[0].shape)
         return own + 16 * whole + 40 * side**2 + sum(_float_bytes(arg) for arg in expr.args)
     if isinstance(expr, Bytes):
         return own + nbytes_of(expr.dtype, expr.shape)
@@ -335,7 +331,7 @@ def gather_bytes(expr: Gather) -> int:
 def _largest_part(expr: Expr) -> tuple[int, ...]:
     """Return the shape of the largest tensor an expression is rounded as."""
     if isinstance(expr, Apply) and expr.fn == "concat":
-        return max((arg.shape for arg in expr.args), key=_count)
+        return max((arg.shape for arg in expr.args), key=math.prod)
     return expr.shape
 
 
@@ -343,10 +339,21 @@ def working_memory(plan: Plan) -> int:
     """Return a bound on the memory the largest computed tensor takes; 0 for a plan of copies."""
     # rounding to 16 bits holds the float32 bits and a copy of them beside the value
     computed = [
-        _float_bytes(t.expr) + 8 * _count(_largest_part(t.expr))
+        _float_bytes(t.expr) + 8 * math.prod(_largest_part(t.expr))
         for t in plan.targets
         if isinstance(t.expr, Apply | Init | Fitted)
         or (isinstance(t.expr, Bytes) and t.expr.dtype != t.dtype)
     ]
     computed += [gather_bytes(t.expr) for t in plan.targets if isinstance(t.expr, Gather)]
-    return max(computed, default=0)
+    # an array of several tensors stays while the next ones are made
+    kept = [4 * math.prod(part.shape) for t in plan.targets for part in _several(t.expr)]
+    return max(computed, default=0) + max(kept, default=0)
+
+
+def _several(expr: Expr) -> Iterator[Apply]:
+    """Yield what an expression is a part of."""
+    if isinstance(expr, Apply):
+        if expr.fn in SEVERAL:
+            yield expr
+        for arg in expr.args:
+            yield from _several(arg)

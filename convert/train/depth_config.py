@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from adaconvert.train.bounds import flag, number
+from adaconvert.train.bounds import flag, number, whole
 
 #: option -> field of `Depthing`.
 DEPTH_OPTIONS: Final = {
@@ -13,7 +13,9 @@ DEPTH_OPTIONS: Final = {
     "depth_ramp": "ramp",
     "predictor_loss": "predictor",
     "adapter_loss": "adapter",
+    "adapter_fit": "fit",
 }
+ADAPTER_FIT: Final = "--adapter-fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +33,15 @@ class Depthing:
             router where that decides itself, so it is no trade with the language model.
         adapter: of other blocks: factor of the loss by which what skipped tokens run instead learns
             what the block does, on all tokens, those that run it too. It reaches nothing else.
+        fit: tokens of the run on which what skipped tokens run instead is fitted in closed form
+            before the first step, where it adds nothing yet; 0 for not. Our choice.
     """
 
     compute: float | None = None
     ramp: float = 0.5
     predictor: float = 1.0
     adapter: float = 1.0
+    fit: int = 8192
 
     def __post_init__(self) -> None:
         if self.compute is not None:
@@ -44,6 +49,7 @@ class Depthing:
         number("--depth-ramp", self.ramp, 0.0, 1.0)
         number("--predictor-loss", self.predictor, 0.0)
         number("--adapter-loss", self.adapter, 0.0)
+        whole("adapter_fit", self.fit, 0)
 
     @property
     def asked(self) -> list[str]:

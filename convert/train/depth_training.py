@@ -32,6 +32,7 @@ from adaconvert.train.depth_budget import (
     threshold_for,
     tilted,
 )
+from adaconvert.train.depth_config import ADAPTER_FIT
 from adaconvert.train.parts import is_depth
 
 #: tokens of a block that are kept of a step.
@@ -345,10 +346,11 @@ def depth_training(model: Any, item: Described, config: FinetuneConfig) -> Depth
     learning = [n for n, p in model.named_parameters() if p.requires_grad and is_depth(n)]
     if chosen and any(".router." in name for name in learning):
         return DepthTraining(model, config)
-    if config.depth.asked:
+    asked = [one for one in config.depth.asked if one != ADAPTER_FIT]
+    if asked:
         raise OptionError(
             "no router of a block is trained",
-            where=config.depth.asked[0],
+            where=asked[0],
             hint="Give --train depth, or --train all.",
         )
     if chosen:

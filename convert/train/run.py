@@ -321,6 +321,7 @@ def _trained(
         changed=_changed(item, config),
         group=group,
         logs=log_folder(Destination.resolve(settings.destination).path, settings.log_dir),
+        progress=settings.progress,
     )
     chosen, curve, routing = session.train()
     notes = [*notes_of(item, config, data), *routing.pop("notes")]

@@ -73,6 +73,7 @@ class Session:
         changed: config keys that differ from the checkpoint's.
         group: the processes that train together.
         logs: folder for the files of experiment trackers.
+        progress: show progress bars on a terminal.
     """
 
     item: Described
@@ -85,6 +86,7 @@ class Session:
     changed: Mapping[str, Any]
     group: Group
     logs: Path
+    progress: bool = False
 
     def train(self) -> tuple[Chosen, Curve, dict[str, Any]]:
         """Return what was trained, every log entry and how routers fared; `TRAINED` holds the model
@@ -130,6 +132,9 @@ class Session:
         trainer = self._trainer(model, routing.chosen, meter, routing, exits, depth)
         resumed = self.work.resumed
         with never_leaving(model):
+            machine = self.config.machine
+            if resumed is None and not machine.sharded and machine.experts_over == 1:
+                self._fit_adapters(model)
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
         held = self.validator.history[-1].get("share_by_layer") if self.validator.history else None
@@ -142,6 +147,15 @@ class Session:
             model=None if apart else model,
             ready=None if apart else ready,
         )
+
+    def _fit_adapters(self, model: Any) -> None:
+        """Fit what skipped tokens run instead, where it adds nothing yet; processes do it alike, as
+        they see the same sequences."""
+        from adaconvert.train.depth_fit import fit_adapters
+
+        fitted = fit_adapters(model, self.data, self.config, progress=self.progress)
+        if fitted is not None:
+            self.report(fitted.line())
 
     @property
     def _is_apart(self) -> bool:

@@ -7,9 +7,12 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FIELDS = (
     "run",
     "commit",
@@ -56,6 +59,29 @@ def commit(repository: Path) -> str:
     if not head:
         return "none"
     return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def run_of(model: str) -> Row:
+    """Return what the rows of a table about a model have in common, from now on."""
+    return {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(REPOSITORY),
+        "cpu": machine()["cpu"],
+        "model": model,
+    }
+
+
+def keep(
+    path: Path,
+    rows: Iterable[Mapping[str, object]],
+    shared: Mapping[str, object],
+    fields: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Add rows to the file, each with what they share, and return them."""
+    found = [{**shared, **row} for row in rows]
+    for row in found:
+        append(path, row, fields)
+    return found
 
 
 def append(path: Path, row: Mapping[str, object], fields: Sequence[str] = FIELDS) -> None:

@@ -61,8 +61,9 @@ def test_peft_and_the_standalone_form_agree(
         peft.PeftModel.from_pretrained(load_model(base), str(tmp_path / "as_plain_lora")),
     ]
     with torch.no_grad():
-        first, *others = [model.eval()(**batch)[0] for model in models]
-        plain = load_model(base).eval()(**batch)[0]
+        first, *others = [model.eval().double()(**batch)[0] for model in models]
+        plain = load_model(base).double()(**batch)[0]
+    assert first.dtype == torch.float64
     assert (first - plain).abs().max() > 1e-3
     for found in others:
-        torch.testing.assert_close(found, first, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, first, rtol=0, atol=1e-12)

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from adaconvert.testing.adapters_by_hand import make_adapted
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.run import RunSettings, finetune
 
@@ -31,10 +30,6 @@ def trained(source: Path, folder: Path, **options: Any) -> Any:
     settings = RunSettings(destination=folder / "out", device="cpu", report=lambda line: None)
     config = FinetuneConfig.of([str(folder / "text.jsonl")], given)
     return finetune(str(source), config, settings)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 def moved(source: Path, made: Path) -> set[str]:

@@ -25,6 +25,7 @@ from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import OPTIONS
 from adaconvert.testing.exits_by_hand import by_hand
+from adaconvert.testing.labelled import texts_with_exits
 from adaconvert.testing.tiny_images import save_images
 
 LEVELS = tuple(float(level) for level in np.linspace(0.99, 0.05, 24))
@@ -138,18 +139,6 @@ def test_a_table_is_stale_once_weights_or_heads_change(
     tensors[name] = tensors[name] + 1
     save_file(tensors, file, metadata={"format": "pt"})
     assert calibration_output.stale(out)
-
-
-def texts_with_exits(root: Path) -> Path:
-    dense = tiny_models.make(
-        "bert",
-        root / "dense",
-        layers=3,
-        max_shard_size="1GB",
-        architecture="BertForSequenceClassification",
-        num_labels=2,
-    )
-    return by_hand(dense, root / "exits", (1, 2), "norm")
 
 
 def images_with_exits(root: Path) -> Path:

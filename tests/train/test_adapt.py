@@ -17,6 +17,7 @@ from adaconvert.errors import InterruptedRunError, OptionError, ResourceError
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.adapt import adapter_names, attach, merge, targets_of
 from adaconvert.train.adapt_config import Adapting
 from adaconvert.train.config import FinetuneConfig
@@ -138,10 +139,6 @@ def test_target_that_matches_nothing_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         targets_of(loaded(folders[family]), ["attention", target])
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "adaptive"])

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adaconvert.errors import OptionError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adapters_by_hand import make_adapted
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.parts import choose, part_of
 from adaconvert.train.result import FinetuneResult
 from adaconvert.train.routing import Routers
@@ -37,10 +37,6 @@ def adapt(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return make_adapted(dense, root / str(len(list(root.iterdir()))), **options)
 
     return get
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
 def test_parts_of_a_model_with_adapters(adapt: Callable[..., Path]) -> None:

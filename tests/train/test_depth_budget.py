@@ -11,8 +11,6 @@ import torch
 
 from adaconvert.errors import OptionError
 from adaconvert.modeling.loading import load_model
-from adaconvert.testing import tiny_models
-from adaconvert.testing.depth_by_hand import depth_by_hand
 from adaconvert.train.depth_budget import (
     Price,
     share_above,
@@ -22,34 +20,9 @@ from adaconvert.train.depth_budget import (
     tilted,
 )
 
+from .conftest import reach
+
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deep") / "dense"
-    return tiny_models.make("llama-tied", folder, layers=4, max_shard_size="1GB")
-
-
-@pytest.fixture
-def routed(deep: Path, tmp_path: Path) -> Make:
-    """Return what makes a checkpoint whose blocks 1 and 2 may be skipped, as conversions begin."""
-
-    def make(kind: str = "skip", name: str = "routed", *, start: bool = True, **more: Any) -> Path:
-        return depth_by_hand(deep, tmp_path / name, [1, 2], kind, start=start, **more)
-
-    return make
-
-
-def reach(model: Any) -> tuple[float, float]:
-    """Return the FLOPs of tokens that run no routed block, and all of them."""
-    found = []
-    for threshold in (1e30, -1e30):
-        held = model.set_depth("threshold", threshold=threshold)
-        with torch.no_grad(), held, model.account() as account:
-            model(input_ids=torch.zeros(1, 16, dtype=torch.long))
-        found.append(account.compute())
-    return found[0], found[1]
 
 
 @pytest.mark.parametrize(

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.modeling.loading import load_model
-from adaconvert.testing import tiny_models
-from adaconvert.testing.depth_by_hand import depth_by_hand
+from adaconvert.testing.stored import moved, tensors_of
 from adaconvert.train.depth_budget import share_for
 from adaconvert.train.result import FinetuneResult
 
+from .conftest import reach
+
 Tune = Callable[..., FinetuneResult]
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deep") / "dense"
-    return tiny_models.make("llama-tied", folder, layers=4, max_shard_size="1GB")
-
-
-@pytest.fixture
-def routed(deep: Path, tmp_path: Path) -> Make:
-    """Return what makes a checkpoint whose blocks 1 and 2 may be skipped, as conversions begin."""
-
-    def make(kind: str = "skip", name: str = "routed", *, start: bool = True, **more: Any) -> Path:
-        return depth_by_hand(deep, tmp_path / name, [1, 2], kind, start=start, **more)
-
-    return make
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    """Return every stored tensor by name."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
-
-
-def moved(before: Path, after: Path) -> set[str]:
-    """Return the tensors that are not the same bytes."""
-    a, b = tensors_of(before), tensors_of(after)
-    assert set(a) == set(b)
-    return {name for name in a if not torch.equal(a[name], b[name])}
 
 
 def slots_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -61,18 +33,6 @@ def budget(folder: Path) -> float:
     model: Any = load_model(folder)
     low, high = reach(model)
     return low + (high - low) / 2
-
-
-def reach(model: Any, paths: Sequence[str] | None = None) -> tuple[float, float]:
-    """Return the FLOPs of tokens that run none of some routed blocks, and all of these."""
-    found = []
-    for threshold in (1e30, -1e30):
-        values = dict.fromkeys(paths or model.adaptive_depth(), threshold)
-        held = model.set_depth("threshold", threshold=values)
-        with torch.no_grad(), held, model.account() as account:
-            model(input_ids=torch.zeros(1, 16, dtype=torch.long))
-        found.append(account.compute())
-    return found[0], found[1]
 
 
 @pytest.mark.parametrize("kind", ["skip", "skip-kv"])

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import OptionError
 from adaconvert.methods.sources import open_source
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.adapt_config import Machine
 from adaconvert.train.checks import can_split, check_layout
 from adaconvert.train.config import FinetuneConfig
@@ -122,10 +122,6 @@ def pairs(
     done = launch(two, str(two / "cases.json"), str(two / "results.json"))
     assert done.returncode == 0, done.stderr[-4000:]
     return two, json.loads((two / "results.json").read_text())
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 @pytest.mark.slow

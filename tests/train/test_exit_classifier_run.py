@@ -1,117 +1,29 @@
-"""`finetune` of classifiers with exits: what learns, what is measured, written and refused."""
+"""`finetune` of classifiers with exits: what learns, what is measured and written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from adaconvert import api
 from adaconvert.cli import main
-from adaconvert.errors import (
-    AdaconvertError,
-    DataError,
-    InterruptedRunError,
-    OptionError,
-    OutputConflictError,
-    SourceError,
-    TrainingError,
-)
 from adaconvert.evaluate.classify import read_labelled
 from adaconvert.io import manifest
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.calibrating import assert_whole
 from adaconvert.testing.exits_by_hand import by_hand
+from adaconvert.testing.labelled import rows_of, texts_with_exits, written
+from adaconvert.testing.stored import tensors_of
 from adaconvert.testing.tiny_images import save_images
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.exit_classifier_data import Drawn, Source, steps_of
-from adaconvert.train.result import FinetuneResult
 
-CLASSES = ("LABEL_0", "LABEL_1")
-SHORT: dict[str, Any] = {
-    "train": "exits",
-    "steps": 30,
-    "batch_size": 8,
-    "lr": 3e-3,
-    "log_every": 10,
-    "device": "cpu",
-}
-
-
-def rows_of(count: int, seed: int = 0) -> list[dict[str, object]]:
-    """Return texts whose first word gives their class away."""
-    words = ("experts", "nothing")
-    return [
-        {"text": f"{words[n % 2]} of the model number {n + 1000 * seed}", "label": CLASSES[n % 2]}
-        for n in range(count)
-    ]
-
-
-def written(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def with_confidence(source: Path) -> Path:
-    """Return a checkpoint whose exits have classifiers of confidence now."""
-    config = json.loads((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
-    for head in config["adaptive"]["model"]["exits"]["heads"]:
-        head["confidence"] = True
-        name = f"exits.{head['at']}.confidence"
-        tensors |= {f"{name}.weight": torch.zeros(1, 32), f"{name}.bias": torch.zeros(1)}
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    (source / "config.json").write_text(json.dumps(config))
-    return source
-
-
-def texts_with_exits(root: Path, **options: Any) -> Path:
-    dense = tiny_models.make(
-        *("bert", root / "dense"),
-        layers=3,
-        max_shard_size="1GB",
-        architecture="BertForSequenceClassification",
-        num_labels=2,
-        **options,
-    )
-    return by_hand(dense, root / "exits", (1, 2), "norm")
-
-
-@pytest.fixture(scope="module")
-def exits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a classifier of texts with exits nobody has trained."""
-    return texts_with_exits(tmp_path_factory.mktemp("texts"))
-
-
-@pytest.fixture(scope="module")
-def confident(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return one whose exits have classifiers of confidence."""
-    return with_confidence(texts_with_exits(tmp_path_factory.mktemp("confident")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return labelled texts to train and to measure on."""
-    folder = tmp_path_factory.mktemp("data")
-    return written(folder / "train.jsonl", rows_of(60)), written(
-        folder / "valid.jsonl", rows_of(20, seed=1)
-    )
-
-
-def tune(source: Path, out: Path, **options: Any) -> FinetuneResult:
-    found = api.finetune(source, out, **{**SHORT, **options})
-    assert isinstance(found, FinetuneResult)
-    return found
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+from .conftest import tune_exits
 
 
 def test_exits_learn_the_trunk_stays_and_all_of_it_is_told(
@@ -119,7 +31,7 @@ def test_exits_learn_the_trunk_stays_and_all_of_it_is_told(
 ) -> None:
     said: list[str] = []
     out = tmp_path / "out"
-    result = tune(exits, out, data=data[0], valid=str(data[1]), report=said.append)
+    result = tune_exits(exits, out, data=data[0], valid=str(data[1]), report=said.append)
     before, after = tensors_of(exits), tensors_of(out)
     assert sorted(before) == sorted(after)
     for name, value in before.items():
@@ -151,7 +63,7 @@ def test_exits_learn_the_trunk_stays_and_all_of_it_is_told(
 def test_the_measurement_is_the_one_of_evaluate(
     exits: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    result = tune(exits, tmp_path / "out", data=data[0], valid=str(data[1]), steps=2)
+    result = tune_exits(exits, tmp_path / "out", data=data[0], valid=str(data[1]), steps=2)
     found = api.evaluate(exits, data=data[1], speed=False).results[0]
     entry = result.summary["validation"][0]
     assert found.accuracy is not None
@@ -170,8 +82,8 @@ def test_the_measurement_is_the_one_of_evaluate(
 def test_a_run_repeats_itself(exits: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
     given: dict[str, Any] = {"data": data[0], "steps": 5, "train": "all"}
     for name in ("a", "b"):
-        tune(exits, tmp_path / name, **given)
-    other = tune(exits, tmp_path / "c", **given, seed=1)
+        tune_exits(exits, tmp_path / name, **given)
+    other = tune_exits(exits, tmp_path / "c", **given, seed=1)
     a, b, c = (tensors_of(tmp_path / name) for name in ("a", "b", "c"))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     assert not all(torch.equal(value, c[name]) for name, value in a.items())
@@ -185,7 +97,7 @@ def test_accumulated_batches_are_one_large_one(tmp_path: Path, data: tuple[Path,
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     still = texts_with_exits(tmp_path, **quiet)
     for name, size, count in (("one", 8, 1), ("many", 2, 4)):
-        tune(
+        tune_exits(
             *(still, tmp_path / name),
             data=data[0],
             steps=3,
@@ -204,7 +116,7 @@ def test_classifiers_of_confidence_learn_when_to_halt(
 ) -> None:
     given = {"halting_prior": 0.5} if kind == "ponder" else {"halting_cost": 0.1}
     out = tmp_path / "out"
-    result = tune(
+    result = tune_exits(
         *(confident, out),
         data=data[0],
         steps=10,
@@ -224,13 +136,13 @@ def test_bf16_keeps_trained_weights_exact_and_the_stored_dtype(
 ) -> None:
     source = texts_with_exits(tmp_path, dtype=stored)
     out = tmp_path / "out"
-    tune(source, out, data=data[0], valid=str(data[1]), steps=4, precision="bf16")
+    tune_exits(source, out, data=data[0], valid=str(data[1]), steps=4, precision="bf16")
     before, after = tensors_of(source), tensors_of(out)
     for name, value in before.items():
         assert value.dtype == after[name].dtype == getattr(torch, stored)
         assert torch.equal(value, after[name]) or name.startswith("exits."), name
     wide = tmp_path / "wide"
-    tune(source, wide, data=data[0], steps=2, dtype="float32")
+    tune_exits(source, wide, data=data[0], steps=2, dtype="float32")
     assert {value.dtype for value in tensors_of(wide).values()} == {torch.float32}
 
 
@@ -243,13 +155,13 @@ def test_images_by_folder_and_by_row(tmp_path: Path) -> None:
         tmp_path / "list.jsonl",
         [{"image": str(path.relative_to(tmp_path)), "class": path.parent.name} for path in paths],
     )
-    result = tune(source, tmp_path / "a", data=images, valid=str(images))
+    result = tune_exits(source, tmp_path / "a", data=images, valid=str(images))
     entry = result.summary["validation"]
     assert entry[-1]["exits"]["1"]["loss"] < entry[0]["exits"]["1"]["loss"]
     assert result.summary["examples"] == {"unit": "images", "seen": 240, "read": 24}
     assert any("images: 24 images, 1200 tokens" in line for line in result.lines())
     assert_whole(tmp_path / "a")
-    again = tune(source, tmp_path / "b", data=listed, label_field="class", steps=2)
+    again = tune_exits(source, tmp_path / "b", data=listed, label_field="class", steps=2)
     assert again.summary["steps"] == 2
 
 
@@ -262,7 +174,9 @@ def test_tokens_are_those_of_the_texts(
     mean = sum(map(len, read.ids)) / 60
     steps = steps_of(config, [source])
     assert (steps - 1) * 4 * mean < 1000 <= steps * 4 * mean
-    result = tune(exits, tmp_path / "out", data=data[0], steps=None, tokens="1k", batch_size=4)
+    result = tune_exits(
+        exits, tmp_path / "out", data=data[0], steps=None, tokens="1k", batch_size=4
+    )
     assert result.summary["steps"] == steps
     assert result.summary["tokens"] == pytest.approx(1000, rel=0.1)
 
@@ -293,7 +207,7 @@ def test_measured_on_the_way_and_rates_of_parts(
     exits: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = tune(
+    result = tune_exits(
         *(exits, out),
         data=[data[0], data[1]],
         valid=[str(data[0]), str(data[1])],
@@ -316,143 +230,17 @@ def test_a_calibration_is_dropped_and_a_later_one_holds(
     exits: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
     tuned = tmp_path / "tuned"
-    tune(exits, tuned, data=data[0])
+    tune_exits(exits, tuned, data=data[0])
     rows = written(tmp_path / "more.jsonl", rows_of(150, seed=2))
     said = api.calibrate(tuned, rows, max_label_error=0.2, length=32)
     assert said.chosen is not None
     assert said.rows[said.chosen].compute < 1
     assert_whole(tuned)
-    again = tune(tuned, tmp_path / "again", data=data[0], steps=1)
+    again = tune_exits(tuned, tmp_path / "again", data=data[0], steps=1)
     assert any("calibration table was dropped" in note for note in again.summary["notes"])
     assert any("thresholds of exits stay" in note for note in again.summary["notes"])
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["adaptive"]["calibration"] is None
-
-
-UNFIT: list[tuple[dict[str, Any], str]] = [
-    ({"lm": 0.5}, "--lm"),
-    ({"distill": 1.0}, "--distill"),
-    ({"temperature": 2.0}, "--temperature"),
-    ({"select": "rule=all"}, "--select"),
-    ({"compute": 0.5}, "--compute"),
-    ({"checkpointing": True}, "--checkpointing"),
-    ({"router_lr": 1e-3}, "--router-lr"),
-    ({"sparsity": 0.1}, "--sparsity"),
-    ({"balance": 0.1}, "--balance"),
-    ({"lora": 2}, "--lora"),
-    ({"compile": True}, "--compile"),
-    ({"streaming": True}, "--streaming"),
-    ({"messages_field": "talk"}, "--messages-field"),
-    ({"data_format": "messages"}, "--data-format messages"),
-    ({"exit_loss": "kd"}, "--exit-loss"),
-    ({"exit_weights": "linear"}, "--exit-weights"),
-    ({"exit_layers": "1"}, "--exit-layers"),
-    ({"layer_dropout": 0.1}, "--layer-dropout"),
-    ({"save_every": 2}, "--save-every"),
-    ({"precision": "fp64"}, "--precision fp64"),
-    ({"dry_run": True}, "--dry-run"),
-    ({"memory": "1GB"}, "--memory"),
-    ({"log_dir": "logs"}, "--log-dir"),
-]
-
-
-@pytest.mark.parametrize(("options", "where"), UNFIT, ids=lambda value: str(value)[:30])
-def test_options_of_language_models_are_refused_by_name(
-    options: dict[str, Any], where: str, exits: Path, data: tuple[Path, Path], tmp_path: Path
-) -> None:
-    message = f"{where}: cannot be used to train the exits of a classifier"
-    with pytest.raises(OptionError, match=message):
-        tune(exits, tmp_path / "out", data=data[0], **options)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"exit_objective": "ponder"}, OptionError, "no classifier of confidence, which it trains"),
-        ({"exit_objective": "act"}, OptionError, "--exit-objective: is unknown"),
-        ({"halting_prior": 0.5}, OptionError, "does nothing without --exit-objective ponder"),
-        (
-            {"exit_objective": "ponder", "halting_cost": 0.5},
-            OptionError,
-            "--halting-cost: does nothing without --exit-objective geometric",
-        ),
-        ({"objective_factor": -1.0}, OptionError, "--objective-factor: is out of range"),
-        ({"train": "router"}, OptionError, "--train router: matches no parameter"),
-        ({"train": r"confidence"}, OptionError, "--train confidence: matches no parameter"),
-        ({"lr_of": "router=1e-3"}, OptionError, "matches nothing that is trained"),
-        ({"label_field": "kind"}, DataError, "there is no field 'kind'"),
-        ({"text_field": "kind"}, DataError, "there is no field 'kind'"),
-        ({"lr": 1e30}, TrainingError, "is nan|is inf"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_what_cannot_be_is_said(
-    options: dict[str, Any],
-    error: type[AdaconvertError],
-    message: str,
-    exits: Path,
-    data: tuple[Path, Path],
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(error, match=message):
-        tune(exits, tmp_path / "out", data=data[0], **options)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_data_that_cannot_be_used(exits: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(OptionError, match="shares of the data are for language models"):
-        tune(exits, out, data=f"{data[0]},2")
-    strange = written(tmp_path / "strange.jsonl", [{"text": "a", "label": 2}])
-    with pytest.raises(DataError, match="is no label of the model; expected 0 to 1"):
-        tune(exits, out, data=strange)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no labelled text"):
-        tune(exits, out, data=tmp_path / "empty.jsonl")
-    assert not out.exists()
-
-
-def test_other_models(data: tuple[Path, Path], tmp_path: Path, text: Path) -> None:
-    bert = tiny_models.make(
-        *("bert", tmp_path / "bert"), architecture="BertForSequenceClassification", num_labels=2
-    )
-    with pytest.raises(SourceError, match=r"no causal language model.*`adaconvert early-exit` has"):
-        tune(bert, tmp_path / "out", data=data[0], train="all")
-    llama = tiny_models.make("llama", tmp_path / "llama", layers=3, max_shard_size="1GB")
-    made = by_hand(llama, tmp_path / "exits", (1, 2), "norm")
-    asked: list[tuple[str, object]] = [("exit_objective", "weighted"), ("label_field", "label")]
-    for name, value in asked:
-        flag = f"--{name.replace('_', '-')}"
-        with pytest.raises(OptionError, match=f"{flag}: is for classifiers with exits"):
-            tune(made, tmp_path / "out", data=text, **{name: value})
-
-
-def test_destinations_are_all_or_nothing(
-    exits: Path, data: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    tune(exits, out, data=data[0], steps=1)
-    with pytest.raises(OutputConflictError, match="exists"):
-        tune(exits, out, data=data[0], steps=1)
-    with pytest.raises(OutputConflictError, match="--resume: training of a classifier's exits"):
-        tune(exits, out, data=data[0], steps=1, resume=True)
-    before = hashlib.sha256((out / "model.safetensors").read_bytes()).digest()
-    tune(exits, out, data=data[0], steps=2, overwrite=True)
-    assert hashlib.sha256((out / "model.safetensors").read_bytes()).digest() != before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_interrupted_it_leaves_nothing(
-    exits: Path, data: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def interrupt(line: str) -> None:
-        if line.startswith("step 10/"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(InterruptedRunError, match="interrupted"):
-        tune(exits, tmp_path / "out", data=data[0], report=interrupt)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_user_runs_it(

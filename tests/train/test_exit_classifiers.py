@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaconvert.errors import OptionError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.exits_by_hand import by_hand
+from adaconvert.testing.labelled import with_confidence
 from adaconvert.train.exit_classifiers import (
     Objective,
     classifier_loss,
@@ -57,16 +56,7 @@ def classifier(family: str, folder: Path, *, confidence: bool) -> Any:
         *(family, folder / "dense"), layers=3, max_shard_size="1GB", architecture=name, **quiet
     )
     source = by_hand(dense, folder / "exits", [1, 2], "norm")
-    if confidence:
-        config = json.loads((source / "config.json").read_text())
-        tensors = load_file(source / "model.safetensors")
-        for head in config["adaptive"]["model"]["exits"]["heads"]:
-            head["confidence"] = True
-            name = f"exits.{head['at']}.confidence"
-            tensors |= {f"{name}.weight": torch.zeros(1, 32), f"{name}.bias": torch.zeros(1)}
-        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        (source / "config.json").write_text(json.dumps(config))
-    return load_model(source)
+    return load_model(with_confidence(source) if confidence else source)
 
 
 def batch_of(family: str) -> dict[str, Tensor]:

@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.io import manifest
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
 from adaconvert.testing.exits_by_hand import by_hand
+from adaconvert.testing.labelled import with_confidence
+from adaconvert.testing.stored import moved, tensors_of
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
 SKIP: dict[str, Any] = {"early_exit_loss": 0.5, "layer_dropout": 0.3}
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("deep") / "dense"
-    return tiny_models.make("llama-tied", folder, layers=4, max_shard_size="1GB")
 
 
 @pytest.fixture
@@ -34,37 +29,9 @@ def exits(deep: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(kind: str = "mlp", *, confidence: bool = False, **more: Any) -> Path:
         source = by_hand(deep, tmp_path / kind, [1, 3], kind, **more)
-        if confidence:
-            _trust(source)
-        return source
+        return with_confidence(source) if confidence else source
 
     return make
-
-
-def _trust(folder: Path) -> None:
-    """Give every exit a classifier that knows nothing."""
-    from safetensors.torch import save_file
-
-    config = json.loads((folder / "config.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
-    for head in config["adaptive"]["model"]["exits"]["heads"]:
-        head["confidence"] = True
-        name = f"exits.{head['at']}.confidence"
-        tensors |= {f"{name}.weight": torch.zeros(1, 32), f"{name}.bias": torch.zeros(1)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    """Return every stored tensor by name."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
-
-
-def moved(before: Path, after: Path) -> set[str]:
-    """Return the tensors that are not the same bytes."""
-    a, b = tensors_of(before), tensors_of(after)
-    assert set(a) == set(b)
-    return {name for name in a if not torch.equal(a[name], b[name])}
 
 
 @pytest.mark.parametrize("kind", ["affine", "norm", "mlp", "layer", "full"])

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from adaconvert.errors import InterruptedRunError, OptionError, OutputConflictError, ResourceError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train import checkpoints, trackers, work
 from adaconvert.train.result import FinetuneResult
 from adaconvert.train.session import Session
@@ -36,10 +36,6 @@ KILLED: dict[str, Any] = {
 #: where a run is killed: after a batch (three a step, two steps a checkpoint), half-way through the
 #: weights of a checkpoint, or when all but its mark is there -> logged steps that are left.
 MOMENTS = {"batch-2": 6, "batch-10": 4, "batch-14": 2, "weights-2": 4, "mark-2": 4, "mark-3": 2}
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 def work_of(tmp_path: Path, name: str = "out") -> Path:

@@ -10,21 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import DataError, OptionError, OutputConflictError, SourceError
 from adaconvert.io import manifest
 from adaconvert.methods.sources import open_source
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    """Return every stored tensor by name."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 def losses(result: FinetuneResult) -> list[float]:

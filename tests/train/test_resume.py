@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import InterruptedRunError, OutputConflictError
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
 STAGE_ONE: dict[str, Any] = {"activation": "relu", "sparsity": 0.01, "steps": 12, "save_every": 4}
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    """Return every stored tensor by name."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 class Stopper:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.methods.sources import open_source
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train import routing_setup
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.parts import choose
@@ -24,10 +24,6 @@ BIAS: dict[str, Any] = {
     **{"balance_kind": "bias", "balance_rate": 0.1, "steps": 6, "seq_len": 16},
     **{"save_every": 2, "log_every": 1},
 }
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 # a parameter in the one, a buffer in the other

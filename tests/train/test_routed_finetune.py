@@ -16,6 +16,7 @@ from adaconvert.errors import InterruptedRunError, OptionError, SourceError, Tra
 from adaconvert.io import manifest
 from adaconvert.testing import tiny_models
 from adaconvert.testing.adaptive_by_hand import make_adaptive
+from adaconvert.testing.stored import tensors_of
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.result import FinetuneResult
 
@@ -32,11 +33,6 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def predicting(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("predicting") / "predicting"
     return make_adaptive(dense, folder, router="contribution", experts=8)
-
-
-def tensors_of(folder: Path) -> dict[str, Any]:
-    """Return every stored tensor by name."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
 
 
 def with_tensors(folder: Path, **changed: float) -> None:

@@ -11,6 +11,7 @@ Shapes: T tokens, J choices of a token, L blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,7 @@ class Budget:
         from adaconvert.layerwise.configs import load_config
         from adaconvert.modeling.loading import model_class
 
-        need = sum(_count(target.shape) for target in self.plan.targets) * 4
+        need = sum(math.prod(target.shape) for target in self.plan.targets) * 4
         free = int(available_memory() * _SHARE)
         if need > free:
             raise ResourceError(
@@ -326,10 +327,3 @@ def _tensor(target: TargetTensor, sources: list[Source], fitted: Fitted) -> Any:
         if piece.total == ref.nbytes and ref.shape == target.shape:
             return StoredTensor(source, ref, ReadCount())
     return PlannedTensor(target, sources, fitted)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -11,12 +11,14 @@ Letters: L depths, B loops, W' a shared matrix, n inputs and m outputs, r rank.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from adaconvert.arch import adaptive, recursion
 from adaconvert.arch.adapters import Linear, block_of
+from adaconvert.arch.base import TensorSpec
 from adaconvert.arch.recursion import Shared
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.names import escape
@@ -113,8 +115,7 @@ def _targets(
         mean = _mean(item, alike[_inside(one.linear)], origins[one.owner.layer])
         if one.owner == one.linear:
             yield target(tensor.name, ref.dtype, ref.shape, mean, tensor.layer)
-        for made, part in ((one.down, "down"), (one.up, "up")) if one.rank else ():
-            expr = _residual(item, one, mean, part, made.shape)
+        for made, expr in _residual(item, one, mean) if one.rank else ():
             yield target(made.name, ref.dtype, made.shape, expr, tensor.layer)
 
 
@@ -141,11 +142,16 @@ def _mean(item: Described, alike: Mapping[int, str], origins: Sequence[int]) -> 
     return Apply(fn="rounded", shape=refs[0].shape, args=(mean,), params=params)
 
 
-def _residual(item: Described, one: Shared, mean: Expr, part: str, shape: tuple[int, ...]) -> Expr:
-    """Return a factor of the best matrix of rank r between a depth's own matrix and W'."""
+def _residual(item: Described, one: Shared, mean: Expr) -> Iterator[tuple[TensorSpec, Expr]]:
+    """Yield the factors of the best matrix of rank r between a depth's own matrix and W'; one
+    decomposition makes both."""
     own = whole(item.source.tensors[one.linear.weight])
-    params = (("part", part), ("rank", one.rank), ("transposed", one.linear.transposed))
-    return Apply(fn="residual", shape=shape, args=(own, mean), params=params)
+    ups, downs = math.prod(one.up.shape), math.prod(one.down.shape)
+    params = (("rank", one.rank), ("transposed", one.linear.transposed))
+    both = Apply(fn="residual", shape=(ups + downs,), args=(own, mean), params=params)
+    for made, first, size in ((one.down, ups, downs), (one.up, 0, ups)):
+        where = (("first", first), ("size", size))
+        yield made, Apply(fn="part", shape=made.shape, args=(both,), params=where)
 
 
 def _drops(options: DepthOptions, item: Described, shared: Sequence[Shared]) -> Iterator[Drop]:
@@ -190,7 +196,7 @@ def _notes(options: DepthOptions, item: Described, made: Mapping[str, Any]) -> t
     """Return how many numbers the result has, and what comes next."""
     groups = recursion.shared_depths(made["base"])
     stored = [t for t in item.spec.tensors if t.name in item.source.tensors]
-    before = sum(_size(tensor.shape) for tensor in stored)
+    before = sum(math.prod(tensor.shape) for tensor in stored)
     saved = recursion.saved_parameters(item.spec, made)
     added = recursion.residual_parameters(item.spec, made)
     after = before - saved + added
@@ -205,10 +211,3 @@ def _notes(options: DepthOptions, item: Described, made: Mapping[str, Any]) -> t
             "matrices and residuals what was lost"
         )
     return tuple(told)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

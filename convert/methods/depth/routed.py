@@ -6,20 +6,20 @@ add nothing. Letters: L blocks.
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from adaconvert.arch import adaptive, routed_layers
+from adaconvert.arch import routed_layers
 from adaconvert.arch.recursion import recursion_of
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.names import escape
+from adaconvert.methods.beside import config_beside
 from adaconvert.methods.depth.config import MOD, DepthOptions
 from adaconvert.methods.moefy.plan import dropped, target, whole
 from adaconvert.methods.sources import Described
 from adaconvert.planning.accounting import check_plan
-from adaconvert.planning.estimate import reference
 from adaconvert.planning.ops import Apply, Exactness, Expr, Init, Plan, TargetTensor
 from adaconvert.planning.seeds import seed_for
 
@@ -48,7 +48,7 @@ def routed_plan(options: DepthOptions, item: Described) -> Plan:
         sources=(item.source.fingerprint,),
         targets=tuple(_targets(slots, item, options.seed)),
         drops=dropped(item),
-        config=_config(slots, item),
+        config=config_beside(item, {path: {"layer": dict(s)} for path, s in slots.items()}),
         exactness=_exactness(gone, item.spec.layers),
         notes=_notes(options, item, slots),
     )
@@ -160,29 +160,13 @@ def _expr(name: str, shape: tuple[int, ...], seed: int) -> Expr:
     return Init(kind="constant", shape=shape, params=(("value", value),))
 
 
-def _config(slots: Mapping[str, Mapping[str, Any]], item: Described) -> dict[str, object]:
-    """Return config.json; an adaptive one keeps its sites and exits, and loses a table that would
-    be stale."""
-    spec = item.spec
-    sites: dict[str, Any] = {path: {"layer": dict(slot)} for path, slot in slots.items()}
-    if spec.adaptive is None:
-        return adaptive.config_with(spec, sites, reference(spec, frozenset()))
-    found: dict[str, Any] = copy.deepcopy(dict(item.source.config))
-    found["auto_map"] = adaptive.auto_map(spec)
-    known = found["adaptive"]
-    known["calibration"] = None
-    for path, slot in sites.items():
-        known["sites"].setdefault(path, {}).update(slot)
-    return found
-
-
 def _notes(
     options: DepthOptions, item: Described, slots: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, ...]:
     """Return what the user should know: which blocks, what they cost, what comes next."""
     indices = [slot["index"] for slot in slots.values()]
     shapes = [shape for s in slots.values() for shape in routed_layers.shapes_of(s).values()]
-    count = sum(_size(shape) for shape in shapes)
+    count = sum(math.prod(shape) for shape in shapes)
     gone = options.named(item.spec.layers) or ()
     told = [
         f"tokens may skip {len(indices)} of {item.spec.layers} blocks "
@@ -196,10 +180,3 @@ def _notes(
             "--kv skip spares these too"
         )
     return tuple(told)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

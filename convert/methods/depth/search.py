@@ -16,13 +16,10 @@ from adaconvert.errors import OptionError
 from adaconvert.methods.d2dmoe.fit import device_of
 from adaconvert.methods.depth.choose import check_stock, count_of, evenly
 from adaconvert.methods.depth.config import DepthOptions
-from adaconvert.methods.depth.skipping import Measure, Skipping, rows_of
+from adaconvert.methods.depth.skipping import Measure, Skipping
 from adaconvert.methods.sources import Described
-from adaconvert.planning.evolution import Best, Levels, Stage, Vector, evolve, greedy
+from adaconvert.planning.evolution import Best, Levels, Vector, evolve, greedy, stages_of
 from adaconvert.progress import bar
-
-#: shares of the text on which offspring are selected; a quarter of them survives each round.
-_SHARES = (1 / 16, 1 / 4, 1.0)
 
 
 def decide(options: DepthOptions, item: Described, progress: bool) -> Mapping[str, object]:
@@ -102,17 +99,10 @@ def search(
             fitness,
             generations=options.generations,
             offspring=options.offspring,
-            stages=_stages(options.offspring, rows),
+            stages=stages_of(options.offspring, rows),
             seed=options.seed,
             step=shown.update,
         )
-
-
-def _stages(offspring: int, rows: int) -> list[Stage]:
-    """Return the rounds of selection; a text too short for all of them has fewer."""
-    amounts = sorted(set(rows_of(_SHARES, rows)))
-    left = [max(1, offspring // 4**number) for number in range(1, len(amounts))]
-    return [Stage(amount=a, survivors=s) for a, s in zip(amounts, [*left, 1], strict=True)]
 
 
 def _blocks(vector: Vector) -> tuple[int, ...]:

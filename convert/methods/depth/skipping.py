@@ -8,7 +8,7 @@ Shapes: N sequences, L positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -176,11 +176,6 @@ def _fed(model: Any, state: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def rows_of(amounts: Sequence[float], rows: int) -> list[int]:
-    """Return shares of the text as whole sequences, one at least."""
-    return [max(1, round(share * rows)) for share in amounts]
 
 
 #: a function from blocks and sequences to what skipping costs.

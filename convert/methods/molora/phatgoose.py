@@ -10,7 +10,6 @@ Shapes: n inputs of a linear, E adapters.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,16 @@ from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch.adapters import linears, shapes_of, sites_of
-from adaconvert.arch.adaptive import config_with
 from adaconvert.data.text import Documents
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.io.available import available_memory
 from adaconvert.io.names import escape
 from adaconvert.layerwise.work import WorkFolder
+from adaconvert.methods.beside import config_beside
 from adaconvert.methods.d2dmoe.fit import device_of
 from adaconvert.methods.molora.compose import Composed
 from adaconvert.methods.molora.gate_training import GateSettings, Kept, Training
 from adaconvert.methods.sources import Described
-from adaconvert.planning.estimate import reference
 from adaconvert.progress import bar
 from adaconvert.units import human_bytes
 
@@ -183,7 +181,7 @@ def _model(composed: Composed, item: Described) -> Any:
 
     _check_memory(item)
     sites = _sites(composed, item)
-    config = _config(item, sites)
+    config = config_beside(item, sites)
     tensors: dict[str, object] = dict(stored_tensors(item.source, ReadCount()))
     tensors |= _zeros(item, sites)
     loaded = load_config(replace(item.source, config=config))
@@ -223,16 +221,6 @@ def _sites(composed: Composed, item: Described) -> dict[str, dict[str, Any]]:
         "select": {"rule": "sigmoid"},
     }
     return sites_of(one, composed.sizes, hidden=item.spec.hidden)
-
-
-def _config(item: Described, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, object]:
-    """Return the config.json of the model with one adapter a linear."""
-    if item.spec.adaptive is None:
-        return config_with(item.spec, sites, reference(item.spec, frozenset()))
-    found: dict[str, Any] = copy.deepcopy(dict(item.source.config))
-    for path, slots in sites.items():
-        found["adaptive"]["sites"].setdefault(path, {}).update(slots)
-    return found
 
 
 def _zeros(item: Described, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaconvert.arch import adaptive
 from adaconvert.arch.adapters import LORA
+from adaconvert.methods.beside import config_beside
 from adaconvert.methods.moefy.plan import dropped, target, whole
 from adaconvert.methods.molora.parts import Adapters, Placed
 from adaconvert.methods.sources import Described
-from adaconvert.planning.estimate import reference
 from adaconvert.planning.ops import Plan, TargetTensor
 
 
@@ -64,19 +63,7 @@ def own_targets(one: Placed) -> Iterator[TargetTensor]:
 
 
 def _config(adapters: Adapters, item: Described) -> dict[str, object]:
-    """Return config.json; an adaptive one keeps its sites, and loses a table that would be
-    stale."""
-    spec = item.spec
-    sites: dict[str, Any] = {one.linear.path: {"linear": one.slot} for one in adapters.placed}
-    if spec.adaptive is None:
-        return adaptive.config_with(spec, sites, reference(spec, frozenset()))
-    found: dict[str, Any] = copy.deepcopy(dict(item.source.config))
-    found["auto_map"] = adaptive.auto_map(spec)
-    known = found["adaptive"]
-    known["calibration"] = None
-    for path, slots in sites.items():
-        known["sites"].setdefault(path, {}).update(slots)
-    return found
+    return config_beside(item, {one.linear.path: {"linear": one.slot} for one in adapters.placed})
 
 
 def dtypes_with(adapters: Adapters, item: Described) -> dict[str, str]:
@@ -91,14 +78,8 @@ def config_with(adapters: Adapters, item: Described) -> dict[str, object]:
 
 def parameters(adapters: Adapters) -> int:
     """Return how many numbers adapters and routers hold."""
-    return sum(_count(value.expr.shape) for one in adapters.placed for value in one.values.values())
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    values = (value for one in adapters.placed for value in one.values.values())
+    return sum(math.prod(value.expr.shape) for value in values)
 
 
 def uniform_rank(slot: Mapping[str, Any]) -> int:

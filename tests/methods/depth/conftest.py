@@ -29,11 +29,11 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return source
 
 
-def opened(folder: Path) -> Any:
-    """Return a checkpoint as stock transformers loads it, in float32."""
+def opened(folder: Path, dtype: str = "float32", **options: Any) -> Any:
+    """Return a checkpoint as stock transformers loads it."""
     config = transformers.AutoConfig.from_pretrained(folder)
     made = getattr(transformers, config.architectures[0])
-    return made.from_pretrained(folder, dtype=torch.float32).eval()
+    return made.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

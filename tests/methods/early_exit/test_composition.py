@@ -29,9 +29,9 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-def exit_at(folder: Path, place: int) -> torch.Tensor:
+def exit_at(folder: Path, place: int, dtype: str = "auto") -> torch.Tensor:
     """Return what an exit of a checkpoint gives."""
-    model: Any = load_model(folder)
+    model: Any = load_model(folder, dtype=dtype)
     with torch.no_grad():
         state = model.exit_states([place], input_ids=IDS)[place]
         found: torch.Tensor = model.exit_logits(place, state)
@@ -65,7 +65,9 @@ def test_a_copy_of_a_split_network_is_the_network(tmp_path: Path) -> None:
     api.convert(source, destination=split, method="moefy", num_experts=4, top_k=4)
     whole = with_exits(source, tmp_path / "whole", head="mlp")
     out = with_exits(split, tmp_path / "out", head="mlp")
-    torch.testing.assert_close(exit_at(out, 1), exit_at(whole, 1), rtol=0, atol=2e-6)
+    found, expected = (exit_at(folder, 1, "float64") for folder in (out, whole))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("head", ["norm", "affine"])
