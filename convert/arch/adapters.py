@@ -282,24 +282,32 @@ def adapted(
 
 def _checked(linear: Linear, slot: dict[str, Any], paths: set[str]) -> dict[str, Any]:
     try:
-        adapters, router = slot["adapters"], slot["router"]
-        sizes = adapters["input"], adapters["output"]
-        shapes = shapes_of(linear.path, slot)
-        numbers = [size for shape in shapes.values() for size in shape]
-        assert sizes == linear.sizes
-        assert adapters["kind"] in (LORA, IA3)
-        assert router["kind"] in ("none", "linear")
-        assert all(type(size) is int and 0 < size < 2**31 for size in numbers)
-        assert router.get("of") is None or router["of"] in paths
-        assert isinstance(slot["select"]["rule"], str)
-    except (AssertionError, KeyError, TypeError, AttributeError):
+        usable = _is_usable(linear, slot, paths)
+    except (KeyError, TypeError, AttributeError):
+        usable = False
+    if not usable:
         raise SourceError(
             f"adaptive.sites[{escape(linear.path, 80)}].linear is not usable",
             where=WHERE,
             expected=f"adapters of {linear.inputs} inputs and {linear.outputs} outputs, router and "
             "select",
-        ) from None
+        )
     return slot
+
+
+def _is_usable(linear: Linear, slot: dict[str, Any], paths: set[str]) -> bool:
+    """Return whether a slot says all that it must; raises what its types do otherwise."""
+    adapters, router = slot["adapters"], slot["router"]
+    shapes = shapes_of(linear.path, slot)
+    numbers = [size for shape in shapes.values() for size in shape]
+    return (
+        (adapters["input"], adapters["output"]) == linear.sizes
+        and adapters["kind"] in (LORA, IA3)
+        and router["kind"] in ("none", "linear")
+        and all(type(size) is int and 0 < size < 2**31 for size in numbers)
+        and (router.get("of") is None or router["of"] in paths)
+        and isinstance(slot["select"]["rule"], str)
+    )
 
 
 def adapter_tensors(spec: ModelSpec, adaptive: Mapping[str, object]) -> Iterator[TensorSpec]:

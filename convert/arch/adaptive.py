@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adaconvert.arch import null_experts, registry
 from adaconvert.arch.adapters import adapter_tensors
@@ -306,10 +307,9 @@ def _dense(spec: ModelSpec) -> list[int]:
     return sorted({t.layer for t in spec.tensors if t.role in _UP and t.layer is not None})
 
 
-def _partition(spec: ModelSpec, path: str, slot: object) -> Partition:
+def _partition(spec: ModelSpec, path: str, slot: Any) -> Partition:
     where = f"sites[{escape(path, 80)}].ffn"
     try:
-        assert isinstance(slot, dict)
         found = Partition(
             split=str(slot["partition"]["split"]),
             permuted=slot["partition"].get("permuted", True) is True,
@@ -322,7 +322,7 @@ def _partition(spec: ModelSpec, path: str, slot: object) -> Partition:
         )
         kind, width = found.router["kind"], found.router.get("width", 1)
         _whole(width)
-    except (AssertionError, KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise _unusable(where, "partition, experts, router and select") from None
     if found.shared + found.experts * found.width != spec.intermediate or found.experts < 1:
         raise _unusable(where, f"shared + experts.count * experts.width to be {spec.intermediate}")

@@ -97,22 +97,31 @@ def exits_of(adaptive: Mapping[str, object] | None) -> dict[str, Any] | None:
     if found is None:
         return None
     try:
-        places = [head["at"] for head in found["heads"]]
-        assert all(type(at) is int and 0 < at < 2**31 for at in places)
-        assert places == sorted(set(places))
-        assert all(set(head["own"]) <= set(found["tail"]) for head in found["heads"])
-        draft = found["draft"]
-        assert draft is None or draft["at"] in places
-        assert draft is None or draft["vocab"] is None or type(draft["vocab"]) is int
-        assert len(found["decide"]["thresholds"]) == len(places)
-    except (AssertionError, KeyError, TypeError):
+        usable = _is_usable(found)
+    except (KeyError, TypeError):
+        usable = False
+    if not usable:
         raise SourceError(
             "adaptive.model.exits is not usable",
             where=WHERE,
             expected="blocks, tail, heads by `at`, decide, kv and draft",
-        ) from None
+        )
     exits: dict[str, Any] = found
     return exits
+
+
+def _is_usable(found: Any) -> bool:
+    """Return whether exits say all that they must; raises what their types do otherwise."""
+    heads, draft = found["heads"], found["draft"]
+    places = [head["at"] for head in heads]
+    return (
+        all(type(at) is int and 0 < at < 2**31 for at in places)
+        and places == sorted(set(places))
+        and all(set(head["own"]) <= set(found["tail"]) for head in heads)
+        and (draft is None or draft["at"] in places)
+        and (draft is None or draft["vocab"] is None or type(draft["vocab"]) is int)
+        and len(found["decide"]["thresholds"]) == len(places)
+    )
 
 
 def is_taken(exits: Mapping[str, Any]) -> bool:

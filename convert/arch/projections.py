@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from adaconvert.arch import registry
 from adaconvert.arch.base import ModelSpec, TensorSpec
@@ -192,9 +193,8 @@ def networks_of(
             yield site, _network(site, replaced[path])
 
 
-def _network(site: ProjectionSite, mlp: object) -> Network:
+def _network(site: ProjectionSite, mlp: Any) -> Network:
     try:
-        assert isinstance(mlp, dict)
         found = Network(
             role=str(mlp["role"]),
             hidden=_size(mlp["hidden"]),
@@ -209,16 +209,20 @@ def _network(site: ProjectionSite, mlp: object) -> Network:
             select=dict(mlp["select"]),
             quality=None if mlp.get("quality") is None else dict(mlp["quality"]),
         )
-        assert found.router["kind"] in {"contribution", "none", "gate", "oracle"}
-        assert (found.hidden, found.output) == (site.inputs, site.outputs)
-        assert mlp["intermediate"] == found.neurons
         _size(found.router.get("width", 1))
-    except (AssertionError, KeyError, TypeError, AttributeError, ValueError):
+        fits = (
+            found.router["kind"] in {"contribution", "none", "gate", "oracle"}
+            and (found.hidden, found.output) == (site.inputs, site.outputs)
+            and mlp["intermediate"] == found.neurons
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        fits = False
+    if not fits:
         raise SourceError(
             f"adaptive.sites[{escape(site.path, 80)}].linear.mlp is not usable",
             where=WHERE,
             expected=f"a network of {site.inputs} inputs and {site.outputs} outputs",
-        ) from None
+        )
     return found
 
 

@@ -165,25 +165,34 @@ def recursion_of(adaptive: Mapping[str, object] | None) -> dict[str, Any] | None
     if found is None:
         return None
     try:
-        base, rank = found["base"], found["rank"]
-        assert all(
-            type(first) is int and 0 <= first <= at and base[first] == first
-            for at, first in enumerate(base)
-        )
-        assert rank == FULL or (type(rank) is int and 0 <= rank < 2**31)
-        assert isinstance(found["blocks"], str)
-        assert isinstance(found["linears"], list)
-        assert len(set(found["linears"])) == len(found["linears"]) > 0
-        assert found["sharing"] in SHARINGS
-        assert found["start"] in STARTS
-    except (AssertionError, KeyError, TypeError, IndexError):
+        usable = _is_usable(found)
+    except (KeyError, TypeError, IndexError):
+        usable = False
+    if not usable:
         raise SourceError(
             "adaptive.model.recursion is not usable",
             where=WHERE,
             expected="blocks, base, rank, linears, sharing and start",
-        ) from None
+        )
     recursion: dict[str, Any] = found
     return recursion
+
+
+def _is_usable(found: Any) -> bool:
+    """Return whether a recursion says all that it must; raises what its types do otherwise."""
+    base, rank, names = found["base"], found["rank"], found["linears"]
+    return (
+        all(
+            type(first) is int and 0 <= first <= at and base[first] == first
+            for at, first in enumerate(base)
+        )
+        and (rank == FULL or (type(rank) is int and 0 <= rank < 2**31))
+        and isinstance(found["blocks"], str)
+        and isinstance(names, list)
+        and len(set(names)) == len(names) > 0
+        and found["sharing"] in SHARINGS
+        and found["start"] in STARTS
+    )
 
 
 def shared_linears(spec: ModelSpec, recursion: Mapping[str, Any]) -> Iterator[Shared]:

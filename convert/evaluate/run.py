@@ -138,9 +138,8 @@ def _both(loaded: Loaded, reference: Loaded | None) -> Iterator[Loaded]:
 
 
 def _shape_costs(loaded: Loaded, lengths: Mapping[int, int]) -> Compute | None:
-    """Return the costs of a stock checkpoint; an adaptive one has counted them itself."""
-    if hasattr(loaded.model, "account"):
-        return None
+    """Return the costs of a checkpoint by its shapes, for models that do not count what they do:
+    stock ones, and adaptive ones in which nothing is chosen."""
     return estimated(loaded.source, lengths, str(loaded.model.dtype))
 
 

@@ -1,13 +1,17 @@
-"""What a card tells of less depth: blocks that went, and blocks that tokens may skip."""
+"""What a card tells of less depth: blocks that went, blocks that tokens may skip, and blocks that
+share matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from adaconvert.arch import recursion
+from adaconvert.arch.projections import stock_spec
 from adaconvert.arch.routed_layers import routed_of, words
 from adaconvert.errors import AdaconvertError
-from adaconvert.export.card_text import fenced, is_number, plain
+from adaconvert.export.card_facts import known_costs
+from adaconvert.export.card_text import fenced, is_number, percent, plain
 
 if TYPE_CHECKING:
     from adaconvert.export.card_stages import Stage
@@ -24,6 +28,21 @@ def found(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return routed_of(adaptive if isinstance(adaptive, dict) else None)
     except AdaconvertError:
         return {}
+
+
+def beside(config: Mapping[str, Any]) -> list[str]:
+    """Return what an adaptive checkpoint's blocks are, in words."""
+    skipped = ["blocks that tokens may skip"] if found(config) else []
+    return [*skipped, *(["blocks that share matrices"] if _shared(config) else [])]
+
+
+def _shared(config: Mapping[str, Any]) -> str:
+    """Return which blocks of a config.json share matrices, in words; "" where none can be read."""
+    adaptive = config.get("adaptive")
+    try:
+        return recursion.words(adaptive if isinstance(adaptive, dict) else None)
+    except AdaconvertError:
+        return ""
 
 
 def became(options: Mapping[str, Any]) -> str:
@@ -46,7 +65,9 @@ def stage_sentence(stage: Stage) -> str:
 
 
 def section(told: Told) -> Iterator[str]:
-    """Yield how tokens skip blocks; nothing where there are none."""
+    """Yield which blocks share matrices, and how tokens skip blocks; nothing where there are none
+    of either."""
+    yield from _sharing(told)
     slots = found(told.config)
     if not slots:
         return
@@ -61,3 +82,26 @@ def section(told: Told) -> Iterator[str]:
     count = layers if is_number(layers) else len(slots)
     said = words(told.config["adaptive"], int(count))
     yield from ("", f"{said[:1].upper()}{said[1:]}.", "")
+
+
+def _sharing(told: Told) -> Iterator[str]:
+    """Yield which blocks share matrices, and how many numbers that leaves."""
+    said = _shared(told.config)
+    if not said:
+        return
+    yield from ("## Blocks that share matrices", "")
+    yield from (f"{said[:1].upper()}{said[1:]}.", "")
+    after = known_costs(told.facts.get("after"))
+    made = None if told.spec is None else recursion.recursion_of(told.spec.adaptive)
+    if after is None or told.spec is None or made is None:
+        return
+    stock, total = stock_spec(told.spec), after["total_params"]
+    residuals = recursion.residual_parameters(stock, made)
+    dense = total - residuals + recursion.saved_parameters(stock, made)
+    yield (
+        f"It has {total:,} parameters, each counted once, embeddings, norms, biases and "
+        f"{residuals:,} of residuals included. With matrices of their own for all blocks and no "
+        f"residuals there would be {dense:,}; this is {percent(total / dense)} of that. FLOPs do "
+        "not fall, and neither do keys and values, which every block has."
+    )
+    yield ""

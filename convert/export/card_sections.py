@@ -10,6 +10,7 @@ from adaconvert.arch.runtimes import verdicts
 from adaconvert.errors import AdaconvertError
 from adaconvert.export.card_adapters import adapted_words, knobs
 from adaconvert.export.card_calibration import default_line, is_note
+from adaconvert.export.card_depth import beside
 from adaconvert.export.card_exits import exit_words
 from adaconvert.export.card_facts import LICENSE_KEYS, known_costs, license_of
 from adaconvert.export.card_stages import roots, routers
@@ -74,7 +75,7 @@ def _beside(told: Told) -> str:
     """Return what an adaptive checkpoint in which nothing is split has besides its model."""
     adapters = adapted_words(told.config)
     found = [f"routed adapters: {adapters}"] if adapters else []
-    return "; and ".join([*found, *filter(None, [exit_words(told.config)])])
+    return "; and ".join([*found, *filter(None, [exit_words(told.config)]), *beside(told.config)])
 
 
 def class_line(told: Told) -> str:

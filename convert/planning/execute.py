@@ -17,7 +17,7 @@ from adaconvert.io.digest import DigestPool
 from adaconvert.io.source import Source
 from adaconvert.io.writer import ShardLayout, ShardRecord
 from adaconvert.planning.accounting import pieces_of
-from adaconvert.planning.evaluate import stored_parts
+from adaconvert.planning.evaluate import Kept, stored_parts
 from adaconvert.planning.ops import Bytes, Plan, TargetTensor
 from adaconvert.progress import bar
 
@@ -89,6 +89,7 @@ def execute(
     targets = {target.name: target for target in plan.targets}
     done = staging.completed_shards(layouts)
     left = [layout for layout in layouts if layout.file not in done]
+    kept = Kept()
     with (
         DigestPool(sources, allow_nonfinite=allow_nonfinite) as pool,
         FdCache() as files,
@@ -103,7 +104,7 @@ def execute(
                     target = targets[placed.name]
                     copied = copied_bytes(target)
                     if copied is None:
-                        for bits in stored_parts(target, sources, fitted):
+                        for bits in stored_parts(target, sources, fitted, kept):
                             shard.write(target.name, bits)
                     else:
                         # piece by piece: a descriptor is good until a few other files are used

@@ -222,31 +222,50 @@ def _rounded(args: list[Array], params: dict[str, Param], seed: int) -> Array:
     return to_float32(from_float32(args[0], dtype, "a mean"), dtype)
 
 
+def _part(args: list[Array], params: dict[str, Param], seed: int) -> Array:
+    """Return `size` numbers of an array that holds several tensors, from number `first` on."""
+    first = int(params["first"])
+    return args[0].reshape(-1)[first : first + int(params["size"])]
+
+
 def _residual(args: list[Array], params: dict[str, Param], seed: int) -> Array:
-    """Return a factor of the best matrix of rank r to R = W - W': up [O, r] or down [r, C].
+    """Return the factors of the best matrix of rank r to R = W - W', one behind the other: up
+    [O, r] and down [r, C].
 
     R's leading singular vectors on its smaller side are orthonormal columns of up (up down = U U^T
-    R) or rows of down (R V V^T); the other factor has the singular values. Of full rank the product
-    is R however exact they are. Source: 2410.20672, equation 3.
+    R) or rows of down (R V V^T); the other factor has the singular values. Of full rank they are
+    those of the identity, which no dtype rounds, and the other factor is R. Source: 2410.20672,
+    equation 3.
 
     Args: W and W', [O, C].
-    Params: `part`, "up" or "down"; `rank`; `transposed`: they are [C, O].
+    Params: `rank`; `transposed`: they are [C, O].
     """
     import numpy
 
     apart = args[0].astype("float64") - args[1]
     apart = apart.T if params["transposed"] else apart
-    is_wide = apart.shape[0] <= apart.shape[1]
-    gram = apart @ apart.T if is_wide else apart.T @ apart
-    vectors = numpy.linalg.eigh(gram)[1][:, ::-1][:, : int(params["rank"])]
+    rows, rank = apart.shape[0], int(params["rank"])
+    is_wide, is_full = rows <= apart.shape[1], rank == min(apart.shape)
+    vectors = numpy.eye(rank) if is_full else _leading(apart, rank)
+    found = numpy.empty(rank * sum(apart.shape), dtype=numpy.float32)
+    up, down = found[: rank * rows].reshape(rows, rank), found[rank * rows :].reshape(rank, -1)
+    if is_wide:
+        up[:], down[:] = vectors, apart if is_full else vectors.T @ apart
+    else:
+        up[:], down[:] = apart if is_full else apart @ vectors, vectors.T
+    return found
+
+
+def _leading(matrix: Array, count: int) -> Array:
+    """Return the leading singular vectors of a matrix on its smaller side, [side, count]."""
+    import numpy
+
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    vectors: Array = numpy.linalg.eigh(gram)[1][:, ::-1][:, :count]
     # the sign of a vector is anybody's choice
     largest = numpy.abs(vectors).argmax(axis=0)
-    vectors = vectors * numpy.where(vectors[largest, range(vectors.shape[1])] < 0, -1.0, 1.0)
-    if params["part"] == "up":
-        found = vectors if is_wide else apart @ vectors
-    else:
-        found = vectors.T @ apart if is_wide else vectors.T
-    return found.astype("float32")
+    signs = numpy.where(vectors[largest, range(count)] < 0, -1.0, 1.0)
+    return vectors * signs
 
 
 Function = Callable[["list[Array]", dict[str, Param], int], "Array"]
@@ -262,6 +281,7 @@ FUNCTIONS: dict[str, Function] = {
     "mean": _mean,
     "noise": _noise,
     "normal": _normal,
+    "part": _part,
     "plus_one": _plus_one,
     "residual": _residual,
     "rounded": _rounded,
@@ -269,3 +289,5 @@ FUNCTIONS: dict[str, Function] = {
     "scale": _scale,
     "side_by_side": _side_by_side,
 }
+#: of these, what makes several tensors at once and is not made again for the next of them.
+SEVERAL = frozenset({"residual"})

@@ -34,6 +34,7 @@ def _defaults(command: click.Command) -> dict[str, Any]:
 
 def test_depth_hands_over_every_option(api: Any, run: Run) -> None:
     given = {
+        "kind": "recursive",
         "keep": 24,
         "compute": 0.5,
         "drop": "1,2",
@@ -41,6 +42,18 @@ def test_depth_hands_over_every_option(api: Any, run: Run) -> None:
         "fitness": "loss",
         "generations": 3,
         "offspring": 4,
+        "layers": "3,5",
+        "every": 2,
+        "kv": "skip",
+        "adapter_width": 8,
+        "router_width": 16,
+        "capacity": 0.25,
+        "predictor": "router",
+        "gate": 0.5,
+        "loops": 3,
+        "sharing": "middle-sequence",
+        "start": "stepwise",
+        "rank": "full",
         "seed": 5,
         "device": "cpu",
         "data": "a.txt",
@@ -56,6 +69,7 @@ def test_depth_hands_over_every_option(api: Any, run: Run) -> None:
     assert (name, sources) == ("convert", ("SRC",))
     assert settings["method"] == "depth"
     assert {name: settings[name] for name in given} == given
+    assert set(given) == {field.name for field in fields(DepthOptions)} - {"found"}
 
 
 @pytest.mark.parametrize("command", [depth, plan_depth])
@@ -88,6 +102,42 @@ def test_from_the_command_line_to_a_checkpoint(run: Run, tmp_path: Path) -> None
     assert json.loads(out)["plan"]["options"]["blocks"] == [0, 3]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
+
+
+def test_blocks_share_matrices_from_the_command_line(run: Run, tmp_path: Path) -> None:
+    source, out = make("llama", tmp_path / "src", layers=4), tmp_path / "out"
+    asked = ("--kind", "recursive", "--loops", "2", "--rank", "4", "--sharing", "sequence")
+    code, planned, _ = run("plan", "depth", str(source), *asked)
+    assert code == 0
+    assert "2 groups of 2 blocks share their matrices" in planned
+    code, said, _ = run("depth", str(source), str(out), *asked, "--start", "upper", "--json")
+    assert code == 0
+    options = json.loads(said)["plan"]["options"]
+    assert {name: options[name] for name in ("loops", "rank", "sharing", "start")} == {
+        "loops": 2,
+        "rank": "4",
+        "sharing": "sequence",
+        "start": "upper",
+    }
+    recursion = json.loads((out / "config.json").read_text())["adaptive"]["model"]["recursion"]
+    assert recursion["base"] == [0, 0, 2, 2]
+    assert recursion["rank"] == 4
+    code, said, _ = run("verify", str(source), str(out))
+    assert code == 0
+    assert "needs-training (measured)" in said
+    code, said, _ = run("inspect", str(out))
+    assert code == 0
+    assert "blocks share matrices (0 and 1; 2 and 3), with residuals of rank 4" in said
+
+
+def test_loops_that_do_not_divide_are_refused(run: Run, tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "src", layers=4)
+    asked = ("--kind", "recursive", "--loops", "3")
+    code, _, err = run("depth", str(source), str(tmp_path / "out"), *asked)
+    assert code == 2
+    assert "--loops" in err
+    assert "2 or 4" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_said(run: Run, tmp_path: Path) -> None:
