@@ -10,6 +10,7 @@ tokens, and trained by `adaconvert finetune` at every --lr on the same tokens in
     drop-searched   whole blocks gone, those a greedy search on --search-tokens found
     skip            tokens may skip blocks
     skip-from-drop  the same, from searched blocks that nobody runs and that save four fifths
+    skip-searched   searched blocks that nobody runs, adapters in their place, and no routing
     mod             mixture-of-depths
     dense           DENSE itself tuned
 
@@ -29,7 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench.depth_models import CASES, DENSE, EVEN, SEARCHED, blocks_for, made, searched, tuned
+from bench.depth_models import (
+    CASES,
+    DENSE,
+    EVEN,
+    REPLACED,
+    SEARCHED,
+    blocks_for,
+    made,
+    replaced_for,
+    searched,
+    share_with,
+    tuned,
+)
 from bench.depth_rows import FIELDS, rows, table
 from bench.results import keep, run_of
 
@@ -39,6 +52,8 @@ from adaconvert.methods.sources import open_source
 
 RESULTS = Path(__file__).resolve().parent / "bench" / "depth.csv"
 FROZEN = "-frozen"
+#: how much lower than the levels the search goes.
+SPARE = 0.93
 
 
 @click.command(help=__doc__.split("\n\n", maxsplit=1)[0])
@@ -53,7 +68,7 @@ FROZEN = "-frozen"
 @click.option("--lr", "lrs", multiple=True, type=float, default=(1e-4,), show_default=True)
 @click.option("--frozen-lr", default=1e-3, show_default=True, help="where the rest is frozen")
 @click.option("--router-lr", default=3e-4, show_default=True)
-@click.option("--adapter-lr", default=1e-3, show_default=True)
+@click.option("--adapter-lr", type=float, help="[default: --lr]")
 @click.option("--search-tokens", default=1024, show_default=True)
 @click.option("--seq-len", default=256, show_default=True)
 @click.option("--batch-size", default=2, show_default=True)
@@ -92,7 +107,8 @@ def _runs(
         "data_tokens": options["search_tokens"],
         "data_length": 512,
     }
-    order = searched(dense, work, min(levels), text)
+    # adapters cost something, so that more blocks go where they are
+    order = searched(dense, work, min(levels) * SPARE, text)
     spec = open_source(str(dense)).spec
     for level in levels:
         gone = {
@@ -100,6 +116,7 @@ def _runs(
                 map(str, evenly(spec.layers, count_of(DepthOptions(compute=level), spec)))
             ),
             SEARCHED: blocks_for(dense, level, order),
+            REPLACED: replaced_for(dense, level, order),
         }
         for name in cases:
             case = name.removesuffix(FROZEN)
@@ -108,6 +125,7 @@ def _runs(
                 continue
             dropped = gone.get(case, "")
             left = share_without(spec, tuple(map(int, dropped.split(",")))) if dropped else 1.0
+            left = share_with(dense, dropped) if case == REPLACED else left
             start = made(case, dense, work / f"{case}_{level:g}", level, order)
             for lr in (options["frozen_lr"],) if frozen else options["lrs"]:
                 path = work / f"{name}_{level:g}_{lr:g}"

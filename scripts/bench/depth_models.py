@@ -7,20 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from adaconvert import api
-from adaconvert.methods.depth.choose import count_of
+from adaconvert.methods.depth.choose import count_of, share_without
 from adaconvert.methods.depth.config import DepthOptions
 from adaconvert.methods.depth.search import loaded
 from adaconvert.methods.sources import open_source
+from adaconvert.planning.estimate import reference
 from adaconvert.planning.evolution import Levels, greedy
 from adaconvert.progress import bar
 
 DENSE, EVEN, SEARCHED, SKIP, MOD = "dense", "drop-even", "drop-searched", "skip", "mod"
 #: skipping that starts from searched blocks that nobody runs.
 MIXED = "skip-from-drop"
+#: searched blocks that nobody runs, with adapters in their place; every token runs the others.
+REPLACED = "skip-searched"
 #: share of what is to be saved that blocks nobody runs save.
 DROPPED = 0.8
-CASES = (DENSE, EVEN, SEARCHED, SKIP, MIXED, MOD)
+CASES = (DENSE, EVEN, SEARCHED, SKIP, MIXED, REPLACED, MOD)
 
 
 def searched(dense: Path, work: Path, least: float, text: Mapping[str, Any]) -> list[int]:
@@ -70,6 +75,26 @@ def blocks_for(dense: Path, compute: float, order: list[int]) -> str:
     return ",".join(map(str, sorted(order[:count])))
 
 
+def replaced_for(dense: Path, compute: float, order: list[int]) -> str:
+    """Return the searched blocks that go where adapters take their place: the fewest whose FLOPs,
+    adapters included, are within a share of the dense model's."""
+    for count in range(1, len(order) + 1):
+        gone = ",".join(map(str, sorted(order[:count])))
+        if share_with(dense, gone) <= compute:
+            return gone
+    raise click.ClickException(f"{len(order)} searched blocks do not reach {compute}")
+
+
+def share_with(dense: Path, gone: str) -> float:
+    """Return FLOPs per token with adapters in the place of blocks, as a share of the dense
+    model's."""
+    spec = open_source(str(dense)).spec
+    blocks = tuple(map(int, gone.split(",")))
+    adapter = 4 * spec.hidden * DepthOptions(kind="skip").adapter_width
+    whole = reference(spec, frozenset())["flops_per_token"]
+    return share_without(spec, blocks) + len(blocks) * adapter / whole
+
+
 def made(case: str, dense: Path, folder: Path, compute: float, order: list[int]) -> Path:
     """Return the checkpoint a case is tuned from, made where it is missing.
 
@@ -90,6 +115,9 @@ def made(case: str, dense: Path, folder: Path, compute: float, order: list[int])
     elif case == MIXED:
         gone = blocks_for(dense, 1 - DROPPED * (1 - compute), order)
         options = {"kind": "skip", "drop": gone}
+    elif case == REPLACED:
+        gone = replaced_for(dense, compute, order)
+        options = {"kind": "skip", "drop": gone, "layers": gone}
     elif case == MOD:
         options = {"kind": "mod", "every": 1}
     if not folder.exists():
@@ -113,7 +141,7 @@ def tuned(
     routed = case in (SKIP, MIXED, MOD)
     more: dict[str, Any] = {"depth_compute": compute} if routed else {}
     adapters = options.get("adapter_lr")
-    if case in (SKIP, MIXED) and adapters is not None:
+    if case in (SKIP, MIXED, REPLACED) and adapters is not None:
         more["lr_of"] = [f"adapters={adapters:g}"]
     given = {key: value for key, value in options.items() if key != "adapter_lr"}
     if not folder.exists():
