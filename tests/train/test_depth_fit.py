@@ -108,7 +108,7 @@ def test_dropped_blocks_begin_with_a_lower_loss(
 
 
 def test_padding_is_no_token(dropping: Path, text: Path) -> None:
-    config = FinetuneConfig.of([str(text)], {"steps": 1, "train": ("all",), "seq_len": 21})
+    config = FinetuneConfig.of([str(text)], {"steps": 5, "train": ("all",), "seq_len": 21})
     ids = torch.arange(40 * 16).reshape(40, 16) % 90
     found = []
     for more in (0, 5):
