@@ -211,9 +211,9 @@ def depth_options() -> options.Decorator[Any]:
             "routed blocks",
             "--depth-ramp",
             type=float,
-            default=0.5,
             metavar="SHARE",
-            help="Share of the run over which skipping grows from what it is to that.",
+            help="Share of the run over which skipping grows from what it is to that. Default: 0 "
+            "where routers were fitted, else 0.5.",
         ),
         option(
             "routed blocks",
@@ -235,12 +235,13 @@ def depth_options() -> options.Decorator[Any]:
         ),
         option(
             "routed blocks",
-            "--adapter-fit",
+            "--depth-fit",
             type=int,
             default=8192,
             metavar="N",
-            help="Tokens of the run on which what skipped tokens run instead is fitted by least "
-            "squares before the first step, where it adds nothing yet; 0: not.",
+            help="Tokens of the run on which what skipped tokens run instead, and with "
+            "--depth-compute the routers, are fitted by least squares before the first step, where "
+            "they say nothing yet; 0: not.",
         ),
     )
 

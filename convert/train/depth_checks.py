@@ -7,7 +7,7 @@ from adaconvert.arch.routed_layers import routed_of
 from adaconvert.errors import OptionError
 from adaconvert.methods.sources import Described
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.depth_config import ADAPTER_FIT
+from adaconvert.train.depth_config import DEPTH_FIT
 from adaconvert.train.parts import DEPTH
 
 
@@ -22,7 +22,7 @@ def check_depth(item: Described, config: FinetuneConfig) -> None:
     asked = config.depth.asked
     if not chosen:
         if any(slot["adapter"] is not None for slot in slots.values()):
-            asked = [one for one in asked if one != ADAPTER_FIT]
+            asked = [one for one in asked if one != DEPTH_FIT]
         if asked:
             raise OptionError(
                 f"{item.source.label} has no blocks whose tokens are chosen",
@@ -35,8 +35,9 @@ def check_depth(item: Described, config: FinetuneConfig) -> None:
         raise OptionError("is for blocks of --kind mod, which look ahead", where="--predictor-loss")
     if "--adapter-loss" in asked and "skip" not in kinds:
         raise OptionError("is for blocks of --kind skip, which have them", where="--adapter-loss")
-    if ADAPTER_FIT in asked and not any(slot["adapter"] for slot in slots.values()):
-        raise OptionError("no block has something that skipped tokens run", where=ADAPTER_FIT)
+    fits = "skip" in kinds or any(slot["adapter"] for slot in slots.values())
+    if DEPTH_FIT in asked and not fits:
+        raise OptionError("is for blocks of --kind skip", where=DEPTH_FIT)
     if "--depth-ramp" in asked and config.depth.compute is None and "mod" not in kinds:
         raise OptionError("does nothing without --depth-compute", where="--depth-ramp")
     if not asked and not {"all", DEPTH} & set(config.train):

@@ -13,9 +13,9 @@ DEPTH_OPTIONS: Final = {
     "depth_ramp": "ramp",
     "predictor_loss": "predictor",
     "adapter_loss": "adapter",
-    "adapter_fit": "fit",
+    "depth_fit": "fit",
 }
-ADAPTER_FIT: Final = "--adapter-fit"
+DEPTH_FIT: Final = "--depth-fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,19 +26,20 @@ class Depthing:
         compute: FLOPs per token the model is to spend at the end, as a fraction of the dense
             model's, head included. None: mixture-of-depths goes to the capacity it was made with,
             and other blocks keep the thresholds they have.
-        ramp: share of the run over which skipping grows from what it is to that, in equal steps;
-            our choice.
+        ramp: share of the run over which skipping grows from what it is to that, in equal steps.
+            None: at once where routers were fitted, else half; our choice.
         predictor: of mixture-of-depths: factor of the loss by which the causal predictor learns
             what the sequence's best tokens were; it reaches nothing but the predictor, or the
             router where that decides itself, so it is no trade with the language model.
         adapter: of other blocks: factor of the loss by which what skipped tokens run instead learns
             what the block does, on all tokens, those that run it too. It reaches nothing else.
-        fit: tokens of the run on which what skipped tokens run instead is fitted in closed form
-            before the first step, where it adds nothing yet; 0 for not. Our choice.
+        fit: tokens of the run on which, before the first step, what skipped tokens run instead is
+            fitted in closed form where it adds nothing yet, and routers where a budget is held and
+            they tell no token from another yet; 0 for not. Our choice.
     """
 
     compute: float | None = None
-    ramp: float = 0.5
+    ramp: float | None = None
     predictor: float = 1.0
     adapter: float = 1.0
     fit: int = 8192
@@ -46,10 +47,11 @@ class Depthing:
     def __post_init__(self) -> None:
         if self.compute is not None:
             number("--depth-compute", self.compute, 0.0, 1.0, open_low=True)
-        number("--depth-ramp", self.ramp, 0.0, 1.0)
+        if self.ramp is not None:
+            number("--depth-ramp", self.ramp, 0.0, 1.0)
         number("--predictor-loss", self.predictor, 0.0)
         number("--adapter-loss", self.adapter, 0.0)
-        whole("adapter_fit", self.fit, 0)
+        whole("depth_fit", self.fit, 0)
 
     @property
     def asked(self) -> list[str]:

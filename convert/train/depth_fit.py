@@ -1,4 +1,4 @@
-"""What skipped tokens run instead, fitted in closed form before the first step.
+"""What skipped tokens run instead, and who skips, fitted in closed form before the first step.
 
 An adapter whose last matrix is zero adds nothing, and a short fine-tune is spent on the little that
 least squares find at once. So some sequences of the run pass through the model twice: as the
@@ -9,7 +9,8 @@ reduced-rank ridge regression of that (Izenman 1975) on the scaled hidden states
 the nonlinearity is felt little; the last is a ridge regression on what then comes out of it. How
 strong the ridge is, an eighth of the tokens decides, which no candidate has seen. For models whose
 pruned blocks become linear maps, ReplaceMe (2505.02819) does likewise; ranks, nonlinearity and the
-errors carried along are ours.
+errors carried along are ours. Behind each block its router is fitted where a budget decides later
+who skips, see `depth_ranks`.
 
 Shapes: N tokens, d hidden size, r width of an adapter.
 """
@@ -29,6 +30,7 @@ from torch.nn import functional
 from adaconvert.modeling.adaptive_depth_parts import DepthAdapter, unit_scale
 from adaconvert.progress import bar
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.depth_ranks import Ranked, fit_router
 
 #: strengths of the ridge that are tried, as parts of the mean square of a feature.
 RIDGES: Final = (1e-3, 1e-2, 1e-1)
@@ -50,25 +52,36 @@ class Fitted:
         tokens: real tokens it was fitted on.
         left: path -> squared distance to the dense hidden states that is left on tokens held out,
             as a share of what it is without an adapter.
+        ranked: path -> what is known of the tokens of a block whose router was fitted.
     """
 
     tokens: int
     left: dict[str, float]
+    ranked: dict[str, Ranked]
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         """Return what a log says of it."""
-        middle = statistics.median(self.left.values())
-        return (
-            f"adapters of {len(self.left)} blocks fitted on {self.tokens:,} tokens: "
-            f"{middle:.2f} of what skipping changes is left (median, on tokens held out)"
-        )
+        on = f"blocks fitted on {self.tokens:,} tokens"
+        found = []
+        if self.left:
+            middle = statistics.median(self.left.values())
+            found.append(
+                f"adapters of {len(self.left)} {on}: {middle:.2f} of what skipping changes is left "
+                f"(median, on tokens held out)"
+            )
+        if self.ranked:
+            middle = statistics.median(one.right for one in self.ranked.values())
+            found.append(
+                f"routers of {len(self.ranked)} {on}: correlation {middle:.2f} with what skipping "
+                f"changes (median, on tokens held out)"
+            )
+        return found
 
 
 def untouched(model: Any) -> dict[str, Any]:
     """Return the blocks whose adapters are trained and add nothing yet, by path."""
     found = {}
-    routed = model.adaptive_depth().items() if hasattr(model, "adaptive_depth") else ()
-    for path, block in sorted(routed, key=lambda one: one[1].adaptive_layer["index"]):
+    for path, block in _routed(model):
         adapter = block.depth.adapter
         if adapter is None or not all(p.requires_grad for p in adapter.parameters()):
             continue
@@ -77,18 +90,41 @@ def untouched(model: Any) -> dict[str, Any]:
     return found
 
 
-def fit_adapters(
-    model: Any, data: Any, config: FinetuneConfig, *, progress: bool = False
+def undecided(model: Any) -> dict[str, Any]:
+    """Return the blocks that tokens may skip and whose routers are trained and tell no token from
+    another yet, by path; mixture-of-depths has a gate that teaches them otherwise."""
+    found = {}
+    for path, block in _routed(model):
+        spec, router = block.adaptive_layer, block.depth.router
+        if spec["kind"] == "mod" or spec["select"]["rule"] != "threshold":
+            continue
+        if router.weight.requires_grad and not bool(router.weight.any()):
+            found[path] = block
+    return found
+
+
+def _routed(model: Any) -> list[tuple[str, Any]]:
+    """Return all routed blocks and their paths, in the order they run."""
+    routed = model.adaptive_depth().items() if hasattr(model, "adaptive_depth") else ()
+    return sorted(routed, key=lambda one: one[1].adaptive_layer["index"])
+
+
+def fit_depth(
+    model: Any, data: Any, config: FinetuneConfig, *, routers: bool, progress: bool = False
 ) -> Fitted | None:
-    """Fit the adapters that add nothing yet, in place; None where there are none.
+    """Fit the adapters that add nothing yet, and routers, in place; None where there are none.
 
     Args:
         model: adaptive, where it is trained; in its own mode afterwards.
         data: sequences of the run, some of which are taken.
         config: the fine-tune.
+        routers: a budget decides later who skips, so that routers are fitted too; all that are
+            trained, or none where some of them tell tokens apart already.
         progress: show a bar on a terminal.
     """
-    blocks = untouched(model)
+    adapters = untouched(model)
+    ranking = undecided(model) if routers else {}
+    blocks = {path: block for path, block in _routed(model) if path in adapters or path in ranking}
     if not blocks or not config.depth.fit:
         return None
     rows = _rows(data, config, _room(model, blocks, config.depth.fit))
@@ -96,19 +132,34 @@ def fit_adapters(
     mask = fed.get("attention_mask")
     real = None if mask is None else mask.bool()
     left: dict[str, float] = {}
-    with _passes(model, config), bar(len(blocks), "fit", "block", enabled=progress) as shown:
-        with model.set_depth("all"):
-            dense = _outputs(model, blocks, fed)
+    ranked: dict[str, Ranked] = {}
 
-        def at(path: str, x: Tensor) -> None:
-            wanted = dense.pop(path).to(x.device)
-            adapter = blocks[path].depth.adapter
-            left[path] = fit(adapter, *(v if real is None else v[real] for v in (x, wanted)))
+    def flat(values: Tensor) -> Tensor:
+        return values.flatten(end_dim=-2) if real is None else values[real]
+
+    with _passes(model, config), bar(len(blocks), "fit", "block", enabled=progress) as shown:
+        dense: dict[str, Tensor] = {}
+        if adapters:
+            with model.set_depth("all"):
+                dense = _outputs(model, adapters, fed)
+
+        def before(path: str, x: Tensor) -> None:
+            if path in adapters:
+                wanted = dense.pop(path).to(x.device)
+                left[path] = fit(blocks[path].depth.adapter, flat(x), flat(wanted))
+
+        def after(path: str, x: Tensor, ran: Tensor) -> None:
+            if path in ranking:
+                depth = blocks[path].depth
+                own = flat(x)
+                found = fit_router(depth.router, own, flat(ran), depth.skipped(own))
+                if found is not None:
+                    ranked[path] = found
             shown.update()
 
-        _visited(model, blocks, fed, at)
+        _visited(model, blocks, fed, before, after)
     tokens = fed["input_ids"].numel() if real is None else int(real.sum())
-    return Fitted(tokens=tokens, left=left)
+    return Fitted(tokens=tokens, left=left, ranked=ranked)
 
 
 @torch.no_grad()
@@ -228,8 +279,7 @@ def _outputs(model: Any, blocks: Mapping[str, Any], fed: Mapping[str, Tensor]) -
 
     def after(path: str) -> Callable[..., None]:
         def hook(block: Any, given: Any, found: Any) -> None:
-            hidden = found if isinstance(found, Tensor) else found[0]
-            kept[path].append(hidden.cpu())
+            kept[path].append(_hidden(found).cpu())
             if path == list(blocks)[-1]:
                 raise _EnoughError
 
@@ -247,29 +297,47 @@ def _visited(
     model: Any,
     blocks: Mapping[str, Any],
     fed: Mapping[str, Tensor],
-    at: Callable[[str, Tensor], None],
+    before: Callable[[str, Tensor], None],
+    after: Callable[[str, Tensor, Tensor], None],
 ) -> None:
     """Run all rows at once, so that a block is visited before the next one begins.
 
     Args:
-        at: gets path and hidden states [B, S, d] in front of each block.
+        before: gets path and hidden states [B, S, d] in front of each block.
+        after: gets those behind it besides.
     """
 
-    def before(path: str) -> Callable[..., None]:
+    def in_front(path: str) -> Callable[..., None]:
         def hook(block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            at(path, args[0] if args else kwargs["hidden_states"])
+            before(path, _given(args, kwargs))
+
+        return hook
+
+    def behind(path: str) -> Callable[..., None]:
+        def hook(block: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> None:
+            after(path, _given(args, kwargs), _hidden(found))
             if path == list(blocks)[-1]:
                 raise _EnoughError
 
         return hook
 
-    handles = [
-        block.register_forward_pre_hook(before(path), with_kwargs=True)
-        for path, block in blocks.items()
-    ]
+    handles = []
+    for path, block in blocks.items():
+        handles.append(block.register_forward_pre_hook(in_front(path), with_kwargs=True))
+        handles.append(block.register_forward_hook(behind(path), with_kwargs=True))
     _pass(model, fed)
     for handle in handles:
         handle.remove()
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _hidden(found: Any) -> Tensor:
+    hidden: Tensor = found if isinstance(found, Tensor) else found[0]
+    return hidden
 
 
 def _pass(model: Any, fed: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,8 @@ from adaconvert.train.depth_budget import (
     threshold_for,
     tilted,
 )
-from adaconvert.train.depth_config import ADAPTER_FIT
+from adaconvert.train.depth_config import DEPTH_FIT
+from adaconvert.train.depth_ranks import Ranked, shares_at
 from adaconvert.train.parts import is_depth
 
 #: tokens of a block that are kept of a step.
@@ -40,8 +41,9 @@ _KEPT = 1024
 #: share of a ramp over which nothing changes yet, so that routers and prices know something before
 #: they decide; our choice, as is the next.
 _LOOKING = 0.2
-#: how far the share of a block can move in as many steps as a ramp has.
+#: how far the share of a block can move in as many steps as the usual ramp has.
 _TILT = 2.0
+_RAMP = 0.5
 #: tokens that thresholds are set on, to twice as many, at most and as a part of the run; in so many
 #: rounds, each of which goes so far towards what it finds.
 _SAMPLE = 8192
@@ -85,6 +87,9 @@ class DepthTraining:
         }
         self._steps = config.total_steps
         self._start: float | None = 1.0 if self.is_mod else None
+        # what a fit knows of every block, and what it last said about the shares
+        self._ranked: dict[str, Ranked] = {}
+        self._based: dict[str, float] = {}
         # what runs at this step, of each block
         self._shares: dict[str, float] = {}
         self._prices = {path: Price() for path in specs}
@@ -104,10 +109,32 @@ class DepthTraining:
         """Return whether a budget is held; else thresholds stay as they are."""
         return all(goal is not None for goal in self._goals.values())
 
+    def begin(self, ranked: Mapping[str, Ranked]) -> None:
+        """Take over what a fit knows, before the first step: shares and thresholds are at once what
+        the first step asks for. Nothing is taken of some of the blocks alone.
+
+        Args:
+            ranked: by path.
+        """
+        if set(ranked) != set(self.thresholds) or not self.holds:
+            return
+        self._ranked, self._start = dict(ranked), 1.0
+        self._shares = self._divided(self._targets(0), 0)
+        self.thresholds |= {
+            path: threshold_for(one.logits, self._shares[path]) for path, one in ranked.items()
+        }
+        self._train()
+
+    @property
+    def _ramp(self) -> float:
+        """Return the steps over which skipping grows."""
+        usual = 0.0 if self._ranked else _RAMP
+        return self._steps * (usual if self._settings.ramp is None else self._settings.ramp)
+
     def _targets(self, step: int) -> dict[str, float]:
         """Return what is to run at a step, counted from 0: of each block of mixture-of-depths, of
         others on average."""
-        ramp = self._settings.ramp * self._steps
+        ramp = self._ramp
         part = min(max(step / ramp - _LOOKING, 0.0) / (1 - _LOOKING), 1.0) if ramp else 1.0
         start = 1.0 if self._start is None else self._start
         return {p: start + (float(g or 0.0) - start) * part for p, g in self._goals.items()}
@@ -277,12 +304,21 @@ class DepthTraining:
         target = sum(targets.values()) / len(targets)
         if self.is_mod or target >= 1:
             return targets
-        ramp = max(self._settings.ramp * self._steps, 1.0)
-        left = (self._steps - step) / max(self._steps - ramp, 1.0)
-        prices = {path: price.value for path, price in self._prices.items()}
         known = self._shares or targets
-        moved = tilted(known, prices, _TILT / ramp * min(left, 1.0))
-        return spread(moved, target)
+        if self._ranked:
+            known = self._followed(target)
+        left = (self._steps - step) / max(self._steps - self._ramp, 1.0)
+        prices = {path: price.value for path, price in self._prices.items()}
+        most = _TILT / max(_RAMP * self._steps, 1.0)
+        return spread(tilted(known, prices, most * min(left, 1.0)), target)
+
+    def _followed(self, target: float) -> dict[str, float]:
+        """Return the shares moved by as much as what the fit says of them has."""
+        before, self._based = self._based, shares_at(self._ranked, target)
+        if not before:
+            return self._based
+        moved = {p: share + self._based[p] - before[p] for p, share in self._shares.items()}
+        return {path: min(max(share, 0.0), 1.0) for path, share in moved.items()}
 
     # -- what is kept
 
@@ -305,6 +341,8 @@ class DepthTraining:
             "rows": [{k: v.tolist() for k, v in fed.items()} for fed in self._rows],
             "every": self._every,
             "seen": self._seen,
+            "ranked": {path: one.state() for path, one in self._ranked.items()},
+            "based": self._based,
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -315,6 +353,8 @@ class DepthTraining:
             price.restore(kept["prices"][path])
         self._rows = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["rows"]]
         self._every, self._seen = kept["every"], kept["seen"]
+        self._ranked = {path: Ranked.restored(one) for path, one in kept["ranked"].items()}
+        self._based = dict(kept["based"])
         self._train()
 
 
@@ -346,7 +386,7 @@ def depth_training(model: Any, item: Described, config: FinetuneConfig) -> Depth
     learning = [n for n, p in model.named_parameters() if p.requires_grad and is_depth(n)]
     if chosen and any(".router." in name for name in learning):
         return DepthTraining(model, config)
-    asked = [one for one in config.depth.asked if one != ADAPTER_FIT]
+    asked = [one for one in config.depth.asked if one != DEPTH_FIT]
     if asked:
         raise OptionError(
             "no router of a block is trained",

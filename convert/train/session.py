@@ -134,7 +134,7 @@ class Session:
         with never_leaving(model):
             machine = self.config.machine
             if resumed is None and not machine.sharded and machine.experts_over == 1:
-                self._fit_adapters(model)
+                self._fit_depth(model, depth)
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         apart = self._is_apart
         held = self.validator.history[-1].get("share_by_layer") if self.validator.history else None
@@ -148,14 +148,19 @@ class Session:
             ready=None if apart else ready,
         )
 
-    def _fit_adapters(self, model: Any) -> None:
-        """Fit what skipped tokens run instead, where it adds nothing yet; processes do it alike, as
-        they see the same sequences."""
-        from adaconvert.train.depth_fit import fit_adapters
+    def _fit_depth(self, model: Any, depth: Any) -> None:
+        """Fit what skipped tokens run instead, where it adds nothing yet, and routers that say
+        nothing yet; processes do it alike, as they see the same sequences."""
+        from adaconvert.train.depth_fit import fit_depth
 
-        fitted = fit_adapters(model, self.data, self.config, progress=self.progress)
-        if fitted is not None:
-            self.report(fitted.line())
+        routers = depth is not None and depth.holds
+        fitted = fit_depth(model, self.data, self.config, routers=routers, progress=self.progress)
+        if fitted is None:
+            return
+        for line in fitted.lines():
+            self.report(line)
+        if depth is not None:
+            depth.begin(fitted.ranked)
 
     @property
     def _is_apart(self) -> bool:

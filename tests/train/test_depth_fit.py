@@ -14,7 +14,7 @@ from adaconvert.errors import OptionError
 from adaconvert.modeling.adaptive_depth_parts import DepthAdapter, unit_scale
 from adaconvert.modeling.loading import load_model
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.depth_fit import Ridge, fit, fit_adapters
+from adaconvert.train.depth_fit import Ridge, fit, fit_depth
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
@@ -98,7 +98,7 @@ def test_dropped_blocks_begin_with_a_lower_loss(
     dropping: Path, tune: Tune, text: Path, tmp_path: Path
 ) -> None:
     left, said = first_losses(tune, dropping, text, "fitted")
-    without, nothing = first_losses(tune, dropping, text, "plain", adapter_fit=0)
+    without, nothing = first_losses(tune, dropping, text, "plain", depth_fit=0)
     assert left < without
     assert said.startswith("adapters of 3 blocks fitted on ")
     assert not nothing
@@ -116,7 +116,7 @@ def test_padding_is_no_token(dropping: Path, text: Path) -> None:
         mask = torch.nn.functional.pad(torch.ones_like(ids), (0, more))
         rows = [{"input_ids": i, "attention_mask": m} for i, m in zip(padded, mask, strict=True)]
         model: Any = load_model(dropping, dtype="float64")
-        fitted = fit_adapters(model, rows, config)
+        fitted = fit_depth(model, rows, config, routers=False)
         assert fitted is not None
         assert fitted.tokens == ids.numel()
         found.append(
@@ -128,8 +128,8 @@ def test_padding_is_no_token(dropping: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("skip", {"adapter_fit": -1}, "0 or more"),
-        ("mod", {"adapter_fit": 64}, "no block has something that skipped tokens run"),
+        ("skip", {"depth_fit": -1}, "0 or more"),
+        ("mod", {"depth_fit": 64}, "is for blocks of --kind skip"),
     ],
 )
 def test_options_that_do_not_fit(

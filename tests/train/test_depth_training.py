@@ -35,15 +35,17 @@ def budget(folder: Path) -> float:
     return low + (high - low) / 2
 
 
+@pytest.mark.parametrize("fit", [0, 8192])
 @pytest.mark.parametrize("kind", ["skip", "skip-kv"])
 def test_routers_and_adapters_learn_within_the_budget_on_a_frozen_trunk(
-    kind: str, routed: Make, tune: Tune, tmp_path: Path, text: Path
+    kind: str, fit: int, routed: Make, tune: Tune, tmp_path: Path, text: Path
 ) -> None:
     source = routed(kind)
     lines: list[str] = []
     result = tune(
         source,
         **{"train": ("depth",), "depth_compute": budget(source), "steps": 30, "lr": 1e-2},
+        depth_fit=fit,
         valid=[str(text)],
         valid_tokens=600,
         report=lines.append,
@@ -51,7 +53,10 @@ def test_routers_and_adapters_learn_within_the_budget_on_a_frozen_trunk(
     own = {name for name in tensors_of(source) if ".depth." in name}
     assert moved(source, tmp_path / "out") == own
     first, last = result.summary["validation"]
-    assert first["run"] == 1.0
+    if fit:
+        assert first["compute"] == pytest.approx(budget(source), abs=0.05)
+    else:
+        assert first["run"] == 1.0
     assert last["compute"] == pytest.approx(budget(source), abs=0.03)
     assert last["run"] == pytest.approx(result.curve[-1]["run"], abs=0.1)
     assert "top_k" not in last

@@ -1,0 +1,127 @@
+"""Routers of blocks that tokens may skip, fitted in closed form before the first step.
+
+A router that starts at zero tells no token from another, and a short fine-tune is over before it
+has learned to. How far a token's hidden state is from what it would be is known, though, where both
+are computed: in logarithms, ridge regression on what the router sees predicts it well. A token runs
+the blocks it needs most, and what it needs has the same unit in every block, so one cut through all
+of them also says how much of each block is to run. Nothing of this is published; A-MoD (2412.20875)
+and Dr.LLM start from other measures of what a block does.
+
+Shapes: N tokens, d hidden size, w what a router's last layer sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from adaconvert.modeling.adaptive_depth_parts import OPEN, DepthRouter, unit_scale
+from adaconvert.train.depth_budget import threshold_for
+
+#: strengths of the ridge that are tried, as parts of the mean square of a feature.
+RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)
+#: every so many tokens one decides between them.
+HELD: Final = 8
+#: points a block's distribution is kept at.
+_POINTS: Final = 512
+#: squares below this are none.
+_TINY: Final = 1e-30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """What a fit knows of the tokens of one block.
+
+    Attributes:
+        need: [points] quantiles of the logarithm of what skipping changes, squared, as a part of
+            the hidden state's square, as the router predicts it.
+        logits: [points] of the router, which are the same in another unit.
+        right: correlation of prediction and truth, on tokens held out.
+    """
+
+    need: Tensor
+    logits: Tensor
+    right: float
+
+    def state(self) -> list[Any]:
+        """Return what `restored` needs."""
+        return [self.need.tolist(), self.logits.tolist(), self.right]
+
+    @classmethod
+    def restored(cls, kept: list[Any]) -> Ranked:
+        """Return what `state` was made of."""
+        need, logits = (torch.tensor(values, dtype=torch.float64) for values in kept[:2])
+        return cls(need=need, logits=logits, right=kept[2])
+
+
+def shares_at(ranked: Mapping[str, Ranked], target: float) -> dict[str, float]:
+    """Return what of each block is to run, so that those run that need it most.
+
+    Args:
+        ranked: by path.
+        target: mean of the shares, 0 to 1, met within a point of the distributions.
+    """
+    cut = threshold_for(torch.cat([one.need for one in ranked.values()]), target)
+    return {path: float((one.need > cut).double().mean()) for path, one in ranked.items()}
+
+
+@torch.no_grad()
+def fit_router(router: DepthRouter, x: Tensor, ran: Tensor, skipped: Tensor) -> Ranked | None:
+    """Set a router so that its logits rise with what skipping changes; None where they cannot tell
+    tokens held out apart, and the router stays as it is.
+
+    Args:
+        router: linear, or with an inner layer, which stays as it is.
+        x: [N, d] in front of the block.
+        ran: [N, d] behind it, of tokens that run it.
+        skipped: the same of tokens that skip it.
+    """
+    wide = unit_scale(x)
+    seen_by = (wide if router.inner is None else router.inner(wide)).double()
+    x, ran, skipped = (values.double() for values in (x, ran, skipped))
+    need = ((ran - skipped).square().sum(-1) / x.square().sum(-1).clamp_min(_TINY)).clamp_min(_TINY)
+    found = _regressed(seen_by, need.log())
+    if found is None:
+        return None
+    slope, shift, right = found
+    predicted = seen_by @ slope + shift
+    spread = predicted.std()
+    middle = predicted.mean()
+    router.weight.copy_((slope / spread)[None])
+    router.bias.copy_(OPEN + (shift - middle) / spread)
+    points = torch.linspace(0, 1, _POINTS, dtype=torch.float64, device=predicted.device)
+    at = predicted.quantile(points).cpu()
+    logits = OPEN + (at - middle.cpu()) / spread.cpu()
+    return Ranked(need=at, logits=logits, right=right)
+
+
+def _regressed(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """Return slope [w], shift [] and correlation of the best ridge regression, None where none
+    predicts tokens held out better than their mean.
+
+    Args:
+        features: [N, w].
+        wanted: [N].
+    """
+    held = torch.arange(len(wanted), device=wanted.device) % HELD == HELD - 1
+    seen = ~held
+    if int(held.sum()) < 2 or not bool(wanted.std() > 0):
+        return None
+    middle, mean = features[seen].mean(0), wanted[seen].mean()
+    inside = features[seen] - middle
+    gram, turned = inside.T @ inside, inside.T @ (wanted[seen] - mean)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    best, least = None, float((wanted[held] - mean).square().sum())
+    for strength in RIDGES:
+        ridge = strength * gram.diagonal().mean() + _TINY
+        slope = torch.linalg.solve(gram + ridge * eye, turned)
+        predicted = features[held] @ slope + (mean - middle @ slope)
+        missed = float((wanted[held] - predicted).square().sum())
+        if missed < least:
+            both = torch.stack([predicted, wanted[held]])
+            best, least = (slope, mean - middle @ slope, float(torch.corrcoef(both)[0, 1])), missed
+    return best
