@@ -9,7 +9,7 @@ tokens, and trained by `adaconvert finetune` at every --lr on the same tokens in
     drop-even       whole blocks gone, evenly spaced ones
     drop-searched   whole blocks gone, those a greedy search on --search-tokens found
     skip            tokens may skip blocks
-    skip-from-drop  the same, from searched blocks that nobody runs and that save four fifths
+    skip-from-drop  the same, from searched blocks that nobody runs and that save three fifths
     skip-searched   searched blocks that nobody runs, adapters in their place, and no routing
     mod             mixture-of-depths
     dense           DENSE itself tuned

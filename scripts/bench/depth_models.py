@@ -24,7 +24,7 @@ MIXED = "skip-from-drop"
 #: searched blocks that nobody runs, with adapters in their place; every token runs the others.
 REPLACED = "skip-searched"
 #: share of what is to be saved that blocks nobody runs save.
-DROPPED = 0.8
+DROPPED = 0.6
 CASES = (DENSE, EVEN, SEARCHED, SKIP, MIXED, REPLACED, MOD)
 
 
