@@ -30,12 +30,10 @@ from torch.nn import functional
 from adaconvert.modeling.adaptive_depth_parts import DepthAdapter, unit_scale
 from adaconvert.progress import bar
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.depth_ranks import Ranked, fit_router
+from adaconvert.train.depth_ranks import HELD, Ranked, fit_router, wide
 
 #: strengths of the ridge that are tried, as parts of the mean square of a feature.
 RIDGES: Final = (1e-3, 1e-2, 1e-1)
-#: every so many tokens one decides between them.
-HELD: Final = 8
 #: root mean square of what the nonlinearity gets, and the ridge of the last matrix.
 SPREAD: Final = 0.5
 _LAST: Final = 1e-4
@@ -170,7 +168,7 @@ def fit(adapter: DepthAdapter, x: Tensor, wanted: Tensor) -> float:
         What is left of the squared distance, on tokens held out; 1 where no candidate helps there,
         and the adapter stays as it is.
     """
-    x, wanted = (_wide(values).flatten(end_dim=-2) for values in (x, wanted))
+    x, wanted = (wide(values).flatten(end_dim=-2) for values in (x, wanted))
     scaled, change = unit_scale(x), wanted - x
     held = torch.arange(len(x), device=x.device) % HELD == HELD - 1
     seen = ~held
@@ -226,11 +224,6 @@ class Ridge:
         gram = inside.T @ inside
         gram.diagonal().add_(_LAST * gram.diagonal().mean() + 1e-12)
         return down, torch.linalg.solve(gram, inside.T @ self._change)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Return values in float64, where a device has it."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _room(model: Any, blocks: Mapping[str, Any], tokens: int) -> int:

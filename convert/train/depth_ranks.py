@@ -58,15 +58,63 @@ class Ranked:
         return cls(need=need, logits=logits, right=kept[2])
 
 
-def shares_at(ranked: Mapping[str, Ranked], target: float) -> dict[str, float]:
-    """Return what of each block is to run, so that those run that need it most.
+class Ranks:
+    """What a fit knows of all blocks of a run, and what it last said about their shares.
 
     Args:
-        ranked: by path.
-        target: mean of the shares, 0 to 1, met within a point of the distributions.
+        ranked: by path; empty where nothing was fitted.
     """
-    cut = threshold_for(torch.cat([one.need for one in ranked.values()]), target)
-    return {path: float((one.need > cut).double().mean()) for path, one in ranked.items()}
+
+    def __init__(self, ranked: Mapping[str, Ranked]) -> None:
+        self.ranked = dict(ranked)
+        self._said: dict[str, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.ranked)
+
+    def shares(self, target: float) -> dict[str, float]:
+        """Return what of each block is to run, so that those run that need it most.
+
+        Args:
+            target: mean of the shares, 0 to 1, met within a point of the distributions.
+        """
+        cut = threshold_for(torch.cat([one.need for one in self.ranked.values()]), target)
+        return {path: float((one.need > cut).double().mean()) for path, one in self.ranked.items()}
+
+    def followed(self, known: Mapping[str, float], target: float) -> dict[str, float]:
+        """Return shares moved by as much as what the fit says of them has since it was last asked.
+
+        Args:
+            known: shares by path, which may have moved otherwise besides.
+            target: as for `shares`.
+        """
+        before, self._said = self._said, self.shares(target)
+        if not before:
+            return dict(self._said)
+        moved = {path: share + self._said[path] - before[path] for path, share in known.items()}
+        return {path: min(max(share, 0.0), 1.0) for path, share in moved.items()}
+
+    def thresholds(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Return what the routers' logits are above for these shares of the text of the fit.
+
+        Args:
+            shares: by path.
+        """
+        return {p: threshold_for(one.logits, shares.get(p, 1.0)) for p, one in self.ranked.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restored` needs, as JSON data."""
+        return {
+            "said": self._said,
+            "ranked": {path: one.state() for path, one in self.ranked.items()},
+        }
+
+    @classmethod
+    def restored(cls, kept: Mapping[str, Any]) -> Ranks:
+        """Return what `state` was made of."""
+        found = cls({path: Ranked.restored(one) for path, one in kept["ranked"].items()})
+        found._said = dict(kept["said"])
+        return found
 
 
 @torch.no_grad()
@@ -80,9 +128,9 @@ def fit_router(router: DepthRouter, x: Tensor, ran: Tensor, skipped: Tensor) -> 
         ran: [N, d] behind it, of tokens that run it.
         skipped: the same of tokens that skip it.
     """
-    wide = unit_scale(x)
-    seen_by = (wide if router.inner is None else router.inner(wide)).double()
-    x, ran, skipped = (values.double() for values in (x, ran, skipped))
+    scaled = unit_scale(x)
+    seen_by = wide(scaled if router.inner is None else router.inner(scaled))
+    x, ran, skipped = (wide(values) for values in (x, ran, skipped))
     need = ((ran - skipped).square().sum(-1) / x.square().sum(-1).clamp_min(_TINY)).clamp_min(_TINY)
     found = _regressed(seen_by, need.log())
     if found is None:
@@ -97,6 +145,11 @@ def fit_router(router: DepthRouter, x: Tensor, ran: Tensor, skipped: Tensor) -> 
     at = predicted.quantile(points).cpu()
     logits = OPEN + (at - middle.cpu()) / spread.cpu()
     return Ranked(need=at, logits=logits, right=right)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return values in float64, on the CPU where their device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _regressed(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float] | None:

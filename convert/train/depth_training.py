@@ -33,7 +33,7 @@ from adaconvert.train.depth_budget import (
     tilted,
 )
 from adaconvert.train.depth_config import DEPTH_FIT
-from adaconvert.train.depth_ranks import Ranked, shares_at
+from adaconvert.train.depth_ranks import Ranked, Ranks
 from adaconvert.train.parts import is_depth
 
 #: tokens of a block that are kept of a step.
@@ -87,9 +87,7 @@ class DepthTraining:
         }
         self._steps = config.total_steps
         self._start: float | None = 1.0 if self.is_mod else None
-        # what a fit knows of every block, and what it last said about the shares
-        self._ranked: dict[str, Ranked] = {}
-        self._based: dict[str, float] = {}
+        self._ranks = Ranks({})
         # what runs at this step, of each block
         self._shares: dict[str, float] = {}
         self._prices = {path: Price() for path in specs}
@@ -111,24 +109,25 @@ class DepthTraining:
 
     def begin(self, ranked: Mapping[str, Ranked]) -> None:
         """Take over what a fit knows, before the first step: shares and thresholds are at once what
-        the first step asks for. Nothing is taken of some of the blocks alone.
+        the first step asks for. Where it knows some of the blocks alone, all of them go on
+        running every token until the ramp.
 
         Args:
             ranked: by path.
         """
-        if set(ranked) != set(self.thresholds) or not self.holds:
-            return
-        self._ranked, self._start = dict(ranked), 1.0
-        self._shares = self._divided(self._targets(0), 0)
-        self.thresholds |= {
-            path: threshold_for(one.logits, self._shares[path]) for path, one in ranked.items()
-        }
+        ranks = Ranks(ranked)
+        if set(ranked) != set(self.thresholds):
+            self.thresholds |= ranks.thresholds({})
+        else:
+            self._ranks, self._start = ranks, 1.0
+            self._shares = self._divided(self._targets(0), 0)
+            self.thresholds |= ranks.thresholds(self._shares)
         self._train()
 
     @property
     def _ramp(self) -> float:
         """Return the steps over which skipping grows."""
-        usual = 0.0 if self._ranked else _RAMP
+        usual = 0.0 if self._ranks else _RAMP
         return self._steps * (usual if self._settings.ramp is None else self._settings.ramp)
 
     def _targets(self, step: int) -> dict[str, float]:
@@ -305,20 +304,12 @@ class DepthTraining:
         if self.is_mod or target >= 1:
             return targets
         known = self._shares or targets
-        if self._ranked:
-            known = self._followed(target)
+        if self._ranks:
+            known = self._ranks.followed(known, target)
         left = (self._steps - step) / max(self._steps - self._ramp, 1.0)
         prices = {path: price.value for path, price in self._prices.items()}
         most = _TILT / max(_RAMP * self._steps, 1.0)
         return spread(tilted(known, prices, most * min(left, 1.0)), target)
-
-    def _followed(self, target: float) -> dict[str, float]:
-        """Return the shares moved by as much as what the fit says of them has."""
-        before, self._based = self._based, shares_at(self._ranked, target)
-        if not before:
-            return self._based
-        moved = {p: share + self._based[p] - before[p] for p, share in self._shares.items()}
-        return {path: min(max(share, 0.0), 1.0) for path, share in moved.items()}
 
     # -- what is kept
 
@@ -341,8 +332,7 @@ class DepthTraining:
             "rows": [{k: v.tolist() for k, v in fed.items()} for fed in self._rows],
             "every": self._every,
             "seen": self._seen,
-            "ranked": {path: one.state() for path, one in self._ranked.items()},
-            "based": self._based,
+            "ranks": self._ranks.state(),
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -353,8 +343,7 @@ class DepthTraining:
             price.restore(kept["prices"][path])
         self._rows = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["rows"]]
         self._every, self._seen = kept["every"], kept["seen"]
-        self._ranked = {path: Ranked.restored(one) for path, one in kept["ranked"].items()}
-        self._based = dict(kept["based"])
+        self._ranks = Ranks.restored(kept["ranks"])
         self._train()
 
 
