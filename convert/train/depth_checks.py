@@ -35,8 +35,7 @@ def check_depth(item: Described, config: FinetuneConfig) -> None:
         raise OptionError("is for blocks of --kind mod, which look ahead", where="--predictor-loss")
     if "--adapter-loss" in asked and "skip" not in kinds:
         raise OptionError("is for blocks of --kind skip, which have them", where="--adapter-loss")
-    fits = "skip" in kinds or any(slot["adapter"] for slot in slots.values())
-    if DEPTH_FIT in asked and not fits:
+    if DEPTH_FIT in asked and "skip" not in kinds:
         raise OptionError("is for blocks of --kind skip", where=DEPTH_FIT)
     if "--depth-ramp" in asked and config.depth.compute is None and "mod" not in kinds:
         raise OptionError("does nothing without --depth-compute", where="--depth-ramp")

@@ -90,11 +90,11 @@ def untouched(model: Any) -> dict[str, Any]:
 
 def undecided(model: Any) -> dict[str, Any]:
     """Return the blocks that tokens may skip and whose routers are trained and tell no token from
-    another yet, by path; mixture-of-depths has a gate that teaches them otherwise."""
+    another yet, by path; only those where everyone goes on seeing the keys of who skips."""
     found = {}
     for path, block in _routed(model):
         spec, router = block.adaptive_layer, block.depth.router
-        if spec["kind"] == "mod" or spec["select"]["rule"] != "threshold":
+        if spec["select"]["rule"] != "threshold" or spec["kv"] != "keep":
             continue
         if router.weight.requires_grad and not bool(router.weight.any()):
             found[path] = block

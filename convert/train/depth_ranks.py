@@ -5,7 +5,8 @@ has learned to. How far a token's hidden state is from what it would be is known
 are computed: in logarithms, ridge regression on what the router sees predicts it well. A token runs
 the blocks it needs most, and what it needs has the same unit in every block, so one cut through all
 of them also says how much of each block is to run. Nothing of this is published; A-MoD (2412.20875)
-and Dr.LLM start from other measures of what a block does.
+starts from other measures of what a block does. It is for blocks where everyone goes on seeing the
+keys of who skips: a token that changes little may be one that all others look at.
 
 Shapes: N tokens, d hidden size, w what a router's last layer sees.
 """
@@ -26,6 +27,8 @@ from adaconvert.train.depth_budget import threshold_for
 RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)
 #: every so many tokens one decides between them.
 HELD: Final = 8
+#: share of the variance of tokens held out that a fit has to explain; our choice.
+_GAIN: Final = 0.02
 #: points a block's distribution is kept at.
 _POINTS: Final = 512
 #: squares below this are none.
@@ -119,8 +122,9 @@ class Ranks:
 
 @torch.no_grad()
 def fit_router(router: DepthRouter, x: Tensor, ran: Tensor, skipped: Tensor) -> Ranked | None:
-    """Set a router so that its logits rise with what skipping changes; None where they cannot tell
-    tokens held out apart, and the router stays as it is.
+    """Set a router so that its logits rise with what skipping changes. One that cannot tell tokens
+    held out apart stays as it is, and every token needs the block alike; None where there are too
+    few tokens to say.
 
     Args:
         router: linear, or with an inner layer, which stays as it is.
@@ -129,22 +133,23 @@ def fit_router(router: DepthRouter, x: Tensor, ran: Tensor, skipped: Tensor) -> 
         skipped: the same of tokens that skip it.
     """
     scaled = unit_scale(x)
-    seen_by = wide(scaled if router.inner is None else router.inner(scaled))
+    features = wide(scaled if router.inner is None else router.inner(scaled))
     x, ran, skipped = (wide(values) for values in (x, ran, skipped))
-    need = ((ran - skipped).square().sum(-1) / x.square().sum(-1).clamp_min(_TINY)).clamp_min(_TINY)
-    found = _regressed(seen_by, need.log())
-    if found is None:
+    if len(x) < 2 * HELD or not bool((ran != skipped).any()):
         return None
+    need = ((ran - skipped).square().sum(-1) / x.square().sum(-1).clamp_min(_TINY)).clamp_min(_TINY)
+    found = _regressed(features, need.log())
+    if found is None:
+        alike = need.log().mean().cpu().repeat(_POINTS)
+        return Ranked(need=alike, logits=wide(router.bias).cpu().repeat(_POINTS), right=0.0)
     slope, shift, right = found
-    predicted = seen_by @ slope + shift
-    spread = predicted.std()
-    middle = predicted.mean()
+    predicted = features @ slope + shift
+    mean, spread = predicted.mean(), predicted.std()
     router.weight.copy_((slope / spread)[None])
-    router.bias.copy_(OPEN + (shift - middle) / spread)
-    points = torch.linspace(0, 1, _POINTS, dtype=torch.float64, device=predicted.device)
-    at = predicted.quantile(points).cpu()
-    logits = OPEN + (at - middle.cpu()) / spread.cpu()
-    return Ranked(need=at, logits=logits, right=right)
+    router.bias.copy_(OPEN + (shift - mean) / spread)
+    points = torch.linspace(0, 1, _POINTS, dtype=torch.float64, device=mean.device)
+    at = predicted.quantile(points)
+    return Ranked(need=at.cpu(), logits=(OPEN + (at - mean) / spread).cpu(), right=right)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ def wide(values: Tensor) -> Tensor:
 
 def _regressed(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float] | None:
     """Return slope [w], shift [] and correlation of the best ridge regression, None where none
-    predicts tokens held out better than their mean.
+    explains enough of tokens held out.
 
     Args:
         features: [N, w].
@@ -162,13 +167,11 @@ def _regressed(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float]
     """
     held = torch.arange(len(wanted), device=wanted.device) % HELD == HELD - 1
     seen = ~held
-    if int(held.sum()) < 2 or not bool(wanted.std() > 0):
-        return None
     middle, mean = features[seen].mean(0), wanted[seen].mean()
     inside = features[seen] - middle
     gram, turned = inside.T @ inside, inside.T @ (wanted[seen] - mean)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    best, least = None, float((wanted[held] - mean).square().sum())
+    best, least = None, (1 - _GAIN) * float((wanted[held] - mean).square().sum())
     for strength in RIDGES:
         ridge = strength * gram.diagonal().mean() + _TINY
         slope = torch.linalg.solve(gram + ridge * eye, turned)

@@ -32,7 +32,7 @@ def router_of(width: int | None = None) -> DepthRouter:
     torch.nn.init.zeros_(made.weight)
     torch.nn.init.constant_(made.bias, OPEN)
     if made.inner is not None:
-        made.inner.weight.data.copy_(0.5 * drawn(width or 0, HIDDEN, seed=5))
+        made.inner.weight.data.copy_(0.5 * drawn(*made.inner.weight.shape, seed=5))
     return made
 
 
@@ -42,6 +42,7 @@ def changed(x: torch.Tensor, logarithm: torch.Tensor) -> torch.Tensor:
     return x + way * x.norm(dim=-1, keepdim=True) * (logarithm[:, None] / 2).exp()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("width", [None, 64])
 def test_logits_rise_with_what_skipping_changes(width: int | None) -> None:
     x = drawn(TOKENS, HIDDEN)
@@ -65,9 +66,24 @@ def test_what_nothing_predicts_leaves_a_router_alone() -> None:
     x = drawn(TOKENS, HIDDEN)
     router = router_of()
     assert fit_router(router, x, x, x) is None
-    assert fit_router(router, x[:8], changed(x, drawn(TOKENS))[:8], x[:8]) is None
+    assert fit_router(router, x[:15], changed(x, drawn(TOKENS))[:15], x[:15]) is None
+    alike = fit_router(router, x, changed(x, drawn(TOKENS, seed=4) - 5), x)
+    assert alike is not None
+    assert alike.need.unique().tolist() == pytest.approx([-5.0], abs=0.1)
+    assert alike.logits.unique().tolist() == [OPEN]
+    assert alike.right == 0.0
     assert not router.weight.any()
     assert router.bias.tolist() == [OPEN]
+
+
+def test_a_block_whose_tokens_are_alike_runs_or_not() -> None:
+    alike = Ranked(need=torch.full((512,), -2.5), logits=torch.full((512,), OPEN), right=0.0)
+    ranks = Ranks({"alike": alike, "other": ranked(-3, -2)})
+    for target, whole in ((0.8, 1.0), (0.2, 0.0)):
+        shares = ranks.shares(target)
+        assert shares["alike"] == whole
+        threshold = ranks.thresholds(shares)["alike"]
+        assert (threshold < OPEN) == bool(whole)
 
 
 def ranked(low: float, high: float) -> Ranked:
@@ -161,6 +177,17 @@ def test_a_fit_of_some_blocks_alone_lets_every_token_run(
     assert result.summary["validation"][0]["run"] > 0.99
     assert runs[0] > 0.99
     assert runs[-1] < 0.8
+
+
+@pytest.mark.parametrize("kind", ["mod", "skip-kv"])
+def test_where_keys_go_too_nobody_is_fitted_to_skip(
+    kind: str, routed: Make, tune: Tune, text: Path
+) -> None:
+    lines: list[str] = []
+    source = routed(kind)
+    result = tune(source, **budgeted(source, text), report=lines.append)
+    assert not any(line.startswith("routers of ") for line in lines)
+    assert result.summary["validation"][0]["run"] == 1.0
 
 
 def test_without_a_budget_nobody_is_fitted_to_skip(routed: Make, tune: Tune, text: Path) -> None:
