@@ -44,6 +44,7 @@ CAUSAL, CLASSIFIER = "causal", "classifier"
 NOT_SLICED = frozenset({"gpt2", "gpt_neox"})
 _CLASSIFIERS = ("ForSequenceClassification", "ForImageClassification")
 _UP = frozenset({"up", "gate_up"})
+_OF_HEAD = frozenset({"at", "own", "map", "network", "block", "confidence"})
 _NETWORK = re.compile(r"(gate_up|gate|up|down)(_bias)?")
 _TAIL = {
     "norm": ("norm_final", "norm_final_bias"),
@@ -116,6 +117,7 @@ def _is_usable(found: Any) -> bool:
     places = [head["at"] for head in heads]
     return (
         all(type(at) is int and 0 < at < 2**31 for at in places)
+        and all(set(head) >= _OF_HEAD for head in heads)
         and places == sorted(set(places))
         and all(set(head["own"]) <= set(found["tail"]) for head in heads)
         and (draft is None or draft["at"] in places)

@@ -70,9 +70,9 @@ _ROUTED = (
         "routed blocks",
         "--predictor",
         type=click.Choice(["mlp", "router"]),
-        default="mlp",
-        help="Of 'mod': what decides where later tokens are not known: a small network of its own, "
-        "or the router.",
+        default="router",
+        help="Of 'mod': what decides where later tokens are not known: the router at a threshold, "
+        "or what a small network adds to it.",
     ),
     option(
         "routed blocks",

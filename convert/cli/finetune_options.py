@@ -219,10 +219,10 @@ def depth_options() -> options.Decorator[Any]:
             "routed blocks",
             "--predictor-loss",
             type=float,
-            default=1.0,
             metavar="C",
             help="Factor of the loss by which the causal predictor of mixture-of-depths learns "
-            "which tokens are the best of a text; it moves nothing else.",
+            "which tokens are the best of a text; it moves nothing else. Default: 1, and 0 for "
+            "--predictor router.",
         ),
         option(
             "routed blocks",

@@ -127,14 +127,24 @@ class ClassTally:
         """
         import numpy
 
-        with model.collect("experts_run") as got:
+        routed = model.adaptive_depth()
+        what = ("experts_run", "depth") if routed else ("experts_run",)
+        with model.collect(*what) as got:
             yield
         codes = self._classes.codes[list(rows)]
         codes = codes[codes >= 0]
         self._tokens = self._tokens + numpy.bincount(codes, minlength=len(CLASSES))
+        found, depth = (got["experts_run"], got["depth"]) if routed else (got, {})
         for path in self._sites:
-            run = numpy.concatenate([part.cpu().numpy() for part in got[path]])
-            self._add(path, codes, run)
+            run = numpy.concatenate([part.cpu().numpy() for part in found.get(path, [])] or [[]])
+            block = next((one for one in depth if path.startswith(f"{one}.")), None)
+            if block is not None and len(run) != len(codes):
+                # who skips the block runs no expert of its network
+                ran = numpy.concatenate([one.run.cpu().numpy() for one in depth[block]])
+                every = numpy.zeros(len(codes), dtype="int64")
+                every[ran] = run
+                run = every
+            self._add(path, codes, run.astype("int64"))
 
     def _add(self, path: str, codes: numpy.ndarray[Any, Any], run: numpy.ndarray[Any, Any]) -> None:
         """Add the numbers of real experts [T] that tokens of the classes [T] ran in a block."""

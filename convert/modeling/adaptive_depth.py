@@ -34,8 +34,8 @@ class DepthSeen:
 
     Attributes:
         logits: [T] of the router, with their gradient.
-        predicted: [T] of the predictor, None where there is none; of mixture-of-depths without one
-            in training the router's own, whose gradient stays in the router.
+        predicted: [T] with what the predictor adds, None where there is none; of mixture-of-depths
+            without one in training the router's own, whose gradient stays in the router.
         run: bool [T] who ran.
         scores: [B, S] the router's logits before padding was left out.
         soft: [T] of "skip" in training: the sigmoid whose gradient those that run have.
@@ -125,7 +125,7 @@ class DepthLayer(nn.Module):
         logits = router(x)
         predicted = None
         if router.predictor is not None:
-            predicted = router.predictor(x.detach())
+            predicted = router.deciding(x, logits)
         elif spec["kind"] == "mod" and call.phase == "train" and "depth" in call.collected:
             predicted = router(x.detach())
         if name == "capacity":
@@ -166,7 +166,11 @@ def _rule_of(block: DepthLayer, call: Call) -> Mapping[str, Any]:
         return found
     value = next((rule[name] for name in ("threshold", "capacity") if name in rule), None)
     if not isinstance(value, Mapping):
-        return rule
+        if value is None or spec["select"]["rule"] != "none":
+            return rule
+        # a number for all blocks brings none of those back that nobody runs
+        dropped: Mapping[str, Any] = spec["select"]
+        return dropped
     if block.adaptive_layer_path not in value:
         own: Mapping[str, Any] = spec["select"]
         return own
@@ -182,7 +186,7 @@ def _best(logits: Tensor, capacity: float, real: Tensor | None) -> Tensor:
 
     Args:
         logits: [B, S].
-        capacity: share of its real tokens, rounded up.
+        capacity: share of its real tokens, rounded up; at least one token.
         real: bool [B, S], None when all are.
     """
     if real is not None:
@@ -191,7 +195,7 @@ def _best(logits: Tensor, capacity: float, real: Tensor | None) -> Tensor:
     counts = torch.full((len(logits),), size, device=logits.device)
     counts = counts if real is None else real.to(logits.device).sum(1)
     # a share such as 0.3 of 10 is 3, whatever its rounding says
-    most = torch.ceil(counts.double() * capacity - 1e-9)
+    most = torch.ceil(counts.double() * capacity - 1e-9).clamp_min(1)
     ranks = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ranks < most[:, None]
 

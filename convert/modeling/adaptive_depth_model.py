@@ -34,8 +34,8 @@ class DepthMixin:
                 the logit that decides is above), "capacity" (the best share of each sequence, which
                 looks ahead: a figure so measured is optimistic); None goes back to what the
                 configuration says.
-            threshold: of rule "threshold": of all blocks alike, or by path; of blocks that are not
-                named the configuration's.
+            threshold: of rule "threshold": of all blocks alike but those that nobody runs, or by
+                path; of blocks that are not named the configuration's.
             capacity: of rule "capacity", likewise.
 
         Raises:

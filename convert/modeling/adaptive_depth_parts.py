@@ -89,6 +89,20 @@ class DepthRouter(Scores):
         if predictor is not None:
             self.predictor = Scores(int(spec["hidden"]), int(predictor["width"]))
 
+    def deciding(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Return what decides where later tokens are not known, [B, S, d] -> [B, S]: the router's
+        logits, and with a predictor what it adds to them; its loss reaches it alone.
+
+        Args:
+            x: hidden states.
+            logits: the router's, where they are known.
+        """
+        known = self(x) if logits is None else logits
+        if self.predictor is None:
+            return known
+        found: Tensor = known.detach() + self.predictor(x.detach())
+        return found
+
 
 class Small(nn.Module):
     """A matrix of an adapter.
@@ -159,7 +173,7 @@ def init_depth(module: Depth) -> None:
     scores = [module.router, *([module.router.predictor] if module.router.predictor else [])]
     for one in scores:
         init.zeros_(one.weight)
-        init.constant_(one.bias, OPEN)
+        init.constant_(one.bias, OPEN if one is module.router else 0.0)
         if one.inner is not None:
             init.normal_(one.inner.weight, mean=0.0, std=0.02)
     if module.adapter is not None:

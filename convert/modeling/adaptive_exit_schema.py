@@ -85,6 +85,7 @@ def check_exits(where: str, exits: Any) -> None:
     if places != sorted(set(places)):
         raise AdaptiveConfigError(f"{where}.heads are at {places}, expected ascending, each once")
     check_decide(f"{where}.decide", exits["decide"], len(heads))
+    check_trust(f"{where}.decide", exits["decide"], heads)
     if exits["kv"] not in KV:
         raise AdaptiveConfigError(f"{where}.kv is {exits['kv']!r}, known: {', '.join(KV)}")
     if exits["draft"] is not None:

@@ -116,7 +116,9 @@ def depth_by_hand(
             continue
         found = value
         if not start:
-            found = torch.randn(value.shape, generator=rng) * (0.1 if "bias" in name else 0.5)
+            # what a predictor adds is to count beside what its router says
+            small = "bias" in name or (kind == "mod" and name.endswith(".router.weight"))
+            found = torch.randn(value.shape, generator=rng) * (0.1 if small else 0.5)
         tensors[name] = found.to(torch.float32 if ".router." in name else dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))

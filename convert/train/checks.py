@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
+from adaconvert.arch.recursion import recursion_of
 from adaconvert.errors import OptionError, ResourceError, SourceError
 from adaconvert.methods.sources import Described
 from adaconvert.train import adapter_folder
@@ -111,10 +112,26 @@ def check_source(item: Described, config: FinetuneConfig) -> None:
         flag = "--select" if config.select is not None else "--compute"
         raise OptionError(f"{item.source.label} is not adaptive", where=flag)
     check_language_model(config)
+    _check_shared(item, config)
     adapter_folder.check_options(item, config)
     check_exits(item, config)
     check_depth(item, config)
     goals_of(item.spec.adaptive, config)
+
+
+def _check_shared(item: Described, config: FinetuneConfig) -> None:
+    """Refuse what needs matrices of its own for every block of a recursive checkpoint."""
+    if recursion_of(item.spec.adaptive) is None:
+        return
+    asked = {"--lora": bool(config.adapting.rank), "--sparsity": config.sparsity.watches}
+    flag = next((flag for flag, given in asked.items() if given), None)
+    if flag is not None:
+        raise OptionError(
+            f"{item.source.label} has matrices that several blocks share",
+            where=flag,
+            hint="Train it whole, or its residuals and shared matrices by --train with a regular "
+            "expression.",
+        )
 
 
 def check_layout(item: Described, config: FinetuneConfig) -> None:

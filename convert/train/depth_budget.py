@@ -27,7 +27,7 @@ from torch import Tensor
 from adaconvert.errors import OptionError
 
 #: logits beyond which nothing is; any finite number that float32 has.
-_BEYOND = 1e30
+BEYOND = 1e30
 #: how far below the lowest logit a threshold lies where every token runs; our choice.
 _MARGIN = 1.0
 #: share of what was known that an estimate keeps at each step; our choice.
@@ -35,6 +35,8 @@ _MEMORY = 0.9
 #: rounds after which shares are as even as they get, and how far their mean may be off.
 _ROUNDS = 100
 _EVEN = 1e-9
+#: of the interval in which shares of equal cost are looked for.
+_HALVINGS = 30
 #: tokens of the passes that say what skipping saves.
 _PROBE = 16
 
@@ -61,8 +63,11 @@ def _under(value: Tensor) -> float:
     return float(torch.nextafter(value, value.new_tensor(-torch.inf)))
 
 
-def share_for(model: Any, paths: Sequence[str], compute: float, *, bf16: bool = False) -> float:
-    """Return the share of (token, block) pairs that may run within a budget.
+def share_for(
+    model: Any, paths: Sequence[str], compute: float, *, bf16: bool = False
+) -> tuple[float, float]:
+    """Return the share of every block's tokens that may run within a budget, and how much more than
+    linear the cost of a share is: p + bend p^2.
 
     The model says itself what it costs to run every one of the blocks and none of them. Between the
     two the cost is linear in the share; where tokens that run see one another alone, their
@@ -78,8 +83,7 @@ def share_for(model: Any, paths: Sequence[str], compute: float, *, bf16: bool = 
         OptionError: no share is within it, or running everything costs less.
     """
     low, high = (
-        _cost(model, "threshold", dict.fromkeys(paths, value), bf16)
-        for value in (_BEYOND, -_BEYOND)
+        _cost(model, "threshold", dict.fromkeys(paths, value), bf16) for value in (BEYOND, -BEYOND)
     )
     if not low < compute < high:
         raise OptionError(
@@ -99,7 +103,8 @@ def share_for(model: Any, paths: Sequence[str], compute: float, *, bf16: bool = 
     # low + slope p + bend p^2 = compute
     slope, over = high - low - bend, compute - low
     root = math.sqrt(max(slope * slope + 4 * bend * over, 0.0))
-    return min(max(2 * over / (slope + root), 0.0), 1.0)
+    share = min(max(2 * over / (slope + root), 0.0), 1.0)
+    return share, max(bend, 0.0) / slope if slope > 0 else 0.0
 
 
 def _cost(model: Any, rule: str, values: Mapping[str, float], bf16: bool) -> float:
@@ -212,6 +217,27 @@ def spread(shares: Mapping[str, float], target: float) -> dict[str, float]:
             break
         step = left * len(found) / len(free)
         found |= {path: min(max(found[path] + step, 0.0), 1.0) for path in free}
+    return found
+
+
+def within(shares: Mapping[str, float], target: float, bend: float) -> dict[str, float]:
+    """Return shares moved as `spread` does, which together cost what the target costs where all
+    have it: with a bend, uneven ones cost more.
+
+    Args:
+        shares: of blocks, by path.
+        target: 0 to 1.
+        bend: as `share_for` gives it.
+    """
+    found = spread(shares, target)
+    if not bend:
+        return found
+    low, high = 0.0, target
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = spread(shares, middle)
+        cost = sum(share + bend * share * share for share in found.values()) / len(found)
+        low, high = (low, middle) if cost > target + bend * target * target else (middle, high)
     return found
 
 

@@ -30,7 +30,8 @@ class Depthing:
             None: at once where routers were fitted, else half; our choice.
         predictor: of mixture-of-depths: factor of the loss by which the causal predictor learns
             what the sequence's best tokens were; it reaches nothing but the predictor, or the
-            router where that decides itself, so it is no trade with the language model.
+            router where that decides itself. None: 1 for a predictor, 0 for a router, which
+            decides as well without and whose order of tokens the loss would change.
         adapter: of other blocks: factor of the loss by which what skipped tokens run instead learns
             what the block does, on all tokens, those that run it too. It reaches nothing else.
         fit: tokens of the run on which, before the first step, what skipped tokens run instead is
@@ -40,7 +41,7 @@ class Depthing:
 
     compute: float | None = None
     ramp: float | None = None
-    predictor: float = 1.0
+    predictor: float | None = None
     adapter: float = 1.0
     fit: int = 8192
 
@@ -49,7 +50,8 @@ class Depthing:
             number("--depth-compute", self.compute, 0.0, 1.0, open_low=True)
         if self.ramp is not None:
             number("--depth-ramp", self.ramp, 0.0, 1.0)
-        number("--predictor-loss", self.predictor, 0.0)
+        if self.predictor is not None:
+            number("--predictor-loss", self.predictor, 0.0)
         number("--adapter-loss", self.adapter, 0.0)
         whole("depth_fit", self.fit, 0)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from torch.nn import functional
 from adaconvert.modeling.adaptive_depth_parts import DepthAdapter, unit_scale
 from adaconvert.progress import bar
 from adaconvert.train.config import FinetuneConfig
+from adaconvert.train.depth_budget import BEYOND
 from adaconvert.train.depth_ranks import HELD, Ranked, fit_router, wide
 
 #: strengths of the ridge that are tried, as parts of the mean square of a feature.
@@ -96,7 +97,8 @@ def undecided(model: Any) -> dict[str, Any]:
         spec, router = block.adaptive_layer, block.depth.router
         if spec["select"]["rule"] != "threshold" or spec["kv"] != "keep":
             continue
-        if router.weight.requires_grad and not bool(router.weight.any()):
+        trained = router.weight.requires_grad and router.bias.requires_grad
+        if trained and not bool(router.weight.any()):
             found[path] = block
     return found
 
@@ -155,7 +157,10 @@ def fit_depth(
                     ranked[path] = found
             shown.update()
 
-        _visited(model, blocks, fed, before, after)
+        # what running changes is known of tokens that run, whatever the thresholds are
+        running = dict.fromkeys(ranking, -BEYOND)
+        with model.set_depth("threshold", threshold=running) if ranking else nullcontext():
+            _visited(model, blocks, fed, before, after)
     tokens = fed["input_ids"].numel() if real is None else int(real.sum())
     return Fitted(tokens=tokens, left=left, ranked=ranked)
 

@@ -28,9 +28,9 @@ from adaconvert.train.depth_budget import (
     Price,
     share_above,
     share_for,
-    spread,
     threshold_for,
     tilted,
+    within,
 )
 from adaconvert.train.depth_config import DEPTH_FIT
 from adaconvert.train.depth_ranks import Ranked, Ranks
@@ -79,9 +79,12 @@ class DepthTraining:
         }
         specs = {path: block.adaptive_layer for path, block in self._blocks.items()}
         self.is_mod = any(spec["kind"] == "mod" for spec in specs.values())
+        self._predicts = any(spec["predictor"] is not None for spec in specs.values())
         self.thresholds = {p: float(s["select"]["threshold"]) for p, s in specs.items()}
         compute, bf16 = config.depth.compute, config.precision == "bf16"
-        share = None if compute is None else share_for(model, list(specs), compute, bf16=bf16)
+        share, self._bend = None, 0.0
+        if compute is not None:
+            share, self._bend = share_for(model, list(specs), compute, bf16=bf16)
         self._goals: dict[str, float | None] = {
             path: (spec["capacity"] if share is None else share) for path, spec in specs.items()
         }
@@ -215,7 +218,10 @@ class DepthTraining:
         if not losses:
             return {}
         loss, agrees = torch.stack(losses).mean(), torch.stack(right).mean()
-        return {"predictor": (self._settings.predictor, loss), "predicted": (0.0, agrees)}
+        factor = self._settings.predictor
+        if factor is None:
+            factor = float(self._predicts)
+        return {"predictor": (factor, loss), "predicted": (0.0, agrees)}
 
     def _priced(self, found: Mapping[str, Any], share: Tensor) -> Parts:
         """Return what running costs at the prices of the steps before, for its gradient alone."""
@@ -256,9 +262,8 @@ class DepthTraining:
             if not kept:
                 continue
             router = self._blocks[path].depth.router
-            deciding = router if router.predictor is None else router.predictor
             # as the router is now: what it said before the step is about to be stale
-            logits[path] = deciding(torch.cat([inputs for inputs, _ in kept]))
+            logits[path] = router.deciding(torch.cat([inputs for inputs, _ in kept]))
         if self._start is None:
             before = {path: torch.cat([found for _, found in self._kept[path]]) for path in logits}
             self._start = share_above(before, self.thresholds)
@@ -309,7 +314,7 @@ class DepthTraining:
         left = (self._steps - step) / max(self._steps - self._ramp, 1.0)
         prices = {path: price.value for path, price in self._prices.items()}
         most = _TILT / max(_RAMP * self._steps, 1.0)
-        return spread(tilted(known, prices, most * min(left, 1.0)), target)
+        return within(tilted(known, prices, most * min(left, 1.0)), target, self._bend)
 
     # -- what is kept
 
@@ -332,6 +337,7 @@ class DepthTraining:
             "rows": [{k: v.tolist() for k, v in fed.items()} for fed in self._rows],
             "every": self._every,
             "seen": self._seen,
+            "settled": self._is_settled,
             "ranks": self._ranks.state(),
         }
 
@@ -339,6 +345,7 @@ class DepthTraining:
         """Go on from what `state` returned."""
         self.thresholds = dict(kept["thresholds"])
         self._start, self._shares = kept["start"], dict(kept["shares"])
+        self._is_settled = bool(kept["settled"])
         for path, price in self._prices.items():
             price.restore(kept["prices"][path])
         self._rows = [{k: torch.tensor(v) for k, v in fed.items()} for fed in kept["rows"]]

@@ -84,7 +84,8 @@ class ExitTraining:
             # of exits that count at some steps only there is no mean over steps
             told = {name: value for name, value in told.items() if name == "lm"}
         for at, classifier in self.classifiers.items():
-            said = classifier(states[at].detach()).squeeze(-1)
+            state = states[at].detach().to(next(classifier.parameters()).dtype)
+            said = classifier(state).squeeze(-1)
             loss = confidence_loss(said, found.agrees[at]) if len(targets) else said.sum()
             total, told[f"confidence_{at}"] = total + loss, loss.detach()
         return total, told

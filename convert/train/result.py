@@ -96,7 +96,7 @@ def fact_lines(summary: Mapping[str, Any]) -> list[str]:
     for name in (*losses, *exits):
         if name in first and name in last:
             shown = name.replace("distill_hidden", "hidden").replace("_", " ")
-            rows.append(f"{shown:<12}{first[name]:.4f} at first, {last[name]:.4f} at the end")
+            rows.append(f"{shown:<11} {first[name]:.4f} at first, {last[name]:.4f} at the end")
     if "sparsity" in last:
         rows.append(
             f"zeros       {first['sparsity']:.1%} at first, {last['sparsity']:.1%} at the end"

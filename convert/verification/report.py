@@ -203,6 +203,7 @@ def compared(
     target's."""
     target = Source.open(folder)
     bound = None if is_nulled(target) and _is_noisy(manifest) else bound_of(promise, target)
+    bound = None if _is_trained(manifest) else bound
     try:
         found = compare(
             source.root,
@@ -223,6 +224,13 @@ def compared(
         ) from error
     notes = (*report.notes, *_split_note(found, run_dtype(target)), *_quality_notes(found, target))
     return replace(report, equivalence=found, verdict=judge(promise, bound, found), notes=notes)
+
+
+def _is_trained(manifest: Mapping[str, object]) -> bool:
+    """Return whether a fine-tune changed what the model computes with every expert and block."""
+    training = manifest.get("training")
+    parts = training.get("by_part") if isinstance(training, Mapping) else None
+    return isinstance(parts, Mapping) and bool(set(parts) - {"router", "exits"})
 
 
 def _as_configured(promise: Exactness | None, target: Source) -> bool:

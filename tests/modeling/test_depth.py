@@ -80,8 +80,8 @@ def masked(block: Any, stock: Any, real: Tensor | None) -> Any:
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         router, size = block.depth.router, x.shape[1]
-        decides = router if router.predictor is None else router.predictor
-        ran = decides(x) > spec["select"]["threshold"]
+        decides = router(x) if router.predictor is None else router(x) + router.predictor(x)
+        ran = decides > spec["select"]["threshold"]
         ran = ran if real is None else ran & real.bool()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if spec["kv"] == "skip":

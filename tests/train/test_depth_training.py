@@ -119,7 +119,7 @@ def test_a_budget_decides_the_capacity(routed: Make, tune: Tune, tmp_path: Path)
     source = routed("mod")
     result = tune(source, steps=4, depth_compute=budget(source), depth_ramp=0.0)
     model: Any = load_model(source)
-    wanted = share_for(model, list(slots_of(source)), budget(source))
+    wanted, _ = share_for(model, list(slots_of(source)), budget(source))
     assert {slot["capacity"] for slot in slots_of(tmp_path / "out").values()} == {wanted}
     assert result.summary["options"]["depth"]["compute"] == budget(source)
 

@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     "offspring": 16,
     "search": "even",
     "capacity": 0.125,
-    "predictor": "mlp",
+    "predictor": "router",
     "gate": 0.2,
     "kv": "keep",
     "adapter_width": 64,
@@ -128,7 +128,7 @@ class DepthOptions:
     layers: str | None = None
     every: int | None = None
     capacity: float = 0.125
-    predictor: str = "mlp"
+    predictor: str = "router"
     gate: float = 0.2
     kv: str = "keep"
     adapter_width: int = 64

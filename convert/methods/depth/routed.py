@@ -152,11 +152,11 @@ def _added(
 
 def _expr(name: str, shape: tuple[int, ...], seed: int) -> Expr:
     """Return what a tensor begins as: layers that read hidden states are drawn, what they lead to
-    is zero, and biases leave every block open."""
+    is zero, and biases of routers leave every block open."""
     if name.endswith((".inner.weight", ".down.weight")):
         params = (("size", shape[0] * shape[1]), ("std", _STD))
         return Apply(fn="normal", shape=shape, args=(), params=params, seed=seed_for(seed, name))
-    value = _OPEN if name.endswith(".bias") else 0.0
+    value = _OPEN if name.endswith(".router.bias") else 0.0
     return Init(kind="constant", shape=shape, params=(("value", value),))
 
 

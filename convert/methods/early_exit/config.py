@@ -117,8 +117,9 @@ class EarlyExitOptions:
     @property
     def needs_runtime(self) -> bool:
         """Return whether a shared head is asked for what stock transformers cannot do."""
-        plain = (None, False)
-        if any(getattr(self, name) not in plain for name in _OF_ADAPTIVE):
+        given = (getattr(self, name) for name in _OF_ADAPTIVE)
+        # a threshold of 0 equals False and is one
+        if any(value is not None and value is not False for value in given):
             return True
         return self.kv != "recompute" or self.measure != "max"
 
