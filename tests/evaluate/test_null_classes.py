@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adaconvert import api
 from adaconvert.data.text import Documents, documents_of
@@ -207,6 +208,37 @@ def by_hand(folder: Path, blocks: TokenBlocks, found: TokenClasses) -> dict[str,
                 run = site.adaptive_decide(kept[path][0]).kept.sum(dim=-1)
             counts[path].update(zip(found.codes[row, :size].tolist(), run.tolist(), strict=True))
     return counts
+
+
+def test_who_skips_a_block_runs_no_expert_there(nulled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "routed"
+    api.convert(nulled, destination=folder, method="depth", kind="skip", layers="0,1")
+    name = next(folder.glob("*.safetensors"))
+    tensors = load_file(name)
+    for key in [key for key in tensors if key.endswith("depth.router.weight")]:
+        tensors[key] = torch.randn(
+            tensors[key].shape, generator=torch.Generator().manual_seed(len(key))
+        )
+    save_file(tensors, name, metadata={"format": "pt"})
+    blocks, documents = cut(nulled)
+    found = classes(nulled, blocks, documents)
+    model: Any = load_model(folder)
+    path, block = next(iter(model.adaptive_depth().items()))
+    block.__dict__["adaptive_layer"] = {**block.adaptive_layer, "select": {"rule": "none"}}
+    variant = Variant(label="x", model=model, setting=STORED)
+    (score,) = score_texts([variant], blocks, documents.names, batch_size=2, classes=found)
+    assert score.classes is not None
+    result = score.classes.result()
+    assert result is not None
+    idle = {
+        site: sum(row[0] for row in rows)
+        for site, rows in zip(result.sites, result.counts, strict=True)
+    }
+    for rows in result.counts:
+        assert sum(map(sum, rows)) == blocks.tokens
+    none = next(site for site in result.sites if site.startswith(f"{path}."))
+    assert idle[none] == blocks.tokens
+    assert 0 < min(idle.values()) < blocks.tokens
 
 
 @pytest.mark.parametrize("batch", [1, 4])

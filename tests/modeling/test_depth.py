@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaconvert.modeling.adaptive_depth import _best
 from adaconvert.modeling.adaptive_schema import AdaptiveConfigError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing import tiny_models
@@ -328,3 +329,27 @@ def test_a_rule_holds_until_its_end(made: Made) -> None:
         assert torch.equal(logits(model, ids), logits(dense, ids))
     with pytest.raises(ValueError, match="calibrate"):
         model.set_compute(0.5)
+
+
+def test_a_number_for_all_blocks_brings_back_none_that_nobody_runs(made: Made) -> None:
+    model, _ = made("llama")
+    first, second = model.adaptive_depth().values()
+    kept = dict(first.adaptive_layer)
+    first.__dict__["adaptive_layer"] = {**kept, "select": {"rule": "none"}}
+    ids, _ = batch()
+    try:
+        for rule, value in (("threshold", -1e9), ("capacity", 1.0)):
+            with model.set_depth(rule, **{rule: value}), model.account() as account:
+                logits(model, ids)
+            run = {path: layer.run for path, layer in account.layers.items()}
+            assert run == {
+                first.adaptive_layer_path: 0,
+                second.adaptive_layer_path: ids.numel(),
+            }
+    finally:
+        first.__dict__["adaptive_layer"] = kept
+
+
+def test_the_smallest_capacity_lets_one_token_run() -> None:
+    run = _best(torch.tensor([[0.1, 0.3, 0.2]]), 1e-12, None)
+    assert run.tolist() == [[False, True, False]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adaconvert.modeling.adaptive_exit_schema import check_exits
 from adaconvert.modeling.adaptive_schema import AdaptiveConfigError
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.exits_by_hand import PLACES, by_hand
@@ -347,3 +348,12 @@ def test_a_cache_without_all_sequences_is_not_returned(made: Made) -> None:
     assert cache is None or cache.layers[0].keys.shape[0] == 3
     again = model.generate(output.sequences, past_key_values=cache, max_new_tokens=4, **options)
     assert torch.equal(again, model.generate(ids, max_new_tokens=13, **options))
+
+
+def test_a_rule_of_config_json_needs_the_classifiers_it_asks(made: Made) -> None:
+    model, _ = made("llama")
+    exits = copy.deepcopy(model.config.adaptive["model"]["exits"])
+    check_exits("exits", exits)
+    exits["decide"] |= {"measure": "classifier", "thresholds": [0.5] * len(exits["heads"])}
+    with pytest.raises(AdaptiveConfigError, match="no classifier of confidence"):
+        check_exits("exits", exits)

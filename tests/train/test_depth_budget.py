@@ -18,6 +18,7 @@ from adaconvert.train.depth_budget import (
     spread,
     threshold_for,
     tilted,
+    within,
 )
 
 from .conftest import reach
@@ -132,3 +133,20 @@ def test_shares_move_to_where_running_is_worth_more() -> None:
     assert found["a"] < 0.5 == found["b"] < found["c"] == pytest.approx(0.6)
     assert tilted(shares, dict.fromkeys("abc", 1.0), 0.1) == shares
     assert tilted({"a": 1.0, "b": 0.0}, {"a": 2.0, "b": 1.0}, 0.5) == {"a": 1.0, "b": 0.0}
+
+
+def test_uneven_shares_cost_what_even_ones_do() -> None:
+    shares = {"a": 0.0, "b": 1.0, "c": 0.9}
+    for bend in (0.0, 0.1, 0.5):
+        found = within(shares, 0.6, bend)
+        cost = sum(share + bend * share**2 for share in found.values()) / 3
+        assert cost == pytest.approx(0.6 + bend * 0.36, rel=1e-6)
+        assert (sum(found.values()) / 3 < 0.6 - 1e-3) == bool(bend)
+
+
+def test_attention_among_fewer_tokens_bends_the_cost(routed: Make) -> None:
+    for kind, bends in (("skip", False), ("skip-kv", True), ("mod", True)):
+        model: Any = load_model(routed(kind, kind))
+        low, high = reach(model)
+        _, bend = share_for(model, list(model.adaptive_depth()), (low + high) / 2)
+        assert (bend > 1e-6) == bends

@@ -14,7 +14,7 @@ from adaconvert.errors import OptionError
 from adaconvert.modeling.adaptive_depth_parts import DepthAdapter, unit_scale
 from adaconvert.modeling.loading import load_model
 from adaconvert.train.config import FinetuneConfig
-from adaconvert.train.depth_fit import Ridge, fit, fit_depth
+from adaconvert.train.depth_fit import Ridge, fit, fit_depth, undecided
 from adaconvert.train.result import FinetuneResult
 
 Tune = Callable[..., FinetuneResult]
@@ -137,3 +137,29 @@ def test_options_that_do_not_fit(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         tune(routed(kind), train=("all",), **more)
+
+
+def test_routers_are_fitted_whatever_ran_before(deep: Path, text: Path, tmp_path: Path) -> None:
+    api.convert(deep, destination=tmp_path / "made", method="depth", kind="skip", layers="1-3")
+    config = FinetuneConfig.of(
+        [str(text)], {"steps": 60, "train": ("depth",), "seq_len": 16, "depth_compute": 0.8}
+    )
+    ids = torch.arange(80 * 16).reshape(80, 16) * 7 % 90
+    found = []
+    for threshold in (0.0, 2.0):
+        model: Any = load_model(tmp_path / "made", dtype="float64")
+        # above what an untrained router says nobody runs
+        with model.set_depth("threshold", threshold=threshold):
+            fitted = fit_depth(model, [{"input_ids": row} for row in ids], config, routers=True)
+        assert fitted is not None
+        assert len(fitted.ranked) == 3
+        found.append(torch.cat([b.depth.router.weight for b in model.adaptive_depth().values()]))
+    assert torch.equal(*found)
+
+
+def test_a_router_with_a_frozen_part_is_left_alone(deep: Path, tmp_path: Path) -> None:
+    api.convert(deep, destination=tmp_path / "made", method="depth", kind="skip", layers="1-3")
+    model: Any = load_model(tmp_path / "made")
+    assert len(undecided(model)) == 3
+    next(iter(model.adaptive_depth().values())).depth.router.bias.requires_grad_(False)
+    assert len(undecided(model)) == 2

@@ -128,13 +128,15 @@ def test_the_routers_own_logit_learns_whom_it_chose_and_reaches_nothing_else(
     routed: Make, tune: Tune, tmp_path: Path
 ) -> None:
     results = {}
-    for factor in (0.0, 1.0):
+    for factor in (0.0, None, 1.0):
         source = routed("mod", f"source-{factor}", predictor=None)
         tune(source, f"out-{factor}", **_quick(predictor_loss=factor))
         results[factor] = tensors_of(tmp_path / f"out-{factor}")
     differing = {
         name for name, value in results[0.0].items() if not torch.equal(value, results[1.0][name])
     }
+    # a router that decides itself learns of that only where it is asked for
+    assert all(torch.equal(value, results[None][name]) for name, value in results[0.0].items())
     # one step: what it moves later follows from another choice
     assert differing == {f"model.layers.{index}.depth.router.bias" for index in (1, 2)} | {
         f"model.layers.{index}.depth.router.weight" for index in (1, 2)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaconvert import api
 from adaconvert.errors import InterruptedRunError, OptionError
 from adaconvert.io import manifest
 from adaconvert.modeling.loading import load_model
@@ -111,6 +112,8 @@ def test_trunk_and_exits_learn_together(
     source = exits("mlp")
     result = tune(source, exit_loss="both", temperature=2.0)
     assert moved(source, tmp_path / "out") == set(tensors_of(source))
+    # what was trained on is not what it computed before, and that is no fault
+    assert api.verify(source, tmp_path / "out").ok
     first, last = result.curve[0], result.curve[-1]
     for name in ("lm", "exit_1", "exit_3"):
         assert last[name] < first[name] - 1
@@ -162,6 +165,17 @@ def test_bf16_keeps_the_frozen_trunk_in_its_dtype(tmp_path: Path, tune: Tune) ->
     assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
     assert all(name.startswith("exits.") for name in moved(source, tmp_path / "out"))
     assert result.curve[-1]["exit_1"] < result.curve[0]["exit_1"] - 0.1
+
+
+def test_classifiers_learn_beside_a_trunk_in_bf16(tmp_path: Path, tune: Tune) -> None:
+    dense = tiny_models.make(
+        "llama", tmp_path / "dense", layers=3, max_shard_size="1GB", dtype="bfloat16"
+    )
+    source = with_confidence(by_hand(dense, tmp_path / "exits", [1, 2], "norm"))
+    result = tune(source, train=("confidence",), steps=3)
+    own = {f"exits.{at}.confidence.{kind}" for at in (1, 2) for kind in ("weight", "bias")}
+    assert moved(source, tmp_path / "out") <= own
+    assert result.curve[0]["confidence_1"] == pytest.approx(0.6931, abs=1e-2)
 
 
 def test_classifiers_learn_where_their_exit_agrees_with_the_end(

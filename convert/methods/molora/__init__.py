@@ -12,6 +12,7 @@ from typing import Any
 
 from adaconvert.arch import adaptive
 from adaconvert.arch.exits import is_copied
+from adaconvert.arch.recursion import recursion_of
 from adaconvert.errors import OptionError
 from adaconvert.methods.molora import folder, moe, parts
 from adaconvert.methods.molora.config import OF_FITS, OF_NEW, MoloraOptions
@@ -24,6 +25,7 @@ from adaconvert.methods.sources import Described, refuse_exits
 from adaconvert.planning.accounting import check_plan
 from adaconvert.planning.ops import Plan
 
+_SHARED = "a matrix that several depths share has adapters at the first of these depths alone"
 _LOCAL = (
     "adapter_config.json names the base by its folder on the machine it was written on; --base "
     "ORG/NAME names a published one"
@@ -124,6 +126,8 @@ def _plan(options: MoloraOptions, adapters: Adapters, described: Sequence[Descri
         plan = make(adapters, said, item, sources, base)
         if Path(base).is_absolute():
             plan = replace(plan, notes=(*plan.notes, _LOCAL))
+    if recursion_of(item.spec.adaptive) is not None:
+        plan = replace(plan, notes=(*plan.notes, _SHARED))
     check_plan(plan, [one.source.tensors for one in described])
     return plan
 

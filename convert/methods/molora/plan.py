@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adaconvert.arch.adapters import LORA
-from adaconvert.arch.recursion import recursion_of
 from adaconvert.methods.beside import config_beside
 from adaconvert.methods.moefy.plan import dropped, target, whole
 from adaconvert.methods.molora.parts import Adapters, Placed
@@ -40,14 +39,8 @@ def standalone_plan(
         drops=dropped(item),
         config=_config(adapters, item),
         exactness=adapters.exactness,
-        notes=(*adapters.notes, *notes, *_shared(item)),
+        notes=(*adapters.notes, *notes),
     )
-
-
-def _shared(item: Described) -> tuple[str, ...]:
-    if recursion_of(item.spec.adaptive) is None:
-        return ()
-    return ("a matrix that several depths share has adapters at the first of these depths alone",)
 
 
 def _targets(adapters: Adapters, item: Described) -> Iterator[TargetTensor]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adaconvert import api
+from adaconvert.errors import OptionError
 from adaconvert.modeling.loading import load_model
 from adaconvert.planning.functions import FUNCTIONS
 from adaconvert.testing.stored import tensors_of
@@ -212,3 +213,25 @@ def test_nothing_shared_is_not_told(deep: Deep, tmp_path: Path) -> None:
     card = (made / "README.md").read_text()
     assert "Blocks that share matrices" not in card
     assert json.loads((made / "config.json").read_text())["adaptive"]["model"]["recursion"]
+
+
+@pytest.mark.parametrize("asked", [{"lora": 4}, {"sparsity": 0.01}, {"activation": "relu"}])
+def test_what_needs_matrices_of_every_depth_is_refused(
+    asked: dict[str, Any], deep: Deep, tmp_path: Path
+) -> None:
+    made = shared(deep("llama-tied"), tmp_path / "made", rank=4)
+    text = tmp_path / "text.txt"
+    text.write_text("a text to learn from. " * 50)
+    with pytest.raises(OptionError, match="several blocks share"):
+        api.finetune(made, tmp_path / "tuned", data=[str(text)], steps=1, seq_len=16, **asked)
+    assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("standalone", [True, False])
+def test_adapters_beside_shared_matrices_are_told(
+    standalone: bool, deep: Deep, tmp_path: Path
+) -> None:
+    made = shared(deep("llama-tied"), tmp_path / "made", rank=4)
+    api.convert(made, destination=tmp_path / "out", method="molora", standalone=standalone)
+    told = json.loads((tmp_path / "out/adaconvert.json").read_text())["notes"]
+    assert any("the first of these depths alone" in note for note in told)

@@ -199,3 +199,11 @@ def test_what_config_json_says(tmp_path: Path) -> None:
         copy = held[f"exits.2.network.{name}_proj.weight"]
         assert torch.equal(copy, held[f"model.layers.1.mlp.{name}_proj.weight"])
     assert not held["exits.2.confidence.weight"].any()
+
+
+def test_a_threshold_of_nought_is_a_threshold(tmp_path: Path) -> None:
+    source = source_of("llama", tmp_path / "dense")
+    given: dict[str, Any] = {"method": "early-exit", "exits": "1", "head": "shared"}
+    api.convert(source, destination=tmp_path / "out", threshold=0.0, **given)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["adaptive"]["model"]["exits"]["decide"]["thresholds"] == [0.0]
