@@ -156,6 +156,13 @@ def _check_options(options: EarlyExitOptions, item: Described, places: Places) -
             expected=f"at most {spec.vocab}",
             found=options.draft_vocab,
         )
+    if options.measure == "state" and len(options.places(spec.layers)) == 1:
+        raise OptionError(
+            "compares an exit with the one before, and there is one alone",
+            where="--measure",
+            expected="max, difference or entropy, or a second exit",
+            found=options.measure,
+        )
     _, _, branch, block = KINDS[options.head]
     for at in options.places(spec.layers):
         why = exits.uncopied(spec, at - 1, block=False) if branch else None

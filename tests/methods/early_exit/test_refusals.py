@@ -136,3 +136,16 @@ def test_one_source_at_a_time(tmp_path: Path) -> None:
     source = str(make("llama", tmp_path / "dense"))
     with pytest.raises(OptionError, match="takes one checkpoint"):
         api.convert(source, source, destination=tmp_path / "out", method="early-exit", exits="1")
+
+
+def test_an_exit_alone_has_no_state_to_compare_with(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "dense")
+    with pytest.raises(OptionError, match="one alone"):
+        api.convert(
+            source,
+            destination=tmp_path / "out",
+            method="early-exit",
+            exits="1",
+            head="norm",
+            measure="state",
+        )
