@@ -152,7 +152,8 @@ class DepthLayer(nn.Module):
         whole = False
         if not torch.compiler.is_compiling():
             whole = bool((run if real is None else run | ~real.to(run.device)).all())
-        return Decision(run, whole, weight, mixing)
+        looked = bool(spec["gate"]) or name not in ("all", "none")
+        return Decision(run, whole, weight, mixing, looked)
 
 
 def _rule_of(block: DepthLayer, call: Call) -> Mapping[str, Any]:

@@ -110,15 +110,14 @@ def depth_by_hand(
     model = made(made.config_class(**config))
     tensors = load_file(next(dense.glob("*.safetensors")))
     dtype = next(iter(tensors.values())).dtype
-    rng = torch.Generator().manual_seed(seed)
+    # of "mod" two networks decide together: a draw by which some tokens run and some do not
+    rng = torch.Generator().manual_seed(seed + int(kind == "mod"))
     for name, value in model.state_dict().items():
         if ".depth." not in name:
             continue
         found = value
         if not start:
-            # what a predictor adds is to count beside what its router says
-            small = "bias" in name or (kind == "mod" and name.endswith(".router.weight"))
-            found = torch.randn(value.shape, generator=rng) * (0.1 if small else 0.5)
+            found = torch.randn(value.shape, generator=rng) * (0.1 if "bias" in name else 0.5)
         tensors[name] = found.to(torch.float32 if ".router." in name else dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
