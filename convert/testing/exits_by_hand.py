@@ -44,7 +44,13 @@ KINDS = {
 
 
 def exits_of(
-    family: str, places: Sequence[int], kind: str = "norm", *, tie: bool = False, **more: Any
+    family: str,
+    places: Sequence[int],
+    kind: str = "norm",
+    *,
+    tie: bool = False,
+    confidence: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Return `config.adaptive.model.exits`.
 
@@ -53,6 +59,7 @@ def exits_of(
         places: blocks before each exit.
         kind: a key of `KINDS`.
         tie: no exit has an output matrix of its own.
+        confidence: every exit has a classifier of confidence, of random numbers.
         more: keys of it to replace.
     """
     blocks, tail, network = PLACES[family]
@@ -65,7 +72,7 @@ def exits_of(
             "map": affine,
             "network": branch,
             "block": block,
-            "confidence": False,
+            "confidence": confidence,
         }
         for place in places
     ]
@@ -158,3 +165,8 @@ def _copied(source: Any, exits: Mapping[str, Any], head: Any, tensors: dict[str,
         size = head.map.in_features
         tensors[f"exits.{head.at}.map.weight"] = torch.eye(size, dtype=dtype)
         tensors[f"exits.{head.at}.map.bias"] = torch.zeros(size, dtype=dtype)
+    if "confidence" in head._modules:
+        shape, generator = head.confidence.weight.shape, torch.Generator().manual_seed(head.at)
+        weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        tensors[f"exits.{head.at}.confidence.weight"] = weight.to(dtype)
+        tensors[f"exits.{head.at}.confidence.bias"] = torch.zeros(1, dtype=dtype)

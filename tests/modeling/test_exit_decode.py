@@ -160,10 +160,8 @@ def test_every_measure_decides_as_it_does_for_one_prompt(root: Path, measure: st
     levels: Any = {"state": [0.2] * 3, "classifier": [0.5] * 3, "patience": [None] * 3}
     decide = rule(levels.get(measure, [0.05] * 3), measure)
     decide["patience"] = 1 if measure == "patience" else None
-    model = model_with_exits(root, "smollm3", PLACES, decide=decide)
-    if measure == "classifier":
-        for head in model.adaptive_exits().values():
-            head.confidence = torch.nn.Linear(32, 1)
+    asked = measure == "classifier"
+    model = model_with_exits(root, "smollm3", PLACES, decide=decide, confidence=asked)
     batch = prompts(3, 9)
     found = generated(model, batch, max_new_tokens=12, **WHOLE)
     assert len(set(found.exit_layers.flatten().tolist())) > 1
