@@ -21,6 +21,7 @@ from adaconvert.arch.registry import describe
 from adaconvert.errors import AdaconvertError
 from adaconvert.io import manifest
 from adaconvert.io.source import Source
+from adaconvert.methods.trunk import foreign
 from adaconvert.planning.estimate import Costs, costs, counted
 from adaconvert.units import human_bytes, human_count
 
@@ -252,6 +253,7 @@ def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
         spec = describe(source.config, source.tensors)
         audited = audit(spec, source.tensors)
         notes += audited.notes
+        problems += filter(None, [foreign(source, spec)])
     except AdaconvertError as error:
         problems.append(error.describe())
     notes += _calibration_notes(source)

@@ -44,12 +44,15 @@ def of_model(linears: Mapping[str, Any]) -> str | None:
     return _digest(rows)
 
 
-def of_source(source: Source, names: Mapping[str, str]) -> str | None:
+def of_source(
+    source: Source, names: Mapping[str, str], *, dtypes: Mapping[str, str] | None = None
+) -> str | None:
     """Return the digest of linears in a checkpoint; of each weight a few bytes are read.
 
     Args:
         source: the base.
         names: module path -> name of its weight in `source`.
+        dtypes: name of a weight -> dtype it is rounded to before, where it is not that of `source`.
 
     Returns:
         hex digest, None without a linear.
@@ -71,7 +74,8 @@ def of_source(source: Source, names: Mapping[str, str]) -> str | None:
             )
         count = min(VALUES, ref.shape[1])
         data = read_bytes(source, ref, 0, count * BY_NAME[ref.dtype].nbytes)
-        rows.append((path, torch.frombuffer(bytearray(data), dtype=torch_dtype(ref.dtype))))
+        row = torch.frombuffer(bytearray(data), dtype=torch_dtype(ref.dtype))
+        rows.append((path, row.to(torch_dtype((dtypes or {}).get(name, ref.dtype)))))
     return _digest(rows)
 
 

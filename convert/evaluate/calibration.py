@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from adaconvert.arch.calibration import config_digest
+from adaconvert.arch.registry import describe
 from adaconvert.data.images import Images, read_images, takes_images
 from adaconvert.errors import OptionError
 from adaconvert.evaluate import calibration_output
@@ -34,6 +35,7 @@ from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.configs import load_config
+from adaconvert.methods.trunk import check_trunk
 from adaconvert.modeling.adaptive_knobs import has_exits
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"
@@ -60,6 +62,8 @@ def calibrate(
         check_depth_settings(settings)
     elif search is ExitSearch:
         check_exit_settings(settings)
+        source = Source.open(checkpoint.folder)
+        check_trunk(source, describe(source.config, source.tensors))
     single, masked = _kind(checkpoint, settings)
     config = load_config(Source.open(checkpoint.folder)) if single else None
     data = read_data(

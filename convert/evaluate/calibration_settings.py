@@ -127,6 +127,11 @@ class CalibrationSettings:
             most = math.inf if name == "max_loss_increase" else 1
             _check_range(_flag(name), getattr(self, name), 0, most)
         _check_range("--confidence", self.confidence, 0, 1)
+        if self.clip is not None and self.max_loss_increase is None:
+            raise OptionError(
+                "does nothing without --max-loss-increase: other risks lie between 0 and 1",
+                where="--clip",
+            )
         _check_range("--clip", self.clip, self.max_loss_increase or 0, math.inf)
         if self.reading.unit not in UNITS:
             raise OptionError(

@@ -72,7 +72,7 @@ def evaluate_checkpoint(
         reference=measured.results[0] if reference else None,
         results=tuple(found),
         exits=measured.exits,
-        notes=(*measured.notes, *_stale_notes(loaded.source)),
+        notes=(*measured.notes, *_stale_notes(loaded.source), *_foreign_notes(loaded.source)),
     )
     if options.out is not None:
         write_report(Path(options.out), evaluation.to_json())
@@ -94,6 +94,17 @@ def _stale_notes(source: Source) -> tuple[str, ...]:
     except AdaconvertError as error:
         reasons = [f"it cannot be checked ({error})"]
     return tuple(f"the calibration table does not hold: {reason}" for reason in reasons)
+
+
+def _foreign_notes(source: Source) -> tuple[str, ...]:
+    """Return that exits were made for other blocks, for the reader."""
+    if not isinstance(source.raw_config.get("adaptive"), dict):
+        return ()
+    from adaconvert.arch.registry import describe
+    from adaconvert.methods.trunk import foreign
+
+    wrong = foreign(source, describe(source.config, source.tensors))
+    return () if wrong is None else (wrong,)
 
 
 def _reference(options: EvaluateOptions, loaded: Loaded, device: str) -> Loaded | None:

@@ -10,6 +10,7 @@
         decide:  {measure, thresholds, decay, patience},
         kv:      "recompute" | "propagate",
         draft:   None | {at, tokens, threshold, vocab},
+        trunk:   digest of the blocks the heads were made for, None or left out where not known,
     }
 
 An exit lies after block `at` - 1: `at` blocks have run, 1 to L - 1; after the last of the L blocks
@@ -33,7 +34,7 @@ likelier than `threshold`; `vocab`, the number of tokens it chooses among, None 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .adaptive_checks import AdaptiveConfigError, check_keys, check_whole, is_number
@@ -67,7 +68,7 @@ def check_exits(where: str, exits: Any) -> None:
     Raises:
         AdaptiveConfigError: a key is missing or unknown, or a value is out of range.
     """
-    _complete(where, exits, _EXITS)
+    _complete(where, exits, _EXITS, {"trunk"})
     if exits["kind"] not in ("causal", "classifier"):
         raise AdaptiveConfigError(f"{where}.kind is {exits['kind']!r}, known: causal, classifier")
     check_keys(f"{where}.tail", exits["tail"], set(TAIL))
@@ -88,12 +89,15 @@ def check_exits(where: str, exits: Any) -> None:
     check_trust(f"{where}.decide", exits["decide"], heads)
     if exits["kv"] not in KV:
         raise AdaptiveConfigError(f"{where}.kv is {exits['kv']!r}, known: {', '.join(KV)}")
+    trunk = exits.get("trunk")
+    if trunk is not None and not isinstance(trunk, str):
+        raise AdaptiveConfigError(f"{where}.trunk is {trunk!r}, expected a digest or null")
     if exits["draft"] is not None:
         check_draft(f"{where}.draft", exits["draft"], places)
 
 
-def _complete(where: str, found: Any, keys: set[str]) -> None:
-    check_keys(where, found, keys)
+def _complete(where: str, found: Any, keys: set[str], more: Iterable[str] = ()) -> None:
+    check_keys(where, found, keys.union(more))
     missing = sorted(keys - set(found))
     if missing:
         raise AdaptiveConfigError(f"{where} lacks {', '.join(missing)}")

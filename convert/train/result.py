@@ -9,6 +9,7 @@ from typing import Any
 
 from adaconvert.arch.exits import exits_of, is_taken
 from adaconvert.methods.sources import Described
+from adaconvert.methods.trunk import foreign
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_lanes import Tally
 from adaconvert.train.data_report import data_lines, data_notes, data_summary
@@ -242,4 +243,7 @@ def exit_notes(item: Described) -> list[str]:
     exits = exits_of(adaptive)
     if exits is not None and is_taken(exits):
         notes.append("thresholds of exits stay as they were; `adaconvert calibrate` sets them anew")
+    wrong = foreign(item.source, item.spec)
+    if wrong is not None:
+        notes.append(f"{wrong}; this fine-tune trained them for these")
     return notes

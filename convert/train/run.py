@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaconvert import __version__
+from adaconvert.arch.exits import exits_of
 from adaconvert.errors import (
     InterruptedRunError,
     OptionError,
@@ -30,6 +31,7 @@ from adaconvert.io.writer import parse_size
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.molora.view import standing, viewed
 from adaconvert.methods.sources import Described, check_ties, open_source
+from adaconvert.methods.trunk import trunk_of, with_trunk
 from adaconvert.modeling.loading import load_model
 from adaconvert.train import adapter_folder, checks, export
 from adaconvert.train.config import FinetuneConfig
@@ -353,6 +355,9 @@ def write(
     depth = result.summary.get("depth")
     content = export.config_of(item, _changed(item, config), config.dtype, goals=goals, depth=depth)
     targets = export.targets_of(item, trained, content, config.dtype)
+    if exits_of(item.spec.adaptive) is not None:
+        stored = {target.name: target.dtype for target in targets}
+        content = with_trunk(content, trunk_of(trained, item.spec, stored))
     cap = parse_size(settings.max_shard_size)
     layouts = export.write_weights(staging, trained, targets, cap, progress=settings.progress)
     export.write_files(staging, item, content, layouts)

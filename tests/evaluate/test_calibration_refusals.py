@@ -59,6 +59,7 @@ def _given(text: Path, tmp_path: Path) -> Path:
         (_given, {"budget": 0.5, "max_loss_increase": 0.1}, OptionError, "only one of --budget"),
         (_given, {"budget": 1.5}, OptionError, "--budget: is out of range; expected above 0 and"),
         (_given, {"max_loss_increase": -0.1}, OptionError, "--max-loss-increase: is out of range"),
+        (_given, {"budget": 0.9, "clip": 0.5}, OptionError, "--clip: does nothing without"),
         (_given, {"max_loss_increase": 0.1, "clip": 0.05}, OptionError, "--clip: is out of range"),
         (_given, {"confidence": 1.0}, OptionError, "--confidence: is out of range"),
         (_given, {"rules": ("best",)}, OptionError, "--rule: unknown rule"),

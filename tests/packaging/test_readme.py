@@ -33,7 +33,9 @@ COMMANDS = [
 def parse(command: click.Command, words: list[str], parent: click.Context | None = None) -> None:
     """Parse a command line as the program would, running nothing."""
     if isinstance(command, LazyGroup):
-        context = click.Context(command, info_name=command.name, parent=parent)
+        context = click.Context(
+            command, info_name=command.name, parent=parent, **command.context_settings
+        )
         name, inner, _ = command.resolve_command(context, words)
         assert name is not None
         assert inner is not None

@@ -31,6 +31,7 @@ from adaconvert.methods.early_exit.plan import TOKENS_KEY, exits_plan, stock_pla
 from adaconvert.methods.options import option
 from adaconvert.methods.planned import Fitted, PlainPlan, Prepared
 from adaconvert.methods.sources import Described
+from adaconvert.methods.trunk import trunk_of
 from adaconvert.planning.accounting import check_plan
 from adaconvert.planning.ops import Plan
 
@@ -208,6 +209,7 @@ def _content(
         "decide": options.decide(len(at)),
         "kv": options.kv,
         "draft": options.draft(at) if options.drafts else None,
+        "trunk": trunk_of(item.source, item.spec),
     }
 
 

@@ -235,6 +235,8 @@ class EarlyExitOptions:
             )
         if self.draft_data is not None and self.draft_vocab is None:
             raise self._idle("draft_data", "no --draft-vocab")
+        if self.draft_data is None and self.draft_data_field != "text":
+            raise self._idle("draft_data_field", "no --draft-data")
         if self.adaptive and self.head != SHARED:
             raise self._idle("adaptive", f"--head {self.head}, which stock classes cannot hold")
 

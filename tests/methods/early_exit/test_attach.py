@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_what_config_json_says(tmp_path: Path) -> None:
     )
     adaptive = json.loads((out / "config.json").read_text())["adaptive"]
     assert adaptive["sites"] == {}
+    assert re.fullmatch("[0-9a-f]{64}", adaptive["model"]["exits"].pop("trunk"))
     assert adaptive["model"]["exits"] == {
         "kind": "causal",
         "blocks": "model.layers",

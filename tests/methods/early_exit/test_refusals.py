@@ -40,6 +40,7 @@ def refused(source: Path, folder: Path, **options: Any) -> AdaconvertError:
         ({"exits": "1", "head": "affine", "tie_heads": True}, "--tie-heads: does nothing"),
         ({"exits": "1", "adaptive": True}, "--adaptive: does nothing with --head mlp"),
         ({"exits": "1", "draft_data": "x.txt"}, "--draft-data: does nothing"),
+        ({"exits": "1", "draft_data_field": "body"}, "--draft-data-field: does nothing"),
         ({"exits": "1", "draft_tokens": 0}, "--draft-tokens: out of range"),
         ({"exits": "1", "draft_vocab": "8q"}, "--draft-vocab: cannot be read"),
         ({"exits": "1", "draft_threshold": 2.0}, "--draft-threshold: out of range"),
