@@ -248,7 +248,8 @@ def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
     for ref in source.tensors.values():
         sizes[ref.dtype] += ref.nbytes
     spec, cost = None, None
-    notes, problems = list(source.notes), []
+    notes: list[str] = list(source.notes)
+    problems: list[str] = []
     try:
         spec = describe(source.config, source.tensors)
         audited = audit(spec, source.tensors)
