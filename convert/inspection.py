@@ -18,10 +18,11 @@ from adaconvert.arch.exits import KINDS, exits_of, is_taken
 from adaconvert.arch.null_experts import nulled
 from adaconvert.arch.projections import networks_of, stock_spec
 from adaconvert.arch.registry import describe
+from adaconvert.arch.trunk import foreign
 from adaconvert.errors import AdaconvertError
 from adaconvert.io import manifest
 from adaconvert.io.source import Source
-from adaconvert.methods.trunk import foreign
+from adaconvert.modeling.adaptive_schema import AdaptiveConfigError, read
 from adaconvert.planning.estimate import Costs, costs, counted
 from adaconvert.units import human_bytes, human_count
 
@@ -237,6 +238,17 @@ def _calibration_notes(source: Source) -> list[str]:
     return [found if weights is not None else found + unknown]
 
 
+def _unusable(spec: ModelSpec) -> str | None:
+    """Return why the runtime would refuse what config.json says of it; None where it would not."""
+    if spec.adaptive is None:
+        return None
+    try:
+        read(spec.adaptive)
+    except AdaptiveConfigError as error:
+        return f"cannot be loaded: {error}"
+    return None
+
+
 def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
     """Return the inspection of a folder, hub-cache snapshot or hub id.
 
@@ -254,7 +266,7 @@ def inspect_source(where: str, *, revision: str | None = None) -> Inspection:
         spec = describe(source.config, source.tensors)
         audited = audit(spec, source.tensors)
         notes += audited.notes
-        problems += filter(None, [foreign(source, spec)])
+        problems += filter(None, [_unusable(spec), foreign(source, spec)])
     except AdaconvertError as error:
         problems.append(error.describe())
     notes += _calibration_notes(source)

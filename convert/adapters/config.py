@@ -41,7 +41,7 @@ class MoloraConfig(PeftConfig):
         select: {"rule", its value, "renormalize"}.
         init_std: standard deviation of the first factor and of routers. The second factor, or the
             vectors, start as zeros: a new adapter changes nothing.
-        base_fingerprint: `adapters.fingerprint` of the base.
+        base_fingerprint: `io.fingerprint` of the base.
         modules_to_save: as in every PEFT method: whole modules trained and saved beside.
     """
 

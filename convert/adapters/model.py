@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from adaconvert.adapters import checks, fingerprint
+from adaconvert.adapters import checks
 from adaconvert.adapters.config import MoloraConfig
 from adaconvert.adapters.layer import MoloraLinear, Site
 from adaconvert.errors import OptionError
+from adaconvert.io import fingerprint
 from adaconvert.modeling.adaptive_linear import block_of, outside_of_blocks
 from adaconvert.modeling.adaptive_schema import AdaptiveConfigError, check_gates
 

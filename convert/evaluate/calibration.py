@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from adaconvert.arch.calibration import config_digest
 from adaconvert.arch.registry import describe
+from adaconvert.arch.trunk import check_trunk
 from adaconvert.data.images import Images, read_images, takes_images
 from adaconvert.errors import OptionError
 from adaconvert.evaluate import calibration_output
@@ -35,7 +36,6 @@ from adaconvert.io.fs import FileSystem
 from adaconvert.io.names import escape
 from adaconvert.io.source import Source
 from adaconvert.layerwise.configs import load_config
-from adaconvert.methods.trunk import check_trunk
 from adaconvert.modeling.adaptive_knobs import has_exits
 
 _HIDDEN: Final = "loss and predictions are those of 15 % of the tokens, hidden from the model"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from adaconvert.data.images import ImageBlocks
+from adaconvert.errors import SourceError
 from adaconvert.evaluate.risk import Floats
 from adaconvert.evaluate.sweep import REFERENCE, Measured, Measurer, Setting
 from adaconvert.modeling.adaptive_knobs import EXITS
@@ -279,12 +280,36 @@ class ExitMeasurer(Measurer):
             else:
                 found = self._tokens(states, ids)
         sure, tops, losses = (one.cpu().numpy() for one in found)
+        self._check_exits(losses[mask.cpu().numpy() > 0] if not self._classifies else losses)
         for row, block in enumerate(part):
             length = 1 if self._classifies else int(weights[row].sum())
             self._records[int(block)] = Record(
                 sure=sure[row, :length].astype(np.float32),
                 tops=tops[row, :length].astype(np.int32),
                 losses=losses[row, :length].astype(np.float32),
+            )
+
+    def _check_exits(self, losses: Floats) -> None:
+        """Refuse exits whose heads are at fault; what the whole model computes is looked at
+        elsewhere.
+
+        Args:
+            losses: [..., E + 1].
+
+        Raises:
+            SourceError: one of an exit is not finite.
+        """
+        every = losses.reshape(-1, losses.shape[-1])
+        bad = ~np.isfinite(every[:, :-1]) & np.isfinite(every[:, -1:])
+        if bad.any():
+            column = int(bad.any(axis=0).argmax())
+            at, found = self.places[column], every[bad[:, column], column][0]
+            raise SourceError(
+                f"the exit after {at} blocks computes "
+                f"{'NaN' if np.isnan(found) else 'an infinite loss'}, and the whole model does not",
+                where=f"tensors exits.{at}",
+                hint="The weights of its head or their dtype are at fault: look at them with "
+                "`adaconvert inspect`, or try --dtype float32.",
             )
 
     def _tokens(self, states: Mapping[int, Tensor], ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

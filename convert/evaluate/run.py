@@ -101,7 +101,7 @@ def _foreign_notes(source: Source) -> tuple[str, ...]:
     if not isinstance(source.raw_config.get("adaptive"), dict):
         return ()
     from adaconvert.arch.registry import describe
-    from adaconvert.methods.trunk import foreign
+    from adaconvert.arch.trunk import foreign
 
     wrong = foreign(source, describe(source.config, source.tensors))
     return () if wrong is None else (wrong,)

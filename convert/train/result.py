@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adaconvert.arch.exits import exits_of, is_taken
+from adaconvert.arch.trunk import foreign
 from adaconvert.methods.sources import Described
-from adaconvert.methods.trunk import foreign
 from adaconvert.train.config import FinetuneConfig
 from adaconvert.train.data_lanes import Tally
 from adaconvert.train.data_report import data_lines, data_notes, data_summary

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaconvert import __version__
 from adaconvert.arch.exits import exits_of
+from adaconvert.arch.trunk import trunk_of, with_trunk
 from adaconvert.errors import (
     InterruptedRunError,
     OptionError,
@@ -31,7 +32,6 @@ from adaconvert.io.writer import parse_size
 from adaconvert.layerwise.quiet import quiet
 from adaconvert.methods.molora.view import standing, viewed
 from adaconvert.methods.sources import Described, check_ties, open_source
-from adaconvert.methods.trunk import trunk_of, with_trunk
 from adaconvert.modeling.loading import load_model
 from adaconvert.train import adapter_folder, checks, export
 from adaconvert.train.config import FinetuneConfig

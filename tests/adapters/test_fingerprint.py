@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from adaconvert.adapters import fingerprint
 from adaconvert.adapters.config import MoloraConfig
 from adaconvert.errors import SourceError
+from adaconvert.io import fingerprint
 from adaconvert.io.source import Source
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.adapters_in_peft import attach

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adaconvert import api
 from adaconvert.data.text import read_documents
 from adaconvert.data.tokens import token_blocks
-from adaconvert.errors import OptionError
+from adaconvert.errors import OptionError, SourceError
 from adaconvert.evaluate import calibration_output
 from adaconvert.evaluate.exit_records import ExitMeasurer, Record, exits_taken
 from adaconvert.evaluate.sweep import ALL, Measurer, Setting
@@ -134,3 +136,22 @@ def test_evaluate_tells_how_good_each_exit_is(left: Path, text: Path) -> None:
     assert loss is not None
     assert said.exits[-1]["loss"] == pytest.approx(loss.value, rel=1e-4)
     assert any(line.startswith("exits, by the blocks") for line in said.lines())
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf"])
+def test_heads_that_compute_no_numbers_are_named(
+    fault: str, left: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(left, folder)
+    held = load_file(folder / "model.safetensors")
+    held["exits.2.norm.weight"][0] = float(fault)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    for run in (
+        lambda: api.evaluate(folder, data=text, length=32, max_tokens=64, speed=False),
+        lambda: api.calibrate(folder, text, destination=tmp_path / "x", budget=0.9, **OPTIONS),
+    ):
+        with pytest.raises(SourceError, match=r"exits\.2: the exit after 2 blocks computes"):
+            run()
+    # the whole model is not at fault, and can still be run
+    assert torch.isfinite(load_model(folder)(torch.arange(5)[None]).logits).all()

@@ -17,6 +17,7 @@ from adaconvert.arch import adaptive, exits
 from adaconvert.arch.base import RuntimeVerdict
 from adaconvert.arch.exits import CAUSAL, KINDS, NOT_SLICED, Places
 from adaconvert.arch.recursion import recursion_of
+from adaconvert.arch.trunk import trunk_of
 from adaconvert.data.text import Documents, read_documents
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.aux_files import GENERATION_CONFIG
@@ -31,7 +32,6 @@ from adaconvert.methods.early_exit.plan import TOKENS_KEY, exits_plan, stock_pla
 from adaconvert.methods.options import option
 from adaconvert.methods.planned import Fitted, PlainPlan, Prepared
 from adaconvert.methods.sources import Described
-from adaconvert.methods.trunk import trunk_of
 from adaconvert.planning.accounting import check_plan
 from adaconvert.planning.ops import Plan
 

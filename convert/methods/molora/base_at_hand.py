@@ -12,7 +12,7 @@ from adaconvert.methods.sources import Described, open_source
 
 def fingerprint_of(item: Described, paths: Sequence[str]) -> str | None:
     """Return the fingerprint of a model over some of its linears; None where it lacks one."""
-    from adaconvert.adapters.fingerprint import of_source
+    from adaconvert.io.fingerprint import of_source
 
     known = linears(item.spec)
     if not set(paths) <= set(known):

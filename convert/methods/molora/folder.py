@@ -278,7 +278,7 @@ def folder_of(
 def _with_fingerprint(
     item: Described, names: Mapping[str, str], config: Mapping[str, Any]
 ) -> dict[str, object]:
-    from adaconvert.adapters.fingerprint import of_source
+    from adaconvert.io.fingerprint import of_source
 
     return {**config, "base_fingerprint": of_source(item.source, names)}
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaconvert.adapters.fingerprint import of_source
 from adaconvert.arch import adaptive
 from adaconvert.arch.adapters import LORA as KIND
 from adaconvert.arch.adapters import Linear, linears, shapes_of, sites_of
 from adaconvert.errors import OptionError, SourceError
 from adaconvert.io.card_file import CARD
+from adaconvert.io.fingerprint import of_source
 from adaconvert.io.index import INDEX_FILE
 from adaconvert.io.manifest import MANIFEST_FILE
 from adaconvert.io.names import escape

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adaconvert import api
+from adaconvert.arch.trunk import check_trunk, foreign, trunk_of
 from adaconvert.errors import SourceError
 from adaconvert.methods.sources import open_source
-from adaconvert.methods.trunk import check_trunk, foreign, trunk_of
 from adaconvert.modeling.loading import load_model
 from adaconvert.testing.tiny_models import make
 
@@ -157,4 +157,16 @@ def test_what_is_no_digest_is_refused(tmp_path: Path) -> None:
     config["adaptive"]["model"]["exits"]["trunk"] = 7
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="trunk is 7, expected a digest or null"):
+        load_model(source)
+
+
+def test_inspect_says_what_loading_refuses(tmp_path: Path) -> None:
+    source = with_exits(make("llama", tmp_path / "dense"), tmp_path / "source")
+    assert not api.inspect(source).problems
+    config = json.loads((source / "config.json").read_text())
+    config["adaptive"]["model"]["exits"]["decide"]["thresholds"] = [7]
+    (source / "config.json").write_text(json.dumps(config))
+    (problem,) = api.inspect(source).problems
+    assert problem.startswith("cannot be loaded: config.adaptive.model.exits.decide.thresholds")
+    with pytest.raises(SourceError, match="thresholds"):
         load_model(source)

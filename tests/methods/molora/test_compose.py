@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from adaconvert import api
-from adaconvert.adapters.fingerprint import of_source
 from adaconvert.arch.adapters import linears
 from adaconvert.errors import OptionError, SourceError
+from adaconvert.io.fingerprint import of_source
 from adaconvert.methods.molora.base_at_hand import fingerprint_of
 from adaconvert.methods.molora.compose import A, B, compose, key_of
 from adaconvert.methods.molora.lora_folder import LoraFolder, names_of, read_lora

@@ -200,7 +200,7 @@ def test_another_base(folder: Path, tmp_path: Path) -> None:
 
 
 def test_fingerprint_tells_bases_apart(base: Path, folder: Path, tmp_path: Path) -> None:
-    from adaconvert.adapters.fingerprint import of_model
+    from adaconvert.io.fingerprint import of_model
 
     model: Any = load_model(base)
     ends = ("q_proj", "v_proj")

@@ -1,6 +1,6 @@
 """Which trunk the heads of exits were made for: `config.adaptive.model.exits.trunk`.
 
-It is the digest `adapters.fingerprint` takes of every linear of the blocks that is stored as such,
+It is the digest `io.fingerprint` takes of every linear of the blocks that is stored as such,
 written where exits are made and where a fine-tune trains them. Heads that were copied into another
 model, or a trunk that was trained without them, give another one.
 """
@@ -33,8 +33,8 @@ def trunk_of(
     Returns:
         hex digest, None where no linear of floats is stored.
     """
-    from adaconvert.adapters.fingerprint import of_source
     from adaconvert.dtypes import BY_NAME
+    from adaconvert.io.fingerprint import of_source
 
     names = {path: linear.weight for path, linear in linears(spec).items()}
     stored = {

@@ -1,6 +1,6 @@
-"""Which base an adapter was made for: a digest of a few weights of every adapted linear.
+"""Which model adapters or exits were made for: a digest of a few weights of every linear.
 
-sha256 over, for each adapted linear in the order of its path: the path, a zero byte, and the first
+sha256 over, for each linear in the order of its path: the path, a zero byte, and the first
 64 values of the first row of its weight as bfloat16. A base that was loaded in bfloat16 has the
 digest of the float32 base it comes from. The row is taken as stored: outputs first for a linear,
 inputs first for GPT-2's Conv1D.
