@@ -277,12 +277,6 @@ class FinetuneConfig:
             raise OptionError("with --lm 0 there must be --distill or the like", where="--lm")
         if self.teacher is not None and not taught:
             raise OptionError("a teacher does nothing without --distill", where="--teacher")
-        if self.temperature != 1 and not self.distill and self.exits.loss == "ce":
-            raise OptionError(
-                "does nothing: no loss is a divergence from a teacher",
-                where="--temperature",
-                expected="--distill, or --exit-loss kd or both, with it",
-            )
         if self.select is not None and self.compute is not None:
             raise OptionError("cannot be combined with --select", where="--compute")
         if self.routing.budgets and (self.select is not None or self.compute is not None):

@@ -19,6 +19,13 @@ def check_exits(item: Described, config: FinetuneConfig) -> None:
         OptionError: it does not.
     """
     exits, settings = exits_of(item.spec.adaptive), config.exits
+    speaks = exits is None or exits["kind"] == CAUSAL
+    if speaks and config.temperature != 1 and not config.distill and settings.loss == "ce":
+        raise OptionError(
+            "does nothing: no loss is a divergence from a teacher",
+            where="--temperature",
+            expected="--distill, or --exit-loss kd or both, with it",
+        )
     if exits is None:
         _check_stock(item, settings)
     else:

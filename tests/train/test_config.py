@@ -75,7 +75,6 @@ def test_selections_are_those_of_evaluate() -> None:
         ({"steps": 1, "warmup": 1.5}, "--warmup: is out of range; expected 0 to 1"),
         ({"steps": 1, "schedule": "wsd"}, "expected cosine or linear or constant, found wsd"),
         ({"steps": 1, "lm": 0.0}, "with --lm 0 there must be --distill"),
-        ({"steps": 1, "temperature": 2.0}, "--temperature: does nothing"),
         ({"steps": 1, "teacher": "x"}, "a teacher does nothing without --distill"),
         ({"steps": 1, "train": ("(",)}, "is no regular expression"),
         ({"steps": 1, "sparsity": -1.0}, "--sparsity: is out of range; expected 0 or more"),

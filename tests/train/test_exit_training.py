@@ -324,6 +324,8 @@ def test_thresholds_do_not_let_tokens_leave_while_training(
         ("norm", {"compile": True}, "--compile: cannot be combined with the training of exits"),
         ("norm", {"distill": 1.0}, "--distill: cannot be combined with the training of exits"),
         ("norm", {"exit_curriculum": "gradual"}, "does nothing without --early-exit-loss"),
+        ("norm", {"temperature": 2.0}, "--temperature: does nothing"),
+        ("dense", {"temperature": 2.0}, "--temperature: does nothing"),
         ("dense", {"exit_loss": "kd"}, "--exit-loss: .* has no exits"),
         ("dense", {"early_exit_loss": 0.2, "exit_curriculum": "rotational:0"}, "is unknown"),
         ("dense", {"early_exit_loss": 0.2, "exit_layers": [4]}, "no exit after 4 blocks"),
