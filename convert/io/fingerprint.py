@@ -45,7 +45,11 @@ def of_model(linears: Mapping[str, Any]) -> str | None:
 
 
 def of_source(
-    source: Source, names: Mapping[str, str], *, dtypes: Mapping[str, str] | None = None
+    source: Source,
+    names: Mapping[str, str],
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    half: bool = False,
 ) -> str | None:
     """Return the digest of linears in a checkpoint; of each weight a few bytes are read.
 
@@ -53,6 +57,7 @@ def of_source(
         source: the base.
         names: module path -> name of its weight in `source`.
         dtypes: name of a weight -> dtype it is rounded to before, where it is not that of `source`.
+        half: then round to float16 as well, which gives the digest of the model cast to that.
 
     Returns:
         hex digest, None without a linear.
@@ -75,7 +80,8 @@ def of_source(
         count = min(VALUES, ref.shape[1])
         data = read_bytes(source, ref, 0, count * BY_NAME[ref.dtype].nbytes)
         row = torch.frombuffer(bytearray(data), dtype=torch_dtype(ref.dtype))
-        rows.append((path, row.to(torch_dtype((dtypes or {}).get(name, ref.dtype)))))
+        row = row.to(torch_dtype((dtypes or {}).get(name, ref.dtype)))
+        rows.append((path, row.half() if half else row))
     return _digest(rows)
 
 

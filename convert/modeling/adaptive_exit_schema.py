@@ -10,7 +10,7 @@
         decide:  {measure, thresholds, decay, patience},
         kv:      "recompute" | "propagate",
         draft:   None | {at, tokens, threshold, vocab},
-        trunk:   digest of the blocks the heads were made for, None or left out where not known,
+        trunk:   None | digests of the blocks the heads were made for; may be left out,
     }
 
 An exit lies after block `at` - 1: `at` blocks have run, 1 to L - 1; after the last of the L blocks
@@ -90,8 +90,9 @@ def check_exits(where: str, exits: Any) -> None:
     if exits["kv"] not in KV:
         raise AdaptiveConfigError(f"{where}.kv is {exits['kv']!r}, known: {', '.join(KV)}")
     trunk = exits.get("trunk")
-    if trunk is not None and not isinstance(trunk, str):
-        raise AdaptiveConfigError(f"{where}.trunk is {trunk!r}, expected a digest or null")
+    listed = isinstance(trunk, list) and all(isinstance(digest, str) for digest in trunk)
+    if trunk is not None and not listed:
+        raise AdaptiveConfigError(f"{where}.trunk is {trunk!r}, expected digests or null")
     if exits["draft"] is not None:
         check_draft(f"{where}.draft", exits["draft"], places)
 

@@ -105,8 +105,7 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin, DepthMixin, RecursionMixin):
             assert isinstance(block, DepthLayer)
             if not block.depth.router.weight.is_meta:
                 init_depth(block.depth)
-        if adapted or any(isinstance(module, AdaptiveMixture) for module in sites.values()):
-            self._keep_stock_routers()
+        self._keep_stock_routers()
 
     def _fill_exits(self, adaptive: Mapping[str, Any]) -> None:
         """Put exits after blocks; a backbone alone has nothing to leave to."""
@@ -122,7 +121,7 @@ class AdaptiveMixin(AdaptedMixin, ExitsMixin, DepthMixin, RecursionMixin):
 
     def _keep_stock_routers(self) -> None:
         """Let a mixture's own routers have the model's dtype, whatever their name; what is beside
-        them stays in float32, and so do the routers of other sites and of adapters."""
+        them stays in float32, and so do the routers of sites, of adapters and of blocks."""
         own: Any = self
         kept = set(own._keep_in_fp32_modules_strict or ()) - {"router"}
         kept |= {f"null_experts.{name}" for name in ("bias", "scale", "value")}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaconvert.arch.adaptive import NEURON_ORDER, auto_map
 from adaconvert.arch.check import audit
+from adaconvert.arch.projections import stock_spec
 from adaconvert.arch.registry import describe
 from adaconvert.dtypes import BY_CONFIG_NAME, BY_NAME, torch_dtype
 from adaconvert.errors import VerificationError
@@ -107,12 +108,14 @@ def targets_of(
     usual = max(BY_NAME, key=lambda d: sum(r.nbytes for r in stored.values() if r.dtype == d))
     wanted = None if dtype == "keep" else BY_CONFIG_NAME[dtype].name
     is_adaptive = item.spec.adaptive is not None
+    stock = {tensor.name for tensor in stock_spec(item.spec).tensors} if is_adaptive else set()
     place = {name: at for at, name in enumerate(item.audit.used)}
     names = sorted(trained.tensors, key=lambda name: (place.get(name, len(place)), name))
     targets = []
     for name in names:
         kept = stored[name].dtype if name in stored else usual
-        is_own = (is_adaptive and ".router." in name) or name.endswith(f".{NEURON_ORDER}")
+        routes = is_adaptive and ".router." in name and name not in stock
+        is_own = (routes and not name.startswith("exits.")) or name.endswith(f".{NEURON_ORDER}")
         if wanted is not None and name.endswith(CORRECTION):
             # rounded, it would choose other experts
             is_own = BY_NAME[wanted].nbytes < BY_NAME[kept].nbytes

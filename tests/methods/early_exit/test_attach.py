@@ -178,7 +178,8 @@ def test_what_config_json_says(tmp_path: Path) -> None:
     )
     adaptive = json.loads((out / "config.json").read_text())["adaptive"]
     assert adaptive["sites"] == {}
-    assert re.fullmatch("[0-9a-f]{64}", adaptive["model"]["exits"].pop("trunk"))
+    for digest in adaptive["model"]["exits"].pop("trunk"):
+        assert re.fullmatch("[0-9a-f]{64}", digest)
     assert adaptive["model"]["exits"] == {
         "kind": "causal",
         "blocks": "model.layers",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adaconvert import api
 from adaconvert.errors import OptionError, SourceError
@@ -191,3 +193,30 @@ def test_a_source_that_leaves_early_is_compared_at_full_depth(tmp_path: Path) ->
     found: Any = done.manifest["verification"]
     assert (found["ok"], found["relative_difference_below"]) == (True, 1e-12)
     assert torch.equal(logits(tmp_path / "out"), logits(first))
+
+
+def test_a_mixture_whose_routers_are_called_so_runs_in_bfloat16(tmp_path: Path) -> None:
+    """GraniteMoE names its routers as ours are named, which stay in float32; its own do not."""
+    dense = make("granitemoe", tmp_path / "dense")
+    load_model(dense, dtype="bfloat16").save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (dense / name).exists():
+            shutil.copy(dense / name, tmp_path / "source" / name)
+    out = with_exits(tmp_path / "source", tmp_path / "out", head="norm")
+    assert torch.equal(logits(out), logits(tmp_path / "source"))
+    assert torch.isfinite(exit_at(out, 1)).all()
+    rows = [{"text": f"number {at}: the cat sat on the mat. " * 6} for at in range(30)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    short: dict[str, Any] = {"steps": 1, "seq_len": 32, "batch_size": 2, "save_every": 0}
+    # from float32 to bfloat16 as well, routers included
+    wide = with_exits(dense, tmp_path / "wide", head="norm")
+    api.finetune(
+        wide,
+        tmp_path / "tuned",
+        data=str(tmp_path / "text.jsonl"),
+        dtype="bfloat16",
+        device="cpu",
+        **short,
+    )
+    held = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}

@@ -98,6 +98,13 @@ def test_a_trunk_trained_elsewhere_is_not(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "same")
     assert trunk_in(tmp_path / "same") == trunk_in(source) is not None
     assert not is_foreign(tmp_path / "same")
+    # casts do not make another trunk of it
+    for dtype in ("float16", "bfloat16", "float32"):
+        cast = load_model(source, dtype=dtype)
+        cast.save_pretrained(tmp_path / dtype)
+        assert not is_foreign(tmp_path / dtype)
+    load_model(tmp_path / "float16", dtype="float32").save_pretrained(tmp_path / "back")
+    assert not is_foreign(tmp_path / "back")
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.q_proj").weight.mul_(1.1)
     model.save_pretrained(tmp_path / "moved")
@@ -156,7 +163,7 @@ def test_what_is_no_digest_is_refused(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["adaptive"]["model"]["exits"]["trunk"] = 7
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="trunk is 7, expected a digest or null"):
+    with pytest.raises(SourceError, match="trunk is 7, expected digests or null"):
         load_model(source)
 
 
