@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from adaconvert.modeling.adaptive_knobs import has_exits
 
 if TYPE_CHECKING:
     from adaconvert.data.tokens import TokenBlocks
+    from adaconvert.evaluate.testing_sequence import Integers
 
 #: drafts at a time that are looked at.
 _MOST = 8
@@ -51,7 +52,10 @@ def exit_table(
         sums[0] += record.losses[:length].sum(axis=0, dtype=np.float64)
         sums[1] += (record.tops[:length] == record.tops[:length, -1:]).sum(axis=0)
         sure += np.maximum(record.sure[:length], 0).sum(axis=0, dtype=np.float64)
-        if rule is not None and rule["measure"] in (measure, "patience") and not runs.frozen:
+        if rule is not None and runs.frozen:
+            # what a token runs depends on where those before it left
+            taken += _left(model, blocks.ids[block, : length + 1], (*runs.places, runs.count))
+        elif rule is not None and rule["measure"] in (measure, "patience"):
             taken += np.bincount(exits_taken(rule, runs.orders, record), minlength=count + 1)
     rows = []
     for column, at in enumerate((*runs.places, runs.count)):
@@ -67,6 +71,22 @@ def exit_table(
             row |= _drafting(model, at, float(sums[1, column] / max(tokens, 1)))
         rows.append(row)
     return tuple(rows)
+
+
+def _left(model: Any, ids: Integers, places: Sequence[int]) -> Integers:
+    """Return how many tokens of a block leave after so many blocks, as configured, [E + 1].
+
+    Args:
+        model: whose tokens leave.
+        ids: [S].
+        places: [E + 1] blocks before the exits, and of the whole model.
+    """
+    import torch
+
+    given = torch.from_numpy(np.asarray(ids))[None].to(next(model.parameters()).device)
+    with torch.inference_mode():
+        depth = model(input_ids=given, use_cache=False, logits_to_keep=1).exit_layers[0].cpu()
+    return np.array([int((depth == at).sum()) for at in places])
 
 
 def _drafting(model: Any, at: int, agreement: float) -> dict[str, object]:

@@ -35,7 +35,7 @@ def check_exits(item: Described, config: FinetuneConfig) -> None:
 
 
 def _check_stock(item: Described, settings: Exiting) -> None:
-    asked = [flag for flag in settings.asked if not settings.skips]
+    asked = [] if settings.scale else [flag for flag in settings.asked if flag != "--layer-dropout"]
     if asked:
         raise OptionError(
             f"{item.source.label} has no exits",
@@ -64,6 +64,9 @@ def _check_adaptive(exits: Mapping[str, Any], config: FinetuneConfig) -> None:
     own = [head["at"] for head in exits["heads"] if has_own(head)]
     if exits["kind"] != CAUSAL:
         return
+    idle = set(settings.asked) - {"--exit-weights", "--layer-dropout"}
+    if settings.is_off and idle:
+        raise OptionError("does nothing with --exit-weights 0", where=min(idle))
     if settings.skips and own:
         raise OptionError(
             f"the exit after {own[0]} blocks has a head of its own",

@@ -163,13 +163,9 @@ class Exiting:
 
     @property
     def asked(self) -> list[str]:
-        """Return the flags of what differs from the defaults, `chunk` left out."""
+        """Return the flags of what differs from the defaults."""
         usual = {item.name: item.default for item in fields(self)}
-        return [
-            flag_of(name)
-            for name in usual
-            if name != "chunk" and getattr(self, name) != usual[name]
-        ]
+        return [flag_of(name) for name in usual if getattr(self, name) != usual[name]]
 
     def listed(self) -> tuple[float, ...]:
         """Return the weights as numbers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,33 @@ def test_evaluate_tells_how_good_each_exit_is(left: Path, text: Path) -> None:
     assert loss is not None
     assert said.exits[-1]["loss"] == pytest.approx(loss.value, rel=1e-4)
     assert any(line.startswith("exits, by the blocks") for line in said.lines())
+
+
+@pytest.mark.parametrize("kv", ["recompute", "propagate"])
+def test_evaluate_counts_where_tokens_leave(
+    kv: str, left: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "leaving"
+    shutil.copytree(left, folder)
+    config = json.loads((folder / "config.json").read_text())
+    exits = config["adaptive"]["model"]["exits"]
+    exits["kv"], exits["decide"]["thresholds"] = kv, [0.3, 0.2]
+    (folder / "config.json").write_text(json.dumps(config))
+    said = api.evaluate(folder, data=text, length=32, max_documents=5, speed=False)
+    model = load_model(folder)
+    blocks = token_blocks(read_documents(str(text), max_documents=5), folder, length=32, seed=0)
+    with torch.inference_mode():
+        depth = torch.cat(
+            [
+                model(torch.from_numpy(ids[:size])[None]).exit_layers[0]
+                for ids, size in zip(blocks.ids, blocks.weights.sum(axis=1), strict=True)
+            ]
+        )
+    assert 0 < int((depth < 3).sum()) < len(depth)
+    for row in said.exits:
+        assert row["share"] == pytest.approx(float((depth == row["blocks"]).float().mean()))
+    mean = f"tokens run {depth.float().mean():.2f} blocks on average"
+    assert any(mean in line for line in said.lines())
 
 
 @pytest.mark.parametrize("fault", ["nan", "inf"])
