@@ -93,7 +93,10 @@ def _converted(found: Mapping[str, Any]) -> str:
 def _tuned(found: Mapping[str, Any]) -> str:
     first, last = found.get("first", {}), found.get("last", {})
     words = [f"{found['tokens']} tokens"] if "tokens" in found else []
-    if "lm" in first and "lm" in last:
+    if set(found.get("by_part", {})) == {"exits"} and "exits" in first and "exits" in last:
+        # the model underneath is frozen: its loss says how hard two batches were, nothing else
+        words.append(f"loss of the exits {first['exits']:.4f} -> {last['exits']:.4f}")
+    elif "lm" in first and "lm" in last:
         words.append(f"loss {first['lm']:.4f} -> {last['lm']:.4f}")
     if "share" in last:
         words.append(f"{last['share']:.3f} of the experts run")
